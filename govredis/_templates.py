@@ -1,0 +1,41 @@
+"""Key templates of decorators: "agent:{agent_id}" filled from the arguments of the decorated function."""
+
+from __future__ import annotations
+
+import inspect
+import string
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class KeyTemplate:
+    """A template bound to a function's signature.
+
+    Args:
+        template: text with the function's argument names in braces.
+        function: the decorated function.
+
+    Raises ValueError at once for a name that is not an argument, for a template without any (every caller would share
+    one identity), and for one that cannot be parsed.
+    """
+
+    def __init__(self, template: str, function: Callable[..., Any]) -> None:
+        self.template = template
+        self._signature = inspect.signature(function)
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        except ValueError as error:
+            raise ValueError(f"key {template!r}: {error}") from None
+        known = [p.name for p in self._signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        where = f"key {template!r} of {getattr(function, '__qualname__', function)!s}"
+        if not names:
+            raise ValueError(f"{where} names no argument; it must name at least one of {', '.join(known) or '(none)'}")
+        for name in names:
+            if name.split(".")[0].split("[")[0] not in known:
+                raise ValueError(f"{where} names {name!r}; the function's arguments are {', '.join(known) or '(none)'}")
+
+    def fill(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """The key for one call. Raises TypeError where the call does not fit the signature, as the call would."""
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return self.template.format(**bound.arguments)

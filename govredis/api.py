@@ -1,0 +1,168 @@
+"""GovRedis: one object that wires the features to one Redis and one PostgreSQL, and the process-wide one."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from ._counters import Counters
+from .client import RedisClient
+from .config import Config
+from .errors import ConfigurationError
+from .health import HealthMonitor
+from .keys import Keys
+from .limits import RateLimiter
+from .locks import DistributedLock
+from .metadata import AgentStore, MetadataCache
+from .sessions import SessionCache
+
+if TYPE_CHECKING:
+    from .postgres import Postgres
+
+
+class GovRedis:
+    """Sessions, locks, limits, metadata, agents and health over one Redis and, if configured, one PostgreSQL.
+
+    Connects on first use. Safe to share between threads, and to create before a fork; several may live side by side.
+
+    Args:
+        config: the settings; None: the defaults. `GovRedis.from_env()` reads the environment.
+
+    Raises ConfigurationError where an extra that the settings need is not installed.
+    """
+
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config if config is not None else Config()
+        self.counters = Counters()
+        self._keys = Keys(self.config.key_prefix)
+        self._redis = RedisClient(self.config) if self.config.redis_enabled else None
+        self._postgres: Postgres | None = None
+        if self.config.database_url is not None:
+            from .postgres import Postgres  # loads psycopg2, which is an extra
+
+            self._postgres = Postgres(self.config)
+        self._caches: dict[tuple[str, float], MetadataCache] = {}
+
+        config, keys, redis = self.config, self._keys, self._redis
+        self.sessions = SessionCache(
+            keys, redis, ttl=config.session_ttl, local_entries=config.local_entries, counters=self.counters
+        )
+        self.locks = DistributedLock(
+            keys,
+            redis,
+            ttl=config.lock_ttl,
+            fallback=config.lock_fallback,
+            folder=config.lock_folder,
+            counters=self.counters,
+        )
+        self.limits = RateLimiter(
+            keys,
+            redis,
+            self._postgres,
+            fallback=config.limit_fallback,
+            local_entries=config.local_entries,
+            counters=self.counters,
+        )
+        self.metadata = self.cache("agent_meta")
+        self.health = HealthMonitor(keys, redis, self._postgres, self.counters)
+
+    @classmethod
+    def from_env(cls) -> GovRedis:
+        """A GovRedis with the settings of this process's environment. Raises ConfigurationError."""
+        return cls(Config.from_env())
+
+    @property
+    def agents(self) -> AgentStore:
+        """The AgentStore. Raises ConfigurationError where no PostgreSQL is configured."""
+        return AgentStore(self.postgres, self.metadata)
+
+    @property
+    def postgres(self) -> Postgres:
+        """The PostgreSQL of GOVREDIS_DATABASE_URL. Raises ConfigurationError where none is configured."""
+        if self._postgres is None:
+            raise ConfigurationError("GOVREDIS_DATABASE_URL is not set; it must be postgresql://[user[:password]@]...")
+        return self._postgres
+
+    def cache(self, namespace: str, ttl: float | None = None) -> MetadataCache:
+        """The MetadataCache of a namespace, its keys at `{namespace}:{id}`.
+
+        Args:
+            namespace: without a colon, and no other key kind's.
+            ttl: seconds that a value is kept unless `set` says otherwise; None: metadata_ttl.
+        """
+        if ttl is None:
+            ttl = self.config.metadata_ttl
+        cache = self._caches.get((namespace, ttl))
+        if cache is None:
+            made = MetadataCache(self._keys, self._redis, namespace=namespace, ttl=ttl, counters=self.counters)
+            cache = self._caches.setdefault((namespace, ttl), made)
+        return cache
+
+    def close(self) -> None:
+        """Close the connections and end the probe threads. Locks still held are not released: they expire."""
+        if self._redis is not None:
+            self._redis.close()
+        if self._postgres is not None:
+            self._postgres.close()
+
+    def __enter__(self) -> GovRedis:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"GovRedis({self.config!r})"
+
+
+_process_wide: GovRedis | None = None
+_process_wide_lock = threading.Lock()
+
+
+def configure(gov: GovRedis | None) -> None:
+    """Make `gov` the process-wide GovRedis that get_session_cache() and its friends use; None: from the environment."""
+    global _process_wide
+    with _process_wide_lock:
+        _process_wide = gov
+
+
+def get_gov() -> GovRedis:
+    """The process-wide GovRedis: what `configure` set, else one made from the environment on first use."""
+    global _process_wide
+    gov = _process_wide
+    if gov is None:
+        with _process_wide_lock:
+            gov = _process_wide
+            if gov is None:
+                gov = _process_wide = GovRedis.from_env()
+    return gov
+
+
+def get_session_cache() -> SessionCache:
+    """`sessions` of the process-wide GovRedis."""
+    return get_gov().sessions
+
+
+def get_distributed_lock() -> DistributedLock:
+    """`locks` of the process-wide GovRedis."""
+    return get_gov().locks
+
+
+def get_rate_limiter() -> RateLimiter:
+    """`limits` of the process-wide GovRedis."""
+    return get_gov().limits
+
+
+def get_metadata_cache() -> MetadataCache:
+    """`metadata` of the process-wide GovRedis."""
+    return get_gov().metadata
+
+
+def get_agent_store() -> AgentStore:
+    """`agents` of the process-wide GovRedis."""
+    return get_gov().agents
+
+
+def get_health_monitor() -> HealthMonitor:
+    """`health` of the process-wide GovRedis."""
+    return get_gov().health

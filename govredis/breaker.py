@@ -1,0 +1,192 @@
+"""CircuitBreaker: "is this server away?" is decided here, once per process and endpoint.
+
+The pattern is Michael Nygard's ("Release It!", 2007), with the probe in a background thread, so that no caller pays for
+finding out that the server is still away.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from ._fork import renew_in_child
+from .errors import BackendUnavailable
+
+log = logging.getLogger("govredis")
+
+_FIRST_PROBE = 0.05
+_SLOWEST_PROBE = 0.4
+#: A probe this late was not run: threads do not start here (uWSGI without --enable-threads, a stopping interpreter).
+_OVERDUE = 0.5
+_REFUSALS_TO_OPEN = 2
+
+
+class CircuitBreaker:
+    """Closed: calls go through. Open: they fail at once with BackendUnavailable, until a probe has succeeded.
+
+    Opens on the first timeout or the second refusal in a row. While open, `probe` runs in one background thread on a
+    jittered schedule from 50 to 400 ms; where threads cannot run, a caller that finds the probe overdue runs it. A
+    success closes the breaker only if it belongs to the probe: a reply that was on its way before the breaker opened
+    (an older generation) proves nothing.
+
+    Args:
+        name: the server, without password, as it shall stand in logs and errors.
+        probe: returns when the server can be used again, raises otherwise; called without any lock held.
+        clock: seconds, monotonic.
+        threads: False runs every probe in an overdue caller.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        probe: Callable[[], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        threads: bool = True,
+    ) -> None:
+        self.name = name
+        #: The one attribute that the closed path reads.
+        self.closed = True
+        self.generation = 0
+        self.opened_at: float | None = None
+        self.reason = ""
+        self.times_opened = 0
+        self._probe = probe
+        self._clock = clock
+        self._threads = threads
+        self._refusals = 0
+        self._again = False
+        self._next_probe = 0.0
+        self._wait = _FIRST_PROBE
+        self._stopped = threading.Event()
+        self._renew()
+        renew_in_child(self)
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+        self._probing = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def renew_after_fork(self) -> None:
+        self._renew()
+        if not self.closed:
+            # The parent's thread is not here. The child is due at once: its first caller starts one.
+            self._next_probe = self._clock() - _OVERDUE
+
+    def check(self) -> None:
+        """Raise BackendUnavailable if open. Callers read `closed` first; this is the open path."""
+        if self.closed:
+            return
+        if self._clock() >= self._next_probe + _OVERDUE:
+            self._run_overdue_probe()
+            if self.closed:
+                return
+        raise BackendUnavailable(f"{self.name} is away: {self.reason}")
+
+    def _run_overdue_probe(self) -> None:
+        if self._probing.acquire(blocking=False):
+            try:
+                self._try_probe()
+            finally:
+                self._probing.release()
+        if not self.closed:
+            self._start_thread()
+
+    def succeeded(self) -> None:
+        """A call succeeded: refusals are counted in a row."""
+        if self._refusals:
+            with self._lock:
+                self._refusals = 0
+
+    def failed(self, generation: int, reason: str, *, timed_out: bool) -> None:
+        """A call that began in `generation` got no answer. Opens on a timeout at once, on a refusal the second time."""
+        with self._lock:
+            if not self.closed or generation != self.generation:
+                return
+            self._refusals += 1
+            if timed_out or self._refusals >= _REFUSALS_TO_OPEN:
+                self._open(reason)
+        if not self.closed:
+            self._start_thread()
+
+    def trip(self, reason: str) -> None:
+        """Open now, or, if open already, do not close before a whole new probe: something was noted for it to do."""
+        with self._lock:
+            self._again = True
+            if self.closed:
+                self._open(reason)
+        self._start_thread()
+
+    def _open(self, reason: str) -> None:
+        self.closed = False
+        self.generation += 1
+        self.times_opened += 1
+        self.opened_at = self._clock()
+        self.reason = reason
+        self._wait = _FIRST_PROBE
+        self._next_probe = self.opened_at + self._wait
+        log.warning("%s is away (%s): fallbacks take over", self.name, reason)
+
+    def _start_thread(self) -> None:
+        if not self._threads:
+            return
+        with self._lock:
+            if self.closed or self._stopped.is_set() or self._thread is not None:
+                return
+            thread = threading.Thread(target=self._run, name="govredis-probe", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads, or the interpreter is going down: overdue callers probe
+                return
+            self._thread = thread
+
+    def _run(self) -> None:
+        stopped = self._stopped
+        while True:
+            with self._lock:  # so that whoever opens the breaker next sees that this thread is ending
+                if self.closed:
+                    self._thread = None
+                    return
+            if stopped.wait(max(0.0, self._next_probe - self._clock())):
+                return
+            with self._probing:
+                if not self.closed:
+                    self._try_probe()
+
+    def _try_probe(self) -> None:
+        self._again = False
+        try:
+            self._probe()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the server is not usable; it stands in `reason`
+            with self._lock:
+                self.reason = str(error)
+                self._wait = min(_SLOWEST_PROBE, self._wait * 2)
+                self._next_probe = self._clock() + self._wait * random.uniform(0.75, 1.0)
+            return
+        with self._lock:
+            if self.closed:
+                return
+            if self._again:
+                self._next_probe = self._clock()
+                return
+            away = self._clock() - (self.opened_at or 0.0)
+            self._refusals = 0
+            self.opened_at = None
+            self.closed = True
+        log.info("%s is back after %.1f s", self.name, away)
+
+    def away_for(self) -> float:
+        """Seconds since the breaker opened; 0 while it is closed."""
+        opened_at = self.opened_at
+        return 0.0 if opened_at is None else self._clock() - opened_at
+
+    def close(self) -> None:
+        """End the probe thread, waiting for it. The breaker keeps its state."""
+        self._stopped.set()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout=5)

@@ -1,0 +1,309 @@
+"""RedisClient: runs commands and scripts on Redis, one round trip each, and says when Redis is away.
+
+The only module that catches redis-py's exceptions. Everything it sends must be harmless the second time: a command
+whose pooled connection turned out dead is sent once more on a new one. What timed out is never sent again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import re
+import threading
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from typing import Any, TypeAlias
+
+import hiredis
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import AbstractConnection, Connection, parse_url
+from redis.retry import Retry
+
+from ._fork import renew_in_child
+from ._pool import Pool
+from .breaker import CircuitBreaker
+from .config import Config, redact
+from .errors import BackendError, BackendUnavailable
+
+log = logging.getLogger("govredis")
+
+Arg: TypeAlias = str | bytes | int | float
+Command: TypeAlias = tuple[Arg, ...]
+
+# Its stub says a tuple of one.
+pack_command: Callable[[Command], bytes] = hiredis.pack_command  # type: ignore[assignment]
+
+_PROBE_TIMEOUT = 0.05
+
+# Answers of a server that is up but cannot serve now. Redis 6.2 wraps what a script's own commands answered in
+# "ERR Error running script ... -READONLY ..."; 7.0 and newer pass it through.
+_CANNOT_SERVE_NOW = re.compile(
+    r"(?:^|[\s@:-])(LOADING|READONLY|MISCONF|OOM|CLUSTERDOWN|MASTERDOWN|TRYAGAIN|NOREPLICAS|BUSY) "
+)
+_CANNOT_SERVE_CLASSES = (redis.exceptions.ReadOnlyError, redis.exceptions.OutOfMemoryError)
+# Of these, the ones that PING gets too: only for them can a probe see the end, so only they open the breaker.
+_AWAY_TO_PING = re.compile(r"LOADING|MASTERDOWN|max number of clients")
+
+
+# redis-py spends two round trips on CLIENT SETINFO at every connect unless told not to; 7.x renamed how.
+_NO_SETINFO = (
+    {"driver_info": None}
+    if "driver_info" in inspect.signature(AbstractConnection.__init__).parameters
+    else {"lib_name": None, "lib_version": None}
+)
+
+
+class Script:
+    """A Lua script that lies beside the Python that runs it.
+
+    Args:
+        package: the package whose folder holds it.
+        filename: the .lua file.
+    """
+
+    __slots__ = ("name", "prefix", "sha", "source")
+
+    def __init__(self, package: str, filename: str) -> None:
+        self.name = filename
+        self.source = files(package).joinpath(filename).read_text(encoding="utf-8")
+        self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+
+    def call(self, keys: Sequence[str], args: Sequence[Arg]) -> Command:
+        """The EVALSHA command."""
+        return ("EVALSHA", self.sha, len(keys), *keys, *args)
+
+
+class RedisClient:
+    """Commands and scripts on one Redis, over a pool of its own connections.
+
+    Safe to share between threads, and across fork: a child makes connections of its own. Raises BackendUnavailable
+    when Redis is away (refused, timed out, loading, read-only, out of memory ...) and BackendError when it answered
+    with another error, rejected credentials among them: a wrong password is a mistake to be seen, not an outage.
+
+    Args:
+        config: redis_url, socket_timeout, connect_timeout, redis_connections.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._timeout = config.socket_timeout
+        self._options = self._connection_options(config)
+        self._connection_class: type[Any] = self._options.pop("connection_class", Connection)
+        self.name = f"Redis at {_address(self._options)}"
+        self._pool: Pool[Any] = Pool(self._connect, _disconnect, config.redis_connections, self.name)
+        self.breaker = CircuitBreaker(self.name, self._probe)
+        self._recoveries: list[Callable[[RedisClient], None]] = []
+        self._direct = threading.local()
+        renew_in_child(self)
+
+    @staticmethod
+    def _connection_options(config: Config) -> dict[str, Any]:
+        return {
+            **_parse_url(config.redis_url),
+            "socket_timeout": config.socket_timeout,
+            "socket_connect_timeout": config.connect_timeout,
+            # No retries inside redis-py: whether a second try is safe is known here, not there.
+            "retry": Retry(NoBackoff(), 0),
+            "health_check_interval": 0,
+            "protocol": 2,
+            "decode_responses": False,
+            **_NO_SETINFO,
+        }
+
+    # -- calls ---------------------------------------------------------------------------------------------------
+
+    def call(self, *command: Arg) -> Any:
+        """Run one command. Returns its reply: bytes, int, list or None.
+
+        Raises BackendUnavailable, BackendError.
+        """
+        return self._round_trip(pack_command(command))
+
+    def run(self, script: Script, keys: Sequence[str], *args: Arg) -> Any:
+        """Run a script whose keys share a Cluster slot. Returns its reply.
+
+        One round trip; one more after a SCRIPT FLUSH or a restart. Raises BackendUnavailable, BackendError.
+        """
+        try:
+            return self._round_trip(pack_command(("EVALSHA", script.sha, len(keys), *keys, *args)))
+        except _NoScript:
+            return self._round_trip(pack_command(("EVAL", script.source, len(keys), *keys, *args)))
+
+    def pipeline(self, commands: Sequence[Command], scripts: Sequence[Script] = ()) -> list[Any]:
+        """Run several commands, in order, in one round trip. Not a transaction: others may come between.
+
+        Args:
+            commands: each a tuple; a script's is `script.call(keys, args)`.
+            scripts: those among them; loaded, and all commands sent once more, where the server did not know one.
+
+        Returns the replies in order. Raises BackendUnavailable, or the BackendError of the first that failed.
+        """
+        packed = b"".join([pack_command(c) for c in commands])
+        try:
+            found: list[Any] = self._round_trip(packed, len(commands))
+            return found
+        except _NoScript:
+            loads = b"".join([pack_command(("SCRIPT", "LOAD", s.source)) for s in scripts])
+            replies: list[Any] = self._round_trip(loads + packed, len(scripts) + len(commands))
+            return replies[len(scripts) :]
+
+    def _round_trip(self, packed: bytes, replies: int = 0) -> Any:
+        breaker = self.breaker
+        if not breaker.closed and not getattr(self._direct, "open", False):
+            breaker.check()
+        generation = breaker.generation
+        pool = self._pool
+        connection = pool.take(self._timeout)
+        pooled = connection._sock is not None
+        try:
+            return self._exchange(connection, packed, replies)
+        except redis.ConnectionError as error:
+            if not pooled or _answered(error):
+                raise self._unavailable(error, generation) from error
+        except redis.TimeoutError as error:
+            raise self._unavailable(error, generation) from error
+        # The connection had idled while its server went away or was restarted. So have the others.
+        pool.drop_idle()
+        connection = pool.take(self._timeout)
+        try:
+            return self._exchange(connection, packed, replies)
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            raise self._unavailable(error, generation) from error
+
+    def _exchange(self, connection: Any, packed: bytes, replies: int) -> Any:
+        pool = self._pool
+        try:
+            connection.send_packed_command((packed,), False)
+            if not replies:
+                reply = connection.read_response()
+            else:
+                reply = self._read_many(connection, replies)
+        except redis.ResponseError as error:
+            # The whole reply was read; but a replica stays one until we connect anew.
+            if isinstance(error, redis.exceptions.ReadOnlyError) or "READONLY" in str(error):
+                pool.drop(connection)
+            else:
+                pool.give(connection)
+            raise self._refused(error) from error
+        except BaseException:
+            # A signal handler's exception and a soft time limit come through here too: somebody else's reply may
+            # still be on its way, so nobody may read from this socket again.
+            pool.drop(connection)
+            raise
+        pool.give(connection)
+        if self.breaker._refusals:
+            self.breaker.succeeded()
+        return reply
+
+    @staticmethod
+    def _read_many(connection: Any, count: int) -> list[Any]:
+        replies = []
+        first_error: redis.ResponseError | None = None
+        for _ in range(count):
+            try:
+                replies.append(connection.read_response())
+            except redis.ResponseError as error:
+                # The rest must be read before the connection may go back.
+                first_error = first_error or error
+        if first_error is not None:
+            raise first_error
+        return replies
+
+    # -- errors --------------------------------------------------------------------------------------------------
+
+    def _refused(self, error: redis.ResponseError) -> BackendError:
+        """An error reply, in our words."""
+        if isinstance(error, redis.exceptions.NoScriptError):
+            return _NoScript()
+        text = redact(str(error))
+        if isinstance(error, _CANNOT_SERVE_CLASSES) or _CANNOT_SERVE_NOW.search(text):
+            return BackendUnavailable(f"{self.name} cannot serve: {text}")
+        return BackendError(f"{self.name} answered: {text}")
+
+    def _unavailable(self, error: redis.RedisError, generation: int) -> BackendError:
+        """No answer, or a connection-level one, in our words; tells the breaker."""
+        text = redact(str(error))
+        if isinstance(error, redis.exceptions.AuthenticationError | redis.exceptions.AuthorizationError):
+            return BackendError(f"{self.name} rejected our credentials: {text}")
+        timed_out = isinstance(error, redis.TimeoutError) or _answered(error)
+        self.breaker.failed(generation, text, timed_out=timed_out)
+        return BackendUnavailable(f"{self.name} is away: {text}")
+
+    # -- recovery ------------------------------------------------------------------------------------------------
+
+    def on_recovery(self, replay: Callable[[RedisClient], None]) -> None:
+        """Have `replay(client)` called when Redis is back, before anybody else in this process uses it again.
+
+        If Redis goes away meanwhile, the breaker stays open, and `replay` is called again after the next good PING.
+        Any other error of `replay` is logged: one feature's mistake must not keep Redis away from all.
+        """
+        self._recoveries.append(replay)
+
+    def replay_soon(self, why: str) -> None:
+        """Something for a replay was noted: use Redis no more until the replays have run."""
+        self.breaker.trip(why)
+
+    def _probe(self) -> None:
+        connection = self._connect()
+        connection.socket_timeout = connection.socket_connect_timeout = _PROBE_TIMEOUT
+        try:
+            connection.send_packed_command((pack_command(("PING",)),), False)
+            connection.read_response()
+        except redis.RedisError as error:
+            raise BackendUnavailable(redact(str(error))) from error
+        finally:
+            _disconnect(connection)
+        self._pool.drop_idle()
+        self._direct.open = True
+        try:
+            for replay in list(self._recoveries):
+                try:
+                    replay(self)
+                except BackendUnavailable:
+                    raise
+                except Exception:
+                    log.exception("a replay on %s failed", self.name)
+        finally:
+            self._direct.open = False
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> Any:
+        """A connection that connects at its first send."""
+        return self._connection_class(**self._options)
+
+    def renew_after_fork(self) -> None:
+        inherited = list(self._pool.live)
+        self._pool.renew()
+        self._direct = threading.local()
+        for connection in inherited:
+            _disconnect(connection)  # redis-py closes the child's descriptor without shutting the parent's socket down
+
+    def close(self) -> None:
+        """Close the idle connections and end the probe. The client reconnects if it is used again."""
+        self.breaker.close()
+        self._pool.drop_idle()
+
+
+class _NoScript(BackendError):
+    """The server does not know the script yet: never leaves this module."""
+
+
+def _answered(error: redis.RedisError) -> bool:
+    """Did the server itself say that it cannot be used, in a way that its PING will say too?"""
+    return isinstance(error, redis.exceptions.BusyLoadingError) or bool(_AWAY_TO_PING.search(str(error)))
+
+
+def _parse_url(url: str) -> dict[str, Any]:
+    return dict(parse_url(url))  # type: ignore[no-untyped-call]
+
+
+def _disconnect(connection: Any) -> None:
+    connection.disconnect()
+
+
+def _address(options: dict[str, Any]) -> str:
+    if "path" in options:
+        return str(options["path"])
+    return f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"

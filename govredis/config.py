@@ -1,0 +1,222 @@
+"""Config: every setting, its unit, its default and its environment variable, in one table.
+
+A bad value is a ConfigurationError that names the variable, what it held and what it may hold. Nothing here, a repr
+included, shows a password.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+from urllib.parse import urlsplit
+
+from . import keys
+from .errors import ConfigurationError
+
+__all__ = ["Config"]
+
+_PASSWORD_IN_URL = re.compile(r"(//[^:/?#]*:).*(@)")
+_PASSWORD_IN_QUERY = re.compile(r"((?:^|[?&\s])(?:ssl)?password=)[^&\s]*", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """`text` with every password of a URL or of a libpq string replaced by ***."""
+    return _PASSWORD_IN_QUERY.sub(r"\1***", _PASSWORD_IN_URL.sub(r"\1***\2", text))
+
+
+class _Bad(Exception):
+    """What a setting must be; the caller knows its name and what it held."""
+
+
+def _seconds(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if isinstance(value, bool) or not 0 < number < 1e9:
+        raise _Bad("a number of seconds greater than 0")
+    return number
+
+
+def _count(value: Any) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if isinstance(value, bool) or number < 1 or (isinstance(value, float) and value != number):
+        raise _Bad("a whole number of at least 1")
+    return number
+
+
+def _flag(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = str(value).strip().lower()
+    if word in {"1", "true", "yes", "on"}:
+        return True
+    if word in {"0", "false", "no", "off"}:
+        return False
+    raise _Bad("1 or 0 (also true/false, yes/no, on/off)")
+
+
+def _one_of(*choices: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise _Bad("one of " + ", ".join(choices))
+        return str(value)
+
+    return parse
+
+
+def _redis_url(value: Any) -> str:
+    wanted = "redis://[user:password@]host[:port][/db], rediss://... or unix:///path/to/socket[?db=0]"
+    if not isinstance(value, str):
+        raise _Bad(wanted)
+    try:
+        parts = urlsplit(value)
+        _ = parts.port  # raises ValueError when it is no port
+    except ValueError:
+        raise _Bad(wanted) from None
+    if parts.scheme == "unix":
+        if not parts.path:
+            raise _Bad(wanted)
+    elif parts.scheme not in {"redis", "rediss"} or not parts.hostname or not re.fullmatch(r"(/\d*)?", parts.path):
+        raise _Bad(wanted)
+    return value
+
+
+def _database_url(value: Any) -> str | None:
+    if value is None or value == "":
+        return None
+    wanted = "postgresql://[user[:password]@][host][:port]/database"
+    if not isinstance(value, str):
+        raise _Bad(wanted)
+    try:
+        parts = urlsplit(value)
+        _ = parts.port
+    except ValueError:
+        raise _Bad(wanted) from None
+    if parts.scheme not in {"postgresql", "postgres"} or not parts.netloc + parts.path.strip("/"):
+        raise _Bad(wanted)
+    return value
+
+
+def _prefix(value: Any) -> str:
+    if value == "":
+        return ""
+    try:
+        return keys.check_id(value, "prefix")
+    except ValueError:
+        raise _Bad("a str without '{', '}' or control characters") from None
+
+
+def _folder(value: Any) -> str | None:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str | os.PathLike) or not os.path.isabs(value):
+        raise _Bad("an absolute path")
+    return os.fspath(value)
+
+
+def _text_or_none(value: Any) -> str | None:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise _Bad("a str")
+    return value
+
+
+def _setting(default: Any, variable: str, parse: Callable[[Any], Any], secret: bool = False) -> Any:
+    return field(default=default, repr=not secret, metadata={"variable": variable, "parse": parse})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The settings of one GovRedis. Durations are seconds.
+
+    Each field has an environment variable, read by `from_env`; its name is in the field's line below. Raises
+    ConfigurationError on a bad value, before anything is connected.
+    """
+
+    redis_url: str = _setting("redis://localhost:6379/0", "REDIS_URL", _redis_url)
+    #: False: never connect; every feature runs on its fallback, and health says "disabled".
+    redis_enabled: bool = _setting(True, "REDIS_ENABLED", _flag)
+    #: None: no PostgreSQL. Never read from the app's own DATABASE_URL.
+    database_url: str | None = _setting(None, "GOVREDIS_DATABASE_URL", _database_url)
+    #: Put before every key, and into every lock file's name and row's key.
+    key_prefix: str = _setting("", "GOVREDIS_KEY_PREFIX", _prefix)
+
+    session_ttl: float = _setting(3600.0, "REDIS_SESSION_TTL", _seconds)
+    metadata_ttl: float = _setting(300.0, "REDIS_METADATA_TTL", _seconds)
+    lock_ttl: float = _setting(30.0, "REDIS_LOCK_TIMEOUT", _seconds)
+
+    #: When Redis is away: "file" = flock, one holder per host, degraded; "fail" = LockUnavailable.
+    lock_fallback: str = _setting("file", "GOVREDIS_LOCK_FALLBACK", _one_of("file", "fail"))
+    #: When Redis and PostgreSQL are away: an in-process window, or refuse all, or let all through.
+    limit_fallback: str = _setting("local", "GOVREDIS_LIMIT_FALLBACK", _one_of("local", "deny", "allow"))
+    #: Folder of the lock files; all processes that share a lock on a host must share it. None: /tmp/govredis-locks-UID.
+    lock_folder: str | None = _setting(None, "GOVREDIS_LOCK_FOLDER", _folder)
+
+    #: One read from, or write to, Redis.
+    socket_timeout: float = _setting(0.2, "GOVREDIS_SOCKET_TIMEOUT", _seconds)
+    connect_timeout: float = _setting(0.1, "GOVREDIS_CONNECT_TIMEOUT", _seconds)
+    #: One PostgreSQL call, connecting included.
+    postgres_timeout: float = _setting(2.0, "GOVREDIS_POSTGRES_TIMEOUT", _seconds)
+    #: Connections of one process, at most; a caller beyond that waits for one, up to its timeout.
+    redis_connections: int = _setting(128, "GOVREDIS_REDIS_CONNECTIONS", _count)
+    postgres_connections: int = _setting(10, "GOVREDIS_POSTGRES_CONNECTIONS", _count)
+    #: Entries of each in-process fallback store, at most.
+    local_entries: int = _setting(10_000, "GOVREDIS_LOCAL_ENTRIES", _count)
+
+    # Read so that an async service's environment is understood; a value is refused until the client has them.
+    sentinel_hosts: str | None = _setting(None, "REDIS_SENTINEL_HOSTS", _text_or_none)
+    sentinel_master: str | None = _setting(None, "REDIS_SENTINEL_MASTER", _text_or_none)
+    cluster: bool = _setting(False, "REDIS_CLUSTER", _flag)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, _parse(f, getattr(self, f.name), f.name))
+        for name in ("sentinel_hosts", "cluster"):
+            if getattr(self, name):
+                raise ConfigurationError(
+                    f"{name} is set, but this version of govredis connects to a standalone Redis only"
+                )
+
+    @classmethod
+    def from_env(cls) -> Config:
+        """The settings of this process's environment. Raises ConfigurationError naming the variable."""
+        return cls.from_mapping(os.environ)
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Config:
+        """The settings of a mapping whose keys are the variables' names (os.environ, a Flask config).
+
+        Values may be strings or already typed; a name that is not a setting is ignored; an absent or empty one is the
+        default. Raises ConfigurationError naming the variable.
+        """
+        values = {}
+        for f in fields(cls):
+            variable = f.metadata["variable"]
+            held = mapping.get(variable)
+            if held is not None and held != "":
+                values[f.name] = _parse(f, held, variable)
+        return cls(**values)
+
+    def __repr__(self) -> str:
+        shown = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.default is MISSING or value != f.default:
+                shown.append(f"{f.name}={redact(value) if isinstance(value, str) else value!r}")
+        return f"Config({', '.join(shown)})"
+
+
+def _parse(f: Field[Any], held: Any, name: str) -> Any:
+    try:
+        return f.metadata["parse"](held)
+    except _Bad as wanted:
+        shown = redact(held) if isinstance(held, str) else held
+        raise ConfigurationError(f"{name} is {shown!r}; it must be {wanted}") from None

@@ -1,0 +1,5 @@
+"""The story that `govredis demo` tells."""
+
+
+def run() -> int:
+    raise NotImplementedError

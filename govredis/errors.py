@@ -1,0 +1,110 @@
+"""Every exception govredis raises, in one tree.
+
+Contention is never unavailability, and unavailability is never contention: `LockTimeout` says that somebody else
+holds the lock, `LockUnavailable` that nobody could be asked. Bad arguments raise `ValueError` before anything is sent.
+All of these pickle, with the data they carry, so that they cross a Celery result backend.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .limits import RateLimitResult
+    from .sessions import SessionBinding
+
+__all__ = [
+    "BackendError",
+    "BackendUnavailable",
+    "ConfigurationError",
+    "GovRedisError",
+    "LockError",
+    "LockLost",
+    "LockTimeout",
+    "LockUnavailable",
+    "RateLimitExceeded",
+    "SessionAlreadyBound",
+    "SessionStoreUnavailable",
+]
+
+
+class GovRedisError(Exception):
+    """Base of everything below."""
+
+
+class ConfigurationError(GovRedisError, ValueError):
+    """A setting is wrong, an extra is not installed, or the tables are missing; the message names which."""
+
+
+class BackendError(GovRedisError):
+    """Redis or PostgreSQL answered, and the answer was an error (wrong type, no permission, bad SQL)."""
+
+
+class BackendUnavailable(BackendError):
+    """Redis or PostgreSQL did not answer in time, refused, or cannot serve now. What was sent may have been applied."""
+
+
+class LockError(GovRedisError):
+    """Base of the lock errors."""
+
+
+class LockTimeout(LockError, TimeoutError):
+    """Somebody else held the lock for the whole of `timeout`."""
+
+
+class LockLost(LockError):
+    """The lock's lease ran out while it was held; somebody else may hold it now."""
+
+
+class LockUnavailable(LockError, BackendUnavailable):
+    """Nobody could be asked for the lock, and the configured fallback forbids, or does not yet allow, another way."""
+
+
+class RateLimitExceeded(GovRedisError):
+    """A limit said no. `result` is the RateLimitResult, or None where there is none."""
+
+    def __init__(self, result: RateLimitResult | None = None) -> None:
+        super().__init__(result)
+        self.result = result
+
+    def __str__(self) -> str:
+        if self.result is None:
+            return "rate limit exceeded"
+        return f"rate limit exceeded: {self.result.limit}, retry after {self.result.retry_after:.3f} s"
+
+
+class SessionAlreadyBound(GovRedisError):
+    """`bind(if_absent=True)` found the session bound to another agent: `existing` is that SessionBinding."""
+
+    def __init__(self, existing: SessionBinding) -> None:
+        super().__init__(existing)
+        self.existing = existing
+
+    def __str__(self) -> str:
+        return f"session is already bound to agent {self.existing.agent_id!r}"
+
+
+class SessionStoreUnavailable(BackendUnavailable):
+    """The session's record cannot be reached and this process does not know it: not the same as logged out."""
+
+
+def refuse(what: str, held: Any, wanted: str) -> ValueError:
+    """The one form of a bad-argument message: what was wrong, and what is right."""
+    shown = repr(held)
+    if len(shown) > 80:
+        shown = shown[:77] + "..."
+    return ValueError(f"{what} is {shown}; it must be {wanted}")
+
+
+def check_timeout(value: Any) -> float:
+    """Return `value` if it is how long somebody may wait, in seconds. Raises ValueError otherwise."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e9:
+        raise refuse("timeout", value, "seconds, 0 or more")
+    return value
+
+
+def check_ttl(value: Any) -> float:
+    """Return `value` if it is how long something may be kept, in seconds. Raises ValueError otherwise."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0.001 <= value < 1e9:
+        raise refuse("ttl", value, "seconds, 0.001 or more")
+    return value

@@ -1,0 +1,208 @@
+"""HealthMonitor: what works, what a fallback covers, and what does not; and a record of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, Literal
+
+from .._counters import Counters
+from .._fork import renew_in_child
+from ..client import RedisClient
+from ..errors import BackendError, BackendUnavailable, ConfigurationError
+from ..keys import Keys
+
+if TYPE_CHECKING:
+    from ..postgres import Postgres
+
+__all__ = ["Check", "HealthMonitor", "HealthReport"]
+
+Status = Literal["pass", "warn", "fail"]
+
+_CACHED_FOR = 1.0
+_POSTGRES_DEADLINE = 0.5
+_HISTORY_ENTRIES = 10_000
+_SEVERITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
+#: What redis-cli INFO shows and a person asks for first.
+_INFO = ("redis_version", "uptime_in_seconds", "used_memory", "maxmemory", "connected_clients", "evicted_keys")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing looked at.
+
+    Attributes:
+        name: "redis", "postgres", "counters".
+        status: "pass", "warn" (a fallback covers it) or "fail".
+        output: why, in words; "" if it passes.
+        data: what was observed. Durations are seconds.
+    """
+
+    name: str
+    status: Status
+    output: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class HealthReport:
+    """The worst status of all checks, the checks, and when (aware UTC).
+
+    `stored` says where `snapshot` kept it: "redis", "postgres", or None where it did not or could not.
+    """
+
+    status: Status
+    checks: tuple[Check, ...]
+    at: datetime
+    stored: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report in the form of draft-inadarei-api-health-check-06 (application/health+json)."""
+        return {
+            "status": self.status,
+            "time": self.at.isoformat(),
+            "checks": {c.name: [{"status": c.status, "output": c.output, **c.data}] for c in self.checks},
+        }
+
+
+class HealthMonitor:
+    """Looks at Redis, PostgreSQL and this process's counters, within a deadline for each.
+
+    Redis away is "warn" while a fallback covers every feature, PostgreSQL away likewise; both away is "fail": then
+    limits are per process, and metadata has no source. A Redis that is disabled (REDIS_ENABLED=0) passes, and says so.
+    """
+
+    def __init__(
+        self,
+        keys: Keys,
+        redis: RedisClient | None,
+        postgres: Postgres | None,
+        counters: Counters,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._keys = keys
+        self._redis = redis
+        self._postgres = postgres
+        self._counters = counters
+        self._clock = clock
+        self._last: tuple[float, HealthReport] | None = None
+        self._ratios_from: dict[str, int] = {}
+        self.renew_after_fork()
+        renew_in_child(self)
+
+    def renew_after_fork(self) -> None:
+        self._lock = threading.Lock()
+
+    def check(self) -> HealthReport:
+        """Look now, or return what was seen within the last second. Never raises for a server being away.
+
+        Takes at most the socket timeout for Redis and 0.5 s for PostgreSQL. Keys are counted by DBSIZE: no scan.
+        """
+        with self._lock:
+            if self._last is not None and self._clock() - self._last[0] < _CACHED_FOR:
+                return self._last[1]
+            redis, postgres = self._check_redis(), self._check_postgres()
+            checks = [redis, postgres, self._check_counters()]
+            status: Status = max((c.status for c in checks), key=_SEVERITY.__getitem__)
+            if redis.status == "warn" and postgres.status == "warn":
+                status = "fail"
+            report = HealthReport(status, tuple(checks), datetime.now(timezone.utc))
+            self._last = (self._clock(), report)
+            return report
+
+    def snapshot(self) -> HealthReport:
+        """`check`, and keep the report: in a capped stream in Redis, or in PostgreSQL while Redis is away.
+
+        `report.stored` says where; None: nowhere. The stream holds about 10,000 reports at `govredis:health`.
+        """
+        report = self.check()
+        text = json.dumps(report.as_dict())
+        if self._redis is not None:
+            try:
+                self._redis.call(
+                    "XADD", self._keys.health_history(), "MAXLEN", "~", _HISTORY_ENTRIES, "*", "report", text
+                )
+                return _stored(report, "redis")
+            except BackendUnavailable:
+                self._counters.add("health.degraded.snapshots")
+        if self._postgres is not None:
+            try:
+                self._postgres.fetch(
+                    "INSERT INTO govredis_health_snapshots (at, report) VALUES (now(), %s::jsonb)"
+                    " ON CONFLICT DO NOTHING",
+                    (text,),
+                )
+                return _stored(report, "postgres")
+            except BackendUnavailable:
+                self._counters.add("health.degraded.snapshots")
+        return report
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _check_redis(self) -> Check:
+        if self._redis is None:
+            return Check("redis", "pass", "disabled", {"enabled": False})
+        breaker = self._redis.breaker
+        data: dict[str, Any] = {"enabled": True, "times_away": breaker.times_opened}
+        try:
+            began = time.perf_counter()
+            info, keys = self._redis.pipeline((("INFO",), ("DBSIZE",)))
+            data["seconds"] = round(time.perf_counter() - began, 6)
+        except BackendUnavailable as error:
+            data["away_for"] = round(breaker.away_for(), 3)
+            return Check("redis", "warn", f"{error}; fallbacks are in use", data)
+        except BackendError as error:
+            return Check("redis", "fail", str(error), data)
+        seen = dict(line.split(":", 1) for line in info.decode(errors="replace").split("\r\n") if ":" in line)
+        data.update({name: _number(seen[name]) for name in _INFO if name in seen})
+        data["keys"] = keys
+        return Check("redis", "pass", "", data)
+
+    def _check_postgres(self) -> Check:
+        if self._postgres is None:
+            return Check("postgres", "pass", "not configured", {"configured": False})
+        breaker = self._postgres.breaker
+        data: dict[str, Any] = {
+            "configured": True,
+            "times_away": breaker.times_opened,
+            "statements": self._postgres.statements,
+        }
+        try:
+            began = time.perf_counter()
+            missing = self._postgres.missing_migrations(timeout=_POSTGRES_DEADLINE)
+            data["seconds"] = round(time.perf_counter() - began, 6)
+        except BackendUnavailable as error:
+            data["away_for"] = round(breaker.away_for(), 3)
+            return Check("postgres", "warn", str(error), data)
+        except (BackendError, ConfigurationError) as error:
+            return Check("postgres", "fail", str(error), data)
+        if missing:
+            data["missing_migrations"] = missing
+            return Check("postgres", "fail", "our tables are not up to date: run `govredis migrate`", data)
+        return Check("postgres", "pass", "", data)
+
+    def _check_counters(self) -> Check:
+        """This process's counts, and hit ratios since the check before: one since the start hides a bad hour."""
+        now = self._counters.read()
+        ratios = {}
+        for name in now:
+            feature, _, event = name.rpartition(".")
+            if event in {"hits", "misses"} and feature not in ratios:
+                hits = now.get(f"{feature}.hits", 0) - self._ratios_from.get(f"{feature}.hits", 0)
+                misses = now.get(f"{feature}.misses", 0) - self._ratios_from.get(f"{feature}.misses", 0)
+                if hits + misses:
+                    ratios[feature] = round(hits / (hits + misses), 4)
+        self._ratios_from = now
+        return Check("counters", "pass", "", {"counts": now, "hit_ratios": ratios})
+
+
+def _stored(report: HealthReport, where: str) -> HealthReport:
+    return HealthReport(report.status, report.checks, report.at, where)
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdigit() else text

@@ -1,0 +1,284 @@
+"""RateLimiter: exact sliding windows on Redis, with a fallback that really limits."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
+
+from .._counters import Counters
+from .._templates import KeyTemplate
+from ..errors import BackendUnavailable, RateLimitExceeded, check_timeout, refuse
+from ..keys import Keys, check_name
+from .local_window import LocalWindow
+from .rates import Limit, Rate, parse_rate
+from .redis_window import RedisWindow
+from .windows import Mode, Outcome, Window
+
+if TYPE_CHECKING:
+    from ..client import RedisClient
+    from ..postgres import Postgres
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MAX_COST = 10_000
+_DEFAULT = "default"
+
+
+@dataclass(slots=True)
+class RateLimitResult:
+    """What a limiter decided. True in a boolean context if allowed. Durations are seconds.
+
+    Attributes:
+        allowed: whether the call was admitted.
+        limit: the Limit that decided: the one violated longest, else the one with the least left.
+        remaining: how much of it was left after this call.
+        retry_after: 0 if allowed; else when the call would be admitted if nobody else came, and not before.
+        reset_after: when `limit` would be full again if nobody came.
+        violated: `limit` if denied, else None.
+        backend: "redis", "postgres", "local" (this process only) or "none" (GOVREDIS_LIMIT_FALLBACK decided).
+        degraded: True if it was not Redis that decided.
+    """
+
+    allowed: bool
+    limit: Limit
+    remaining: int
+    retry_after: float
+    reset_after: float
+    violated: Limit | None
+    backend: str
+    degraded: bool
+
+    def __bool__(self) -> bool:
+        return self.allowed
+
+
+class RateLimiter:
+    """Sliding window limits, exact: never more than N within any window, and none refused while within N.
+
+    Check and record are one step, in one round trip, by the server's clock; several limits are all or none, and a
+    denial costs the identity nothing. The algorithm is the sliding window log.
+
+    When Redis is away, the same window is kept in PostgreSQL if there is one, and enforced there, exactly. With that
+    away too, GOVREDIS_LIMIT_FALLBACK says: "local" (the default) keeps a window in each process, so P processes admit
+    up to P times N; "deny" refuses all; "allow" lets all through. Each store counts for itself: a window that spans a
+    switch admits at most N per store. `result.backend` and `result.degraded` say who decided.
+
+    Every method raises ValueError, before anything is sent, for a bad identity, rate, cost or operation.
+    """
+
+    def __init__(
+        self,
+        keys: Keys,
+        redis: RedisClient | None,
+        postgres: Postgres | None,
+        *,
+        fallback: str,
+        local_entries: int,
+        counters: Counters,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._keys = keys
+        self._counters = counters
+        self._fallback = fallback
+        self._sleep = sleep
+        self._clock = clock
+        self._windows: list[Window] = []
+        if redis is not None:
+            self._windows.append(RedisWindow(redis))
+        if postgres is not None:
+            from .postgres_window import PostgresWindow
+
+            self._windows.append(PostgresWindow(postgres))
+        if fallback == "local":
+            self._windows.append(LocalWindow(local_entries, clock))
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def hit(self, identity: str, rate: Rate, *, operation: str = _DEFAULT, cost: int = 1) -> RateLimitResult:
+        """Admit and record, or refuse and record nothing, in one step.
+
+        Args:
+            identity: whom to limit.
+            rate: "20/hour", "20 per hour", "100/15 minutes", several joined by ";", a Limit or a list of them.
+            operation: what is limited; each has windows of its own.
+            cost: how much of each limit the call takes, 0 < cost <= the smallest limit.
+
+        Returns a RateLimitResult. Raises ValueError; BackendError when a server rejects the call (not when it is
+        away: then the fallback decides).
+        """
+        return self._decide(identity, rate, operation, cost, "hit")
+
+    def peek(self, identity: str, rate: Rate, *, operation: str = _DEFAULT, cost: int = 1) -> RateLimitResult:
+        """What `hit` would decide now; `remaining` is after it. Writes nothing. Same arguments, errors and fallback."""
+        return self._decide(identity, rate, operation, cost, "peek")
+
+    def require(self, identity: str, rate: Rate, *, operation: str = _DEFAULT, cost: int = 1) -> RateLimitResult:
+        """`hit`, raising RateLimitExceeded(result) where it refuses."""
+        result = self._decide(identity, rate, operation, cost, "hit")
+        if not result.allowed:
+            raise RateLimitExceeded(result)
+        return result
+
+    def wait(
+        self, identity: str, rate: Rate, *, timeout: float, operation: str = _DEFAULT, cost: int = 1
+    ) -> RateLimitResult:
+        """`hit`, sleeping until it is admitted, for up to `timeout` seconds.
+
+        Returns the last result: a refusal, at once, where its retry_after lies beyond the timeout. A refused try takes
+        nothing, so others who hit meanwhile may come first: there is no queue.
+        """
+        check_timeout(timeout)
+        deadline = self._clock() + timeout
+        while True:
+            result = self._decide(identity, rate, operation, cost, "hit")
+            if result.allowed or self._clock() + result.retry_after > deadline:
+                return result
+            # Never a busy loop, even where two clocks disagree about the last microsecond.
+            self._sleep(max(result.retry_after, 0.001))
+
+    # -- two steps -----------------------------------------------------------------------------------------------
+
+    def check(self, identity: str, limit: int, window: float, *, operation: str = _DEFAULT) -> RateLimitResult:
+        """Would one more be within `limit` per `window` seconds? Records nothing: call `record` after it.
+
+        Between the two calls others may come, so several callers at the limit are all let through. `hit` is one step
+        and does not leak: prefer it.
+        """
+        return self._decide(identity, Limit(limit, window), operation, 1, "peek")
+
+    def record(self, identity: str, window: float, *, operation: str = _DEFAULT, cost: int = 1) -> None:
+        """Record `cost` entries, whatever the count is. They are kept for at least `window` seconds."""
+        self._decide(identity, Limit(MAX_COST, window), operation, cost, "record")
+
+    def get_count(self, identity: str, window: float, *, operation: str = _DEFAULT) -> int:
+        """How many entries there are within the last `window` seconds, in the store that would decide now."""
+        key = self._keys.rate_limit(operation, identity)
+        window_us = Limit(1, window).window_us
+        return self._first(lambda store: store.count(key, window_us), 0)[0]
+
+    def reset(self, identity: str, *, operation: str = _DEFAULT) -> None:
+        """Forget every entry of the identity, in each store that can be reached.
+
+        Raises BackendUnavailable if one could not: the window there is as it was.
+        """
+        key = self._keys.rate_limit(operation, identity)
+        failed: BackendUnavailable | None = None
+        for store in self._windows:
+            try:
+                store.reset(key)
+            except BackendUnavailable as error:
+                failed = error
+        if failed is not None:
+            raise failed
+
+    # -- decorator -----------------------------------------------------------------------------------------------
+
+    def rate_limited(
+        self,
+        rate: Rate | Callable[..., Rate],
+        *,
+        key: str | Callable[..., str],
+        operation: str = _DEFAULT,
+        on_limit: Literal["raise", "wait"] = "raise",
+        timeout: float = 60.0,
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Limit the calls of a function.
+
+        Args:
+            rate: as in `hit`, or a callable that gets the call's arguments and returns one.
+            key: a template of the function's argument names, "{agent_id}", or a callable that gets its arguments.
+            operation: what is limited.
+            on_limit: "raise" raises RateLimitExceeded; "wait" sleeps up to `timeout` seconds, then raises it.
+            timeout: seconds, for "wait".
+
+        Raises ValueError at decoration for a bad rate, template, operation or on_limit. What each call may raise or
+        promises when Redis is away is as for `hit`.
+        """
+        if on_limit not in {"raise", "wait"}:
+            raise refuse("on_limit", on_limit, '"raise" or "wait"')
+        check_timeout(timeout)
+        check_name(operation, "operation")
+        if not callable(rate):
+            parse_rate(rate)
+
+        def decorate(function: Callable[P, R]) -> Callable[P, R]:
+            identify = key if callable(key) else _filler(KeyTemplate(key, function))
+
+            @functools.wraps(function)
+            def limited(*args: P.args, **kwargs: P.kwargs) -> R:
+                identity = identify(*args, **kwargs)
+                now = rate(*args, **kwargs) if callable(rate) else rate
+                if on_limit == "wait":
+                    result = self.wait(identity, now, operation=operation, timeout=timeout)
+                    if not result.allowed:
+                        raise RateLimitExceeded(result)
+                else:
+                    self.require(identity, now, operation=operation)
+                return function(*args, **kwargs)
+
+            return limited
+
+        return decorate
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _decide(self, identity: str, rate: Rate, operation: str, cost: int, mode: Mode) -> RateLimitResult:
+        limits = parse_rate(rate)
+        key = self._keys.rate_limit(operation, identity)
+        if type(cost) is not int or not 1 <= cost <= MAX_COST:
+            raise refuse("cost", cost, f"a whole number from 1 to {MAX_COST}")
+        for limit in limits:
+            if cost > limit.count:
+                raise refuse("cost", cost, f"at most {limit.count}: more could never be admitted under {limit}")
+        if self._windows:
+            # The path of every healthy call, without a closure and a loop.
+            first = self._windows[0]
+            try:
+                return self._result(first.decide(key, limits, cost, mode), limits, first.backend)
+            except BackendUnavailable:
+                pass
+        outcome, backend = self._first(
+            lambda store: store.decide(key, limits, cost, mode), self._no_store(limits), skip=1
+        )
+        return self._result(outcome, limits, backend)
+
+    def _first(self, ask: Callable[[Window], R], otherwise: R, skip: int = 0) -> tuple[R, str]:
+        """The answer of the first store that can be reached, and its name."""
+        for store in self._windows[skip:]:
+            try:
+                return ask(store), store.backend
+            except BackendUnavailable:
+                continue
+        return otherwise, "none"
+
+    def _no_store(self, limits: Sequence[Limit]) -> Outcome:
+        if self._fallback == "allow":
+            return Outcome(True, 0, limits[0].count, 0, 0)
+        return Outcome(False, 0, 0, 1_000_000, 1_000_000)
+
+    def _result(self, outcome: Outcome, limits: Sequence[Limit], backend: str) -> RateLimitResult:
+        admitted, deciding, remaining, retry_after_us, reset_after_us = outcome
+        limit = limits[deciding]
+        degraded = backend != "redis"
+        self._counters.add("limits.allowed" if admitted else "limits.denied")
+        if degraded:
+            self._counters.add(f"limits.degraded.{backend}")
+        return RateLimitResult(
+            admitted,
+            limit,
+            remaining,
+            retry_after_us / 1_000_000,
+            reset_after_us / 1_000_000,
+            None if admitted else limit,
+            backend,
+            degraded,
+        )
+
+
+def _filler(template: KeyTemplate) -> Callable[..., str]:
+    return lambda *args, **kwargs: template.fill(args, kwargs)

@@ -1,0 +1,80 @@
+"""The window in this process: what is left when no server is."""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from .._fork import renew_in_child
+from .rates import Limit
+from .windows import Mode, Outcome
+
+
+class LocalWindow:
+    """See windows.Window. Counts this process only: N processes admit up to N times as much.
+
+    Bounded: beyond `entries` identities the one used longest ago is forgotten.
+
+    Args:
+        entries: identities kept.
+        clock: seconds, monotonic.
+    """
+
+    backend = "local"
+
+    def __init__(self, entries: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._entries = entries
+        self._clock = clock
+        self.renew_after_fork()
+        renew_in_child(self)
+
+    def renew_after_fork(self) -> None:
+        self._lock = threading.Lock()
+        #: key -> its entries' times in ascending order, and the longest window used; both in microseconds.
+        self._logs: OrderedDict[str, tuple[list[int], int]] = OrderedDict()
+
+    def decide(self, key: str, limits: Sequence[Limit], cost: int, mode: Mode) -> Outcome:
+        with self._lock:
+            now = int(self._clock() * 1_000_000)
+            log, longest = self._logs.get(key, ([], 0))
+            outcome = decide(log, now, limits, cost, mode)
+            if mode != "peek" and outcome.admitted:
+                longest = max(longest, *(limit.window_us for limit in limits))
+                log = log[bisect_right(log, now - longest) :] + [now] * cost
+                self._logs[key] = (log, longest)
+                self._logs.move_to_end(key)
+                if len(self._logs) > self._entries:
+                    self._logs.popitem(last=False)
+                deciding = limits[outcome.deciding]
+                outcome = outcome._replace(reset_after_us=deciding.window_us)
+            return outcome
+
+    def count(self, key: str, window_us: int) -> int:
+        with self._lock:
+            log, _ = self._logs.get(key, ([], 0))
+            return len(log) - bisect_right(log, int(self._clock() * 1_000_000) - window_us)
+
+    def reset(self, key: str) -> None:
+        with self._lock:
+            self._logs.pop(key, None)
+
+
+def decide(log: list[int], now: int, limits: Sequence[Limit], cost: int, mode: Mode) -> Outcome:
+    """The decision of window.lua over a sorted list of entries, before anything is recorded."""
+    admitted, deciding, least, retry_after = True, 0, -1, 0
+    for i, limit in enumerate(limits):
+        first = bisect_right(log, now - limit.window_us)
+        used = len(log) - first
+        remaining = limit.count - used - cost
+        if remaining < 0 and mode != "record":
+            wait = log[first - remaining - 1] + limit.window_us - now
+            if admitted or wait > retry_after:
+                admitted, deciding, least, retry_after = False, i, limit.count - used, wait
+        elif admitted and (least < 0 or remaining < least):
+            deciding, least = i, max(0, remaining)
+    window = limits[deciding].window_us
+    reset_after = log[-1] + window - now if log and log[-1] > now - window else 0
+    return Outcome(admitted, deciding, max(0, least), retry_after, reset_after)

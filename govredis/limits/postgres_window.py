@@ -1,0 +1,40 @@
+"""The window in PostgreSQL: one function call; see schema/0001_limits.sql."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .rates import Limit
+from .windows import Mode, Outcome
+
+if TYPE_CHECKING:
+    from ..postgres import Postgres
+
+
+class PostgresWindow:
+    """See windows.Window. Exact among all processes that use this database."""
+
+    backend = "postgres"
+
+    def __init__(self, postgres: Postgres) -> None:
+        self._postgres = postgres
+
+    def decide(self, key: str, limits: Sequence[Limit], cost: int, mode: Mode) -> Outcome:
+        ((admitted, deciding, remaining, retry_after, reset_after),) = self._postgres.fetch(
+            "SELECT * FROM govredis_limit_decide(%s, %s, %s, %s::bigint[], %s::bigint[])",
+            (key, cost, mode, [limit.count for limit in limits], [limit.window_us for limit in limits]),
+        )
+        return Outcome(admitted, deciding - 1, remaining, retry_after, reset_after)
+
+    def count(self, key: str, window_us: int) -> int:
+        rows = self._postgres.fetch(
+            "SELECT cardinality(entries)"
+            " - width_bucket((extract(epoch FROM clock_timestamp()) * 1000000)::bigint - %s, entries)"
+            " FROM govredis_limit_windows WHERE key = %s AND entries <> '{}'",
+            (window_us, key),
+        )
+        return int(rows[0][0]) if rows else 0
+
+    def reset(self, key: str) -> None:
+        self._postgres.fetch("DELETE FROM govredis_limit_windows WHERE key = %s", (key,))

@@ -1,0 +1,236 @@
+"""The host guard: a file per resource, with flock for who is in and a record for who is alive.
+
+Within one lock folder (normally: one user on one host) it keeps holders apart whatever Redis does. The kernel frees a
+dead holder's flock at once. The record (fencing token, owner, the instant until which its writer vouches for itself)
+is for the living: a Redis grantee that finds the flock taken by somebody whose record has run out (stopped, starved)
+passes it, and then writes a record of its own, marked as a passer's, which everybody honours, the flock's next owner
+included.
+
+Files are never unlinked: a lock on an unlinked inode excludes nobody. A folder holds one of 128 bytes for each resource
+ever locked.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import time
+import zlib
+from typing import NamedTuple
+
+from ..errors import ConfigurationError
+
+_RECORD_BYTES = 128
+
+if hasattr(time, "CLOCK_BOOTTIME"):
+
+    def clock() -> float:
+        """Seconds on a clock that all processes of the host share, that is never set, and runs on in suspend."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+else:
+    clock = time.monotonic
+
+
+def _boot_id() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as f:
+            return f.read().strip()
+    except OSError:
+        return "-"
+
+
+class Record(NamedTuple):
+    """What a lock file says. `deadline` is of `clock` since the boot `boot`."""
+
+    token: int
+    owner: str
+    deadline: float
+    passer: bool
+    boot: str
+
+
+class LockFolder:
+    """Where the lock files are.
+
+    Args:
+        folder: an absolute path, shared by all who shall exclude each other; None: /tmp/govredis-locks-{uid}.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        # Not tempfile.gettempdir(): two processes of one user with different TMPDIR would not exclude each other.
+        self.path = folder if folder is not None else f"/tmp/govredis-locks-{os.geteuid()}"
+        self.boot = ""
+
+    def guard(self, key: str) -> HostGuard:
+        """Open the file of a key. Raises ConfigurationError for a folder that another user controls, or no folder."""
+        if not self.boot:
+            self._prepare()
+        # A hash: keys may hold slashes and be longer than a file name.
+        path = f"{self.path}/{hashlib.sha256(key.encode()).hexdigest()[:40]}"
+        try:
+            return HostGuard(path, self.boot)
+        except FileNotFoundError:  # the folder was removed under us
+            self._prepare()
+            return HostGuard(path, self.boot)
+
+    def _prepare(self) -> None:
+        try:
+            os.makedirs(self.path, mode=0o700, exist_ok=True)
+            found = os.lstat(self.path)
+        except OSError as error:
+            raise ConfigurationError(f"lock folder {self.path!r} cannot be used: {error.strerror}") from error
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise ConfigurationError(
+                f"lock folder {self.path!r} must be a directory that this user owns and nobody else can write to;"
+                " set GOVREDIS_LOCK_FOLDER to another"
+            )
+        self.boot = _boot_id()
+
+
+class HostGuard:
+    """One opening of a resource's lock file. Not inside until `enter` says so; `leave` closes it for good."""
+
+    __slots__ = ("__weakref__", "_boot", "_expired", "_fd", "_flocked", "_owner", "_path", "_record_deadline", "inside")
+
+    def __init__(self, path: str, boot: str) -> None:
+        self._path = path
+        self._boot = boot
+        self._fd = _open(path)
+        self._flocked = False
+        self._owner = ""
+        self._record_deadline = 0.0
+        self._expired: tuple[Record, float] | None = None
+        self.inside = False
+
+    def last_token(self) -> int:
+        """The last fencing token that was let in on this host; 0 for none."""
+        record = self._read()
+        return record.token if record is not None else 0
+
+    def enter(self, token: int, owner: str, deadline: float, *, may_pass: bool) -> bool:
+        """Go in if nobody else is. Never waits, but for 20 ms where it passes.
+
+        Args:
+            token, owner, deadline: of the record to write; `deadline` is of `clock`.
+            may_pass: go in past somebody whose record has run out. Only for whom Redis has granted the lock.
+        """
+        if self._try_flock():
+            record = self._read()
+            if record is not None and record.passer and record.owner != owner and self._is_fresh(record):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+                self._flocked = False
+                return False
+            self._write(Record(token, owner, deadline, False, self._boot))
+        elif not may_pass or not self._pass(Record(token, owner, deadline, True, self._boot)):
+            return False
+        self._owner = owner
+        self.inside = True
+        return True
+
+    def _pass(self, mine: Record) -> bool:
+        """Pass whoever has the flock, if the same record of theirs has been out of date for a tenth of a second.
+
+        Not at first sight: who has just taken the flock has not written yet. Two who pass at once (data loss in Redis
+        can grant two) are told apart as in Fischer's algorithm (Lamport, "A Fast Mutual Exclusion Algorithm", 1987):
+        the last to write stays.
+        """
+        record = self._read()
+        if record is None or self._is_fresh(record):
+            self._expired = None
+            return False
+        now = clock()
+        if self._expired is None or self._expired[0] != record:
+            self._expired = (record, now)
+            return False
+        if now - self._expired[1] < 0.1:
+            return False
+        self._write(mine)
+        time.sleep(0.02)
+        return self._read() == mine
+
+    def refresh(self, token: int, deadline: float) -> bool:
+        """Vouch for this process until `deadline`. False, and nothing is written, once that would come too late."""
+        if clock() >= self._record_deadline:
+            return False
+        record = self._read()
+        if record is None or record.owner != self._owner:
+            return False
+        self._write(Record(token, self._owner, deadline, not self._flocked, self._boot))
+        return True
+
+    def leave(self) -> None:
+        """Go out and close. Harmless a second time."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        try:
+            if self.inside and not self._flocked:
+                record = _parse(os.pread(fd, _RECORD_BYTES, 0))
+                if record is not None and record.owner == self._owner:
+                    os.pwrite(fd, _format(record._replace(deadline=0.0)), 0)
+            elif self._flocked:
+                # Not by closing alone: a child forked outside of Python's sight may hold the descriptor too.
+                fcntl.flock(fd, fcntl.LOCK_UN)
+        finally:
+            self.inside = self._flocked = False
+            os.close(fd)
+
+    def close_in_child(self) -> None:
+        # Close, never unlock: unlocking a shared description would let others in past the parent.
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self.inside = self._flocked = False
+
+    def _try_flock(self) -> bool:
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    return False
+                raise
+            if os.fstat(self._fd).st_nlink:
+                self._flocked = True
+                return True
+            # Somebody's clean-up of the folder removed the file: others lock the new one.
+            os.close(self._fd)
+            self._fd = _open(self._path)
+
+    def _is_fresh(self, record: Record) -> bool:
+        return record.boot == self._boot and clock() < record.deadline
+
+    def _read(self) -> Record | None:
+        return _parse(os.pread(self._fd, _RECORD_BYTES, 0))
+
+    def _write(self, record: Record) -> None:
+        os.pwrite(self._fd, _format(record), 0)
+        self._record_deadline = record.deadline
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            os.close(self._fd)
+
+
+def _open(path: str) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def _format(record: Record) -> bytes:
+    text = f"{record.token} {record.owner} {record.deadline:.6f} {int(record.passer)} {record.boot}".encode()
+    return b"%s %08x" % (text, zlib.crc32(text)) + b" " * (_RECORD_BYTES - len(text) - 10) + b"\n"
+
+
+def _parse(raw: bytes) -> Record | None:
+    """The record, or None for an empty or half-written one."""
+    text, _, crc = raw.rstrip().rpartition(b" ")
+    try:
+        if zlib.crc32(text) != int(crc, 16):
+            return None
+        token, owner, deadline, passer, boot = text.decode().split(" ")
+        return Record(int(token), owner, float(deadline), passer == "1", boot)
+    except ValueError:
+        return None

@@ -1,0 +1,246 @@
+"""HeldLock: the handle of a lock that is held, and its lease."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+from ..errors import BackendUnavailable, LockLost, check_ttl
+from .guard import HostGuard, clock
+from .renewal import renewer
+
+if TYPE_CHECKING:
+    from .lock import DistributedLock
+
+log = logging.getLogger("govredis")
+
+
+class Lease:
+    """What is held: shared by the handle and the renewal thread, so that a forgotten handle can be collected.
+
+    Args:
+        arbiter: sends the extensions and the release.
+        key, owner, token: of the lock.
+        ttl: seconds.
+        deadline: of `clock`, from when the grant was *sent*.
+        guard: entered.
+        degraded: True if Redis was away: the guard alone holds it.
+        renew: False: it ends at its deadline.
+        max_hold: seconds after which it is renewed no more.
+    """
+
+    def __init__(
+        self,
+        arbiter: DistributedLock,
+        key: str,
+        owner: str,
+        token: int,
+        ttl: float,
+        deadline: float,
+        guard: HostGuard,
+        degraded: bool,
+        renew: bool,
+        max_hold: float | None,
+    ) -> None:
+        self._arbiter = arbiter
+        self.key = key
+        self.owner = owner
+        self.token = token
+        self.ttl = ttl
+        self.deadline = deadline
+        self.guard = guard
+        self.degraded = degraded
+        self.lost: str | None = None
+        self.over = False
+        self.callbacks: list[Callable[[], object]] = []
+        self._renew_until = (clock() + max_hold if max_hold is not None else float("inf")) if renew else 0.0
+        self._mutex = threading.RLock()
+        self._abandoned = False
+        self.due = deadline - (ttl * 2 / 3 if renew else 0)
+
+    def start(self) -> None:
+        renewer.add(self)
+
+    def belongs_to_parent(self) -> None:
+        """This is a forked child: the lock stays with the process that acquired it."""
+        self._mutex = threading.RLock()
+        self.over = True
+        self.lost = "it belongs to the parent process"
+        self.guard.close_in_child()
+
+    def tick(self) -> None:
+        """Renew, if it is still to be renewed; declare the loss when its time has come."""
+        with self._mutex:
+            if self._abandoned:
+                self.over = True
+                self.guard.leave()
+            if self.over:
+                renewer.discard(self)
+                return
+            was_lost = self.lost is not None
+            now = clock()
+            renewing = now < self._renew_until
+            if not was_lost and now >= self.deadline:
+                self._lose("its lease ran out before it could be renewed")
+            if self.lost is None:
+                extended = renewing and self._extend(self.ttl)
+                again = self.ttl / (3 if extended else 10)
+                self.due = min(now + again, self.deadline) if renewing else self.deadline
+            if self.lost is not None:
+                # Lost in Redis, but this process is still inside: on this host nobody else shall be.
+                if renewing and self.guard.refresh(self.token, now + self.ttl):
+                    self.due = now + self.ttl / 3
+                else:
+                    renewer.discard(self)
+            callbacks = self.callbacks if self.lost is not None and not was_lost else []
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception:
+                log.exception("on_lost callback of %s failed", self.key)
+
+    def _lose(self, why: str) -> None:
+        self.lost = why
+        self._arbiter.counters.add("locks.lost")
+        log.warning("lock %s was lost: %s", self.key, why)
+
+    def _extend(self, ttl: float) -> bool:
+        """Lengthen the lease to `ttl` from now. False if Redis was away (the lease stands) or the lock is lost."""
+        sent = clock()
+        # The record vouches for this process, whatever Redis says.
+        self.guard.refresh(self.token, sent + ttl)
+        if not self.degraded:
+            try:
+                if not self._arbiter.send_extend(self.key, self.owner, self.token, ttl):
+                    self._lose("somebody else holds it, or has held it")
+                    return False
+            except BackendUnavailable:
+                self._arbiter.counters.add("locks.renewals_missed")
+                return False
+        self.deadline = sent + ttl
+        return True
+
+    def extend(self, ttl: float) -> None:
+        with self._mutex:
+            if self.lost is None and clock() >= self.deadline:
+                self._lose("its lease ran out")
+            if self.lost is not None:
+                raise LockLost(f"lock {self.key} was lost: {self.lost}")
+            if self.over:
+                raise LockLost(f"lock {self.key} was released")
+            if not self._extend(ttl):
+                if self.lost is not None:
+                    raise LockLost(f"lock {self.key} was lost: {self.lost}")
+                raise BackendUnavailable(f"Redis is away: lock {self.key} keeps the lease that it has")
+            self.due = self.deadline - (ttl * 2 / 3 if clock() < self._renew_until else 0)
+        renewer.add(self)
+
+    def end(self) -> bool:
+        with self._mutex:
+            if self.over:
+                return False
+            self.over = True
+            renewer.discard(self)
+            held = self.lost is None and clock() < self.deadline
+            # The guard first: while anybody on this host could get in through Redis, it has been left already.
+            self.guard.leave()
+            if self.degraded:
+                return held
+            return self._arbiter.send_release(self.key, self.owner) and held
+
+    def abandon(self) -> None:
+        """Stop renewing, without a word to Redis: the lease runs out by itself.
+
+        Called by a destructor, in any thread, at any point: takes no lock, and leaves the rest to the renewal thread.
+        """
+        self._abandoned = True
+
+
+class HeldLock:
+    """A lock that is held: use it with `with`, or call `release`.
+
+    It belongs to whoever has the handle, not to a thread. Unless acquired with renew=False, one thread per process
+    renews it at a third of its ttl. Its lease counts from when each grant or renewal was *sent*: at its end the lock is
+    lost, and said to be so, never later than Redis forgets it.
+
+    No lease can promise that the holder is still running when it ends: a stopped process wakes up and goes on writing.
+    Where that matters the resource must check `token` and refuse one lower than the highest it has seen.
+
+    Attributes:
+        name: as acquired.
+        token: the fencing token: rises with every grant, over expiry, loss of data and degraded grants on this host.
+        degraded: True if Redis was away when it was granted: exclusive on this host (this lock folder) only.
+    """
+
+    __slots__ = ("__weakref__", "_lease", "degraded", "name", "token")
+
+    def __init__(self, name: str, lease: Lease) -> None:
+        self._lease = lease
+        self.name = name
+        self.token = lease.token
+        self.degraded = lease.degraded
+
+    def remaining(self) -> float:
+        """Seconds until the lease ends if it is not renewed; 0 if it has, was lost or released. Asks nobody."""
+        lease = self._lease
+        if lease.over or lease.lost is not None:
+            return 0.0
+        return max(0.0, lease.deadline - clock())
+
+    def raise_if_lost(self) -> None:
+        """Raise LockLost if the lease has ended while held. Asks nobody: cheap enough for every step of a loop."""
+        lease = self._lease
+        if lease.lost is not None or (not lease.over and clock() >= lease.deadline):
+            raise LockLost(f"lock {self.name!r} was lost: {lease.lost or 'its lease ran out'}")
+
+    def extend(self, ttl: float | None = None) -> None:
+        """Make the lease end `ttl` seconds from now (None: its own ttl), once.
+
+        Raises LockLost if it is not held any more; BackendUnavailable when Redis is away: the lease stays as it was.
+        """
+        self._lease.extend(self._lease.ttl if ttl is None else check_ttl(ttl))
+
+    def release(self) -> bool:
+        """Let go. True if the lock was held until now, False if it was lost or released before. Never raises for Redis
+        being away: the release is then carried out when it is back, and the lease ends anyway.
+        """
+        return self._lease.end()
+
+    def on_lost(self, callback: Callable[[], object]) -> None:
+        """Have `callback()` called, in the renewal thread, when the lock is lost. At once if it is lost already."""
+        lease = self._lease
+        with lease._mutex:
+            if lease.lost is None:
+                lease.callbacks.append(callback)
+                return
+        callback()
+
+    def __enter__(self) -> HeldLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        """Release. Raises LockLost if the lock was lost and the body succeeded; never hides the body's own error."""
+        lease = self._lease
+        was_over = lease.over
+        held = self.release()
+        if not held and not was_over and error is None:
+            raise LockLost(f"lock {self.name!r} was lost: {lease.lost or 'its lease ran out'}")
+        return False
+
+    def __del__(self) -> None:
+        lease = getattr(self, "_lease", None)
+        if lease is not None and not lease.over:
+            lease.abandon()
+            warnings.warn(
+                f"lock {self.name!r} was collected while held; it ends with its lease", ResourceWarning, stacklevel=2
+            )
+
+    def __repr__(self) -> str:
+        state = "over" if self._lease.over else f"{self.remaining():.1f} s left"
+        return f"<HeldLock {self.name!r} token={self.token} {state}{' degraded' if self.degraded else ''}>"

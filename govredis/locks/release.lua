@@ -1,0 +1,14 @@
+-- Release a lock, if it is still the caller's.
+--
+-- KEYS[1]  lock:{resource}
+-- KEYS[2]  its sibling "fence"
+-- ARGV[1]  owner token of the caller
+-- ARGV[2]  how long the fence is kept, in milliseconds
+--
+-- Reply: 1 if released, 0 if it was not the caller's (any more). The fence is raised, so that an extension of this
+-- holder's that is still on its way finds that its lock is over.
+
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+local fence = tonumber(redis.call('GET', KEYS[2])) or 0
+if fence > 0 then redis.call('SET', KEYS[2], string.format('%d', fence + 1), 'PX', ARGV[2]) end
+return redis.call('DEL', KEYS[1])

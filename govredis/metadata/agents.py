@@ -1,0 +1,127 @@
+"""AgentStore: the agents' records in PostgreSQL, with the cache invalidated after each commit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from ..errors import BackendUnavailable, refuse
+from ..keys import check_id
+from .cache import MetadataCache
+from .values import encode
+
+if TYPE_CHECKING:
+    from ..postgres import Postgres, Row
+
+__all__ = ["AgentRecord", "AgentStore"]
+
+_COLUMNS = "agent_id, metadata, status, version"
+
+
+class AgentRecord(TypedDict):
+    """An agent. `version` rises with every write, over deletion and re-creation too."""
+
+    agent_id: str
+    metadata: dict[str, Any]
+    status: str  # "active" or "archived"
+    version: int
+
+
+class AgentStore:
+    """Agents in the table `govredis_agents`: PostgreSQL is the record, nothing here reads from the cache.
+
+    For cached reads give its readers to the cache: `gov.metadata.get_or_load(id, gov.agents.get)` and
+    `gov.metadata.get_many(ids, gov.agents.get_many)`.
+
+    Each write is one transaction; after its commit, and never after a rollback, the agent's cached value is
+    invalidated. While Redis is away the write succeeds all the same: its invalidation is carried out, by this process,
+    when Redis is back and before this process reads from it again; it is lost if the process ends before, and another
+    process that can reach Redis may serve the old value meanwhile: at most until the value's TTL.
+
+    Every method raises BackendUnavailable when PostgreSQL is away (a write may then have been applied),
+    ConfigurationError when `govredis migrate` has not been run, and ValueError for a bad id or metadata before anything
+    is sent.
+    """
+
+    def __init__(self, postgres: Postgres, cache: MetadataCache) -> None:
+        self._postgres = postgres
+        self._cache = cache
+
+    def create(self, agent_id: str, metadata: Mapping[str, Any] | None = None) -> AgentRecord:
+        """Make an active agent. Returns its record. Raises ValueError if there is one of that id."""
+        check_id(agent_id, "agent_id")
+        record = self._write(
+            agent_id,
+            f"INSERT INTO govredis_agents (agent_id, metadata) VALUES (%s, %s)"
+            f" ON CONFLICT DO NOTHING RETURNING {_COLUMNS}",
+            (agent_id, _json(metadata or {})),
+        )
+        if record is None:
+            raise ValueError(f"agent {agent_id!r} exists already; update_metadata changes it")
+        return record
+
+    def get(self, agent_id: str) -> AgentRecord | None:
+        """The agent's record, archived ones included; None if there is none."""
+        return self.get_many([agent_id]).get(agent_id)
+
+    def get_many(self, agent_ids: Iterable[str]) -> dict[str, AgentRecord]:
+        """The records of those that exist, by id, in one statement."""
+        ids = [check_id(agent_id, "agent_id") for agent_id in agent_ids]
+        rows = self._postgres.fetch(f"SELECT {_COLUMNS} FROM govredis_agents WHERE agent_id = ANY(%s)", (ids,))
+        return {row[0]: _record(row) for row in rows}
+
+    def update_metadata(self, agent_id: str, /, **fields: Any) -> AgentRecord | None:
+        """Set fields of the agent's metadata; the others stay. Returns the new record, or None if no such agent."""
+        check_id(agent_id, "agent_id")
+        return self._write(
+            agent_id,
+            f"UPDATE govredis_agents SET metadata = metadata || %s::jsonb WHERE agent_id = %s RETURNING {_COLUMNS}",
+            (_json(fields), agent_id),
+        )
+
+    def archive(self, agent_id: str) -> AgentRecord | None:
+        """Mark the agent archived. Returns the new record; None if there is no such agent."""
+        check_id(agent_id, "agent_id")
+        return self._write(
+            agent_id,
+            f"UPDATE govredis_agents SET status = 'archived' WHERE agent_id = %s RETURNING {_COLUMNS}",
+            (agent_id,),
+        )
+
+    def delete(self, agent_id: str) -> bool:
+        """Delete the agent. True if there was one."""
+        check_id(agent_id, "agent_id")
+        return (
+            self._write(agent_id, f"DELETE FROM govredis_agents WHERE agent_id = %s RETURNING {_COLUMNS}", (agent_id,))
+            is not None
+        )
+
+    def _write(self, agent_id: str, sql: str, params: tuple[Any, ...]) -> AgentRecord | None:
+        try:
+            # One statement outside of a transaction block: when it has answered, it is committed.
+            rows = self._postgres.fetch(sql, params)
+        except BackendUnavailable:
+            # It may have been committed: an invalidation too many is harmless, one too few is not.
+            self._cache.invalidate_or_owe(agent_id)
+            raise
+        if not rows:
+            return None
+        record = _record(rows[0])
+        self._cache.invalidate_or_owe(agent_id, version=record["version"])
+        return record
+
+
+def _record(row: Row) -> AgentRecord:
+    agent_id, metadata, status, version = row
+    return {"agent_id": agent_id, "metadata": metadata, "status": status, "version": version}
+
+
+def _json(metadata: Mapping[str, Any]) -> Any:
+    from ..postgres import Json
+
+    if not isinstance(metadata, Mapping) or not all(isinstance(name, str) for name in metadata):
+        raise refuse("metadata", metadata, "a mapping with str keys")
+    metadata = dict(metadata)
+    if "\\u0000" in encode(metadata):
+        raise ValueError("metadata has a NUL character, which PostgreSQL cannot store")
+    return Json(metadata)

@@ -1,0 +1,18 @@
+-- Store a value: under a lease, or, without one (a public set), unless a tombstone stands.
+--
+-- KEYS[1]  the value
+-- KEYS[2]  its sibling "lease"
+-- KEYS[3]  its sibling "tombstone"
+-- ARGV[1]  the value to store
+-- ARGV[2]  its ttl in milliseconds
+-- ARGV[3]  the lease taken before it was loaded, or "" for none
+--
+-- Reply: 1 if stored, 0 if refused: an invalidation (or the loss of the lease) came between.
+
+if ARGV[3] ~= '' then
+  if redis.call('GET', KEYS[2]) ~= ARGV[3] then return 0 end
+elseif redis.call('EXISTS', KEYS[3]) == 1 then
+  return 0
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1

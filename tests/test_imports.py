@@ -1,0 +1,88 @@
+"""The shape of the package: imports run downward, features do not import each other, importing loads no extra."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import govredis
+
+PACKAGE = Path(govredis.__file__).parent
+
+# Each room may import from the rooms of lines above its own.
+LEVELS = [
+    {"_version", "errors"},
+    {"config", "keys", "_fork", "_templates"},
+    {"_counters", "_pool", "breaker"},
+    {"client", "postgres"},
+    {"sessions", "locks", "limits", "metadata", "events"},
+    {"health"},
+    {"api"},
+    {"contrib", "testing", "demo", "cli", "__init__"},
+]
+LEVEL = {room: n for n, rooms in enumerate(LEVELS) for room in rooms}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The rooms of govredis that a file imports from, its own excepted."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = ["govredis", *parts][: -node.level]
+            target = [*base, *(node.module or "").split(".")] if node.module else [*base, node.names[0].name]
+            if target[0] == "govredis" and len(target) > 1:
+                found.add(target[1])
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("govredis"):
+            found.add((node.module or "").split(".")[1] if "." in (node.module or "") else "__init__")
+    return found - {parts[0]}
+
+
+def test_every_room_has_a_level() -> None:
+    rooms = {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if p.suffix in {".py", ""}}
+    assert rooms - {"__pycache__", "schema"} <= set(LEVEL)
+
+
+def test_imports_run_downward() -> None:
+    upward = []
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        upward += [
+            f"{path.relative_to(PACKAGE)} imports {other}"
+            for other in imports_of(path)
+            if LEVEL[other] >= LEVEL[room] and not (room in LEVELS[2] and other in LEVELS[2])
+        ]
+    assert not [line for line in upward if "demo" not in line and "cli" not in line and "__init__" not in line]
+
+
+def test_only_client_imports_redis_and_only_postgres_imports_psycopg2() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0]
+        if room in {"testing", "demo"}:
+            continue
+        names = {
+            name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            for name in (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else []
+            )
+        }
+        assert "redis" not in names or path.name == "client.py", path
+        assert "psycopg2" not in names or path.name == "postgres.py", path
+
+
+def test_importing_loads_no_extra() -> None:
+    code = "import govredis, sys; print([m for m in ('psycopg2', 'celery', 'flask', 'click', 'rich') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_every_public_name_exists_and_has_a_docstring() -> None:
+    for name in govredis.__all__:
+        thing = getattr(govredis, name)
+        assert name == "__version__" or thing.__doc__, name
