@@ -1,0 +1,205 @@
+"""The operations, their contestants, and the table."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis as redis_py
+from rich.console import Console
+from rich.table import Table
+
+from govredis import Config, GovRedis
+from govredis.testing.servers import RedisServer
+
+Call = Callable[[], object]
+Contest = tuple[str, int, dict[str, Call]]
+
+RAW = "raw socket, same bytes"
+OURS = "govredis"
+
+
+class Raw:
+    """A socket that sends what it is given and reads one reply, without parsing it: the floor."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._socket = socket.create_connection((parts.hostname, parts.port))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._buffer = bytearray(65536)
+
+    def exchange(self, packed: bytes) -> None:
+        self._socket.sendall(packed)
+        if self._buffer[: self._socket.recv_into(self._buffer)].startswith(b"-"):
+            raise RuntimeError(bytes(self._buffer[:100]))
+
+    def replay(self, commands: Iterator[bytes]) -> Call:
+        return lambda: self.exchange(next(commands))
+
+
+def sent_by(gov: GovRedis, call: Call, replies: list[Any]) -> list[bytes]:
+    """The very bytes that `call` sends, one for each reply that it is given in place of the server's."""
+    client: Any = gov._redis
+    sent: list[bytes] = []
+    pending = iter(replies)
+
+    def record(packed: bytes, _: int = 0) -> Any:
+        sent.append(packed)
+        return next(pending)
+
+    client._round_trip = record
+    try:
+        call()
+    finally:
+        del client._round_trip
+    return sent
+
+
+def contests(gov: GovRedis, url: str, calls: int) -> Iterator[Contest]:
+    """Each operation: its name, its round trips, and who does it how."""
+    raw = Raw(url)
+    plain = redis_py.Redis.from_url(url)
+
+    # -- limits ------------------------------------------------------------------------------------------------------
+    import limits
+    import throttled
+
+    rate = "1000000/hour"
+    hit = lambda: gov.limits.hit("bench", rate, operation="op")  # noqa: E731
+    hit()
+    hits = [sent_by(gov, hit, [[1, 1, 1, 0, 0]])[0] for _ in range(calls)]
+    ours: Any = gov.limits._windows[0]
+    script, source = ours._script.sha, ours._script.source
+    plain.script_load(source)
+    members = itertools.count()
+    moving = limits.strategies.MovingWindowRateLimiter(limits.storage.storage_from_string(url))
+    moving_rate = limits.parse("1000000/hour")
+    log = throttled.Throttled(
+        using="sliding_window",
+        quota=throttled.per_hour(1_000_000),
+        store=throttled.RedisStore(server=url),
+    )
+    yield (
+        "limits.hit",
+        1,
+        {
+            RAW: raw.replay(iter(hits)),
+            OURS: hit,
+            "redis-py, the same script": lambda: plain.evalsha(
+                script, 2, "rate_limit:r:b", "{rate_limit:r:b}:window",
+                "hit", 1, f"m{next(members)}", "", 1_000_000, 3_600_000_000,
+            ),
+            "limits (moving window)": lambda: moving.hit(moving_rate, "bench"),
+            "throttled-py (sliding window)": lambda: log.limit("bench"),
+        },
+    )  # fmt: skip
+
+    # -- sessions ----------------------------------------------------------------------------------------------------
+    gov.sessions.bind("bench", "agent-1")
+    stored = plain.get("session:bench")
+    get_session = lambda: gov.sessions.get("bench")  # noqa: E731
+    (session_bytes,) = sent_by(gov, get_session, [[stored, 3_000_000]])
+    pipe = plain.pipeline(transaction=False)
+
+    def redis_py_session() -> object:
+        value, ttl = pipe.get("session:bench").pttl("session:bench").execute()
+        return json.loads(value), ttl
+
+    yield (
+        "sessions.get",
+        1,
+        {RAW: raw.replay(itertools.repeat(session_bytes)), OURS: get_session, "redis-py, GET + PTTL": redis_py_session},
+    )
+
+    # -- metadata ----------------------------------------------------------------------------------------------------
+    gov.metadata.set("bench", {"team": "search", "tags": ["a", "b"], "n": 1})
+    get_metadata = lambda: gov.metadata.get("bench")  # noqa: E731
+    (get_bytes,) = sent_by(gov, get_metadata, [plain.get("agent_meta:bench")])
+    yield (
+        "metadata.get",
+        1,
+        {
+            RAW: raw.replay(itertools.repeat(get_bytes)),
+            OURS: get_metadata,
+            "redis-py, GET": lambda: json.loads(plain.get("agent_meta:bench")),  # type: ignore[arg-type]
+        },
+    )
+
+    # -- locks -------------------------------------------------------------------------------------------------------
+    import redis_lock
+
+    def cycle() -> None:
+        gov.locks.acquire("bench").release()
+
+    cycle()
+    cycles = itertools.chain.from_iterable(sent_by(gov, cycle, [[1, 1], 1]) for _ in range(calls))
+    raw_cycles = list(cycles)
+    pairs = iter(raw_cycles)
+
+    def raw_cycle() -> None:
+        raw.exchange(next(pairs))
+        raw.exchange(next(pairs))
+
+    def redis_py_cycle() -> None:
+        lock = plain.lock("redis-py-lock", timeout=30)
+        lock.acquire()
+        lock.release()
+
+    def python_redis_lock_cycle() -> None:
+        lock = redis_lock.Lock(plain, "python-redis-lock", expire=30)
+        lock.acquire()
+        lock.release()
+
+    yield (
+        "locks.acquire + release",
+        2,
+        {RAW: raw_cycle, OURS: cycle, "redis-py Lock": redis_py_cycle, "python-redis-lock": python_redis_lock_cycle},
+    )
+
+
+def measure(contestants: dict[str, Call], calls: int, turn: int = 50) -> dict[str, float]:
+    """Median microseconds of a call, by contestant; they take turns of `turn` calls."""
+    times: dict[str, list[int]] = {name: [] for name in contestants}
+    now = time.perf_counter_ns
+    for _ in range(calls // turn):
+        for name, call in contestants.items():
+            mine = times[name]
+            for _ in range(turn):
+                began = now()
+                call()
+                mine.append(now() - began)
+    return {name: statistics.median(t) / 1000 for name, t in times.items()}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    options.add_argument("--calls", type=int, default=5000, help="of each contestant (default 5000)")
+    calls = options.parse_args().calls
+    with tempfile.TemporaryDirectory() as folder, RedisServer() as server:
+        gov = GovRedis(Config(redis_url=server.url, lock_folder=folder))
+        table = Table(title="One thread, loopback TCP; median microseconds a call, all in turns within one run")
+        for column in ("operation", "by", "median", "over raw", "over raw per round trip"):
+            table.add_column(column, justify="left" if column in {"operation", "by"} else "right")
+        for operation, trips, contestants in contests(gov, server.url, calls):
+            medians = measure(contestants, calls)
+            floor = medians[RAW]
+            for name, median in medians.items():
+                over = median - floor
+                table.add_row(
+                    operation if name == RAW else "",
+                    name,
+                    f"{median:.1f}",
+                    "" if name == RAW else f"+{over:.1f}",
+                    "" if name == RAW else f"+{over / trips:.1f}",
+                )
+            table.add_section()
+        gov.close()
+        Console().print(table)

@@ -1,0 +1,54 @@
+"""What the README shows is run: every Python block, in order, each `# -> value` compared."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from govredis import Config, configure
+from govredis.testing.servers import PostgresServer, RedisServer
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def run(code: str, names: dict[str, Any]) -> int:
+    """Run a block; an expression whose line ends in `# -> value` must have that repr. Returns how many had one."""
+    expected = {
+        n: line.partition("# -> ")[2].strip() for n, line in enumerate(code.splitlines(), 1) if "# -> " in line
+    }
+    seen: dict[int, str] = {}
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and node.end_lineno in expected:
+            note = ast.parse(f"_note({node.end_lineno}, 0)", mode="eval").body
+            assert isinstance(note, ast.Call)
+            note.args[1] = node.value
+            node.value = ast.copy_location(note, node)
+    names["_note"] = lambda line, value: seen.__setitem__(line, repr(value))
+    exec(compile(ast.fix_missing_locations(tree), "README.md", "exec"), names)
+    assert seen == expected
+    return len(seen)
+
+
+def test_the_examples_do_what_they_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, redis_server: RedisServer, postgres_server: PostgresServer
+) -> None:
+    monkeypatch.setenv("REDIS_URL", redis_server.url)
+    monkeypatch.setenv("GOVREDIS_DATABASE_URL", postgres_server.url)
+    monkeypatch.setenv("GOVREDIS_LOCK_FOLDER", str(tmp_path / "locks"))
+    configure(None)
+    names: dict[str, Any] = {}
+    compared = sum(run(block, names) for block in BLOCKS)
+    names["gov"].close()
+    assert compared == README.read_text().count("# -> ") > 10
+
+
+def test_every_setting_is_in_the_readme() -> None:
+    text = README.read_text()
+    variables = [f.metadata["variable"] for f in Config.__dataclass_fields__.values()]
+    assert [variable for variable in variables if variable not in text] == []
