@@ -53,8 +53,9 @@ def health() -> None:
 
 
 @main.command()
-def demo() -> None:
+@click.option("--seconds", type=click.FloatRange(10, 600), default=24, show_default=True, help="Of traffic.")
+def demo(seconds: float) -> None:
     """Start a real Redis and a real PostgreSQL, drive them, take Redis away, and say what held."""
     from .demo import run
 
-    sys.exit(run())
+    sys.exit(run(seconds))

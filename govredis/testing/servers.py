@@ -13,6 +13,7 @@ belongs to the process that made it: a forked child can use it, by its url, but 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import filecmp
 import functools
 import json
@@ -733,9 +734,28 @@ class PostgresServer(Server):
         self._give(folder)
         return folder
 
+    def kill(self) -> None:
+        super().kill()
+        self._clear_lock()
+
+    def close(self) -> None:
+        if not self.running:
+            self._clear_lock()
+        super().close()
+
+    def _clear_lock(self) -> None:
+        """Remove what a killed PostgreSQL leaves: its lock file and the shared memory named in its line 7."""
+        lock = self._data / "postmaster.pid"
+        if os.getpid() == self._keeper.owner and lock.exists():
+            lines = lock.read_text().split("\n")
+            if lines[0] == str(self._pid):  # else somebody else's, who may live
+                if len(lines) > 6 and (ids := lines[6].split()):
+                    ctypes.CDLL(None).shmctl(int(ids[1]), 0, None)  # 0 is IPC_RMID
+                lock.unlink()
+
     def snapshot_data(self) -> None:
         super().snapshot_data()
-        (self._old / "postmaster.pid").unlink(missing_ok=True)  # by the time of a restart that may be anybody's pid
+        (self._old / "postmaster.pid").unlink(missing_ok=True)  # by the time of a restart it may be anybody's
 
     def _give(self, path: Path) -> None:
         if self._user:

