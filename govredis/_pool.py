@@ -17,21 +17,28 @@ C = TypeVar("C")
 _SLICE = 0.05
 
 
+class _Place:
+    """A connection that is being made; it counts for as long as the frame that makes it."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Pool(Generic[C]):
     """Bounded, and self-healing where an exception strikes at any bytecode (a signal, Celery's soft time limit).
 
     A connection is either idle in the deque or owned by one frame. There are no slots to give back: the bound counts
     live connections by weak reference, so one whose frame was blown away between two lines is closed by its own
-    destructor and frees its place.
+    destructor and frees its place. Waiters leave a bell each, a lock that whoever frees a place releases: unlike a
+    Condition's lock, one lost to an exception stops nobody.
 
     Args:
-        connect: makes a connection; its errors reach the caller of `take`.
+        connect: makes a connection by a deadline (time.monotonic); its errors reach the caller of `take`.
         disconnect: closes one, never raising.
         bound: how many may live at once.
         name: the server's, for the error.
     """
 
-    def __init__(self, connect: Callable[[], C], disconnect: Callable[[C], None], bound: int, name: str) -> None:
+    def __init__(self, connect: Callable[[float], C], disconnect: Callable[[C], None], bound: int, name: str) -> None:
         self._connect = connect
         self._disconnect = disconnect
         self._bound = bound
@@ -42,11 +49,12 @@ class Pool(Generic[C]):
         """Forget everything without closing it: for a forked child, which closes what it inherited its own way."""
         self.idle: deque[C] = deque()
         self.live: WeakSet[C] = WeakSet()
-        self._freed = threading.Condition(threading.Lock())
-        self._waiters = 0
+        self._opening: WeakSet[_Place] = WeakSet()
+        self._counting = threading.Lock()
+        self._bells: deque[threading.Lock] = deque()
 
     def take(self, wait: float) -> C:
-        """An idle connection, or a new one, waiting up to `wait` seconds for a place.
+        """An idle connection, or a new one: `wait` seconds for a place and for connecting.
 
         Raises BackendUnavailable when the pool stays full.
         """
@@ -54,53 +62,74 @@ class Pool(Generic[C]):
             return self.idle.pop()
         except IndexError:
             pass
-        if len(self.live) >= self._bound:
-            return self._wait_for_one(wait)
-        return self._new()
+        deadline = time.monotonic() + wait
+        place = self._claim()
+        return self._wait_for_one(deadline) if place is None else self._new(place, deadline)
 
-    def _new(self) -> C:
-        connection = self._connect()
-        self.live.add(connection)
+    def _claim(self) -> _Place | None:
+        with self._counting:
+            # Not len(), which counts those whose removal an exception cut short.
+            if sum(1 for _ in self.live) + sum(1 for _ in self._opening) >= self._bound:
+                return None
+            place = _Place()
+            self._opening.add(place)
+            return place
+
+    def _new(self, place: _Place, deadline: float) -> C:
+        try:
+            connection = self._connect(deadline)
+            with self._counting:
+                self.live.add(connection)
+        finally:
+            with self._counting:
+                self._opening.discard(place)  # by hand: the traceback of an error would keep it alive
         return connection
 
-    def _wait_for_one(self, wait: float) -> C:
-        deadline = time.monotonic() + wait
-        with self._freed:
-            self._waiters += 1
+    def _wait_for_one(self, deadline: float) -> C:
+        place = None
+        while place is None:
+            bell = threading.Lock()
+            bell.acquire()
+            self._bells.append(bell)  # before looking, so that nothing freed after the look goes unheard
             try:
-                while True:
-                    try:
-                        return self.idle.pop()
-                    except IndexError:
-                        pass
-                    if len(self.live) < self._bound:
-                        break
+                try:
+                    return self.idle.pop()
+                except IndexError:
+                    pass
+                place = self._claim()
+                if place is None:
                     left = deadline - time.monotonic()
                     if left <= 0:
                         raise BackendUnavailable(
                             f"all {self._bound} connections to {self._name} are in use by this process"
                         )
-                    self._freed.wait(min(left, _SLICE))
+                    bell.acquire(timeout=min(left, _SLICE))
             finally:
-                self._waiters -= 1
-        return self._new()
+                try:
+                    self._bells.remove(bell)
+                except ValueError:  # it was rung
+                    pass
+        return self._new(place, deadline)
 
     def give(self, connection: C) -> None:
         """Put back a connection whose whole reply was read."""
         self.idle.append(connection)
-        if self._waiters:
+        if self._bells:
             self._wake()
 
     def drop(self, connection: C) -> None:
         """Close one in an unknown state."""
         self._disconnect(connection)
-        self.live.discard(connection)
-        if self._waiters:
+        with self._counting:
+            self.live.discard(connection)
+        if self._bells:
             self._wake()
 
     def _wake(self) -> None:
-        with self._freed:
-            self._freed.notify()
+        try:
+            self._bells.popleft().release()
+        except IndexError:
+            pass
 
     def drop_idle(self) -> None:
         """Close all that are idle: their server went away."""

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import inspect
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+
+class _NotNone(string.Formatter):
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        value, first = super().get_field(field_name, args, kwargs)
+        if value is None:
+            raise ValueError(f"{field_name} is None, which identifies nobody")
+        return value, first
+
+
+_format = _NotNone()
 
 
 class KeyTemplate:
@@ -23,7 +34,7 @@ class KeyTemplate:
         self.template = template
         self._signature = inspect.signature(function)
         try:
-            names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+            names = list(_names(template))
         except ValueError as error:
             raise ValueError(f"key {template!r}: {error}") from None
         known = [p.name for p in self._signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -35,7 +46,18 @@ class KeyTemplate:
                 raise ValueError(f"{where} names {name!r}; the function's arguments are {', '.join(known) or '(none)'}")
 
     def fill(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        """The key for one call. Raises TypeError where the call does not fit the signature, as the call would."""
+        """The key for one call.
+
+        Raises TypeError where the call does not fit the signature, as the call would; ValueError where an argument that
+        the template names is None: all such calls would share one identity.
+        """
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        return self.template.format(**bound.arguments)
+        return _format.vformat(self.template, (), bound.arguments)
+
+
+def _names(template: str) -> Iterator[str]:
+    for _, name, spec, _ in string.Formatter().parse(template):
+        if name is not None:
+            yield name
+            yield from _names(spec or "")  # a format spec may name arguments too

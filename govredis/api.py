@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 from ._counters import Counters
@@ -64,7 +63,10 @@ class GovRedis:
             counters=self.counters,
         )
         self.metadata = self.cache("agent_meta")
-        self.health = HealthMonitor(keys, redis, self._postgres, self.counters)
+        uncovered = ["locks"] if config.lock_fallback == "fail" else []
+        if config.limit_fallback == "deny" and self._postgres is None:
+            uncovered.append("limits")
+        self.health = HealthMonitor(keys, redis, self._postgres, self.counters, uncovered=uncovered)
 
     @classmethod
     def from_env(cls) -> GovRedis:
@@ -115,26 +117,24 @@ class GovRedis:
         return f"GovRedis({self.config!r})"
 
 
-_process_wide: GovRedis | None = None
-_process_wide_lock = threading.Lock()
+#: Empty, or the process-wide GovRedis under "gov". No mutex: one that is held during a fork stays held in the child.
+_process_wide: dict[str, GovRedis] = {}
 
 
 def configure(gov: GovRedis | None) -> None:
     """Make `gov` the process-wide GovRedis that get_session_cache() and its friends use; None: from the environment."""
-    global _process_wide
-    with _process_wide_lock:
-        _process_wide = gov
+    if gov is None:
+        _process_wide.clear()
+    else:
+        _process_wide["gov"] = gov
 
 
 def get_gov() -> GovRedis:
     """The process-wide GovRedis: what `configure` set, else one made from the environment on first use."""
-    global _process_wide
-    gov = _process_wide
+    gov = _process_wide.get("gov")
     if gov is None:
-        with _process_wide_lock:
-            gov = _process_wide
-            if gov is None:
-                gov = _process_wide = GovRedis.from_env()
+        # Two threads may make one each; one of the two, which has not connected yet, is forgotten.
+        gov = _process_wide.setdefault("gov", GovRedis.from_env())
     return gov
 
 

@@ -74,7 +74,8 @@ class CircuitBreaker:
     def renew_after_fork(self) -> None:
         self._renew()
         if not self.closed:
-            # The parent's thread is not here. The child is due at once: its first caller starts one.
+            # The parent's thread is not here. The probe is due at once: the child's first caller runs it, and if that
+            # does not help, starts a thread.
             self._next_probe = self._clock() - _OVERDUE
 
     def check(self) -> None:
@@ -108,18 +109,20 @@ class CircuitBreaker:
             if not self.closed or generation != self.generation:
                 return
             self._refusals += 1
-            if timed_out or self._refusals >= _REFUSALS_TO_OPEN:
-                self._open(reason)
-        if not self.closed:
-            self._start_thread()
+            if not timed_out and self._refusals < _REFUSALS_TO_OPEN:
+                return
+            self._open(reason)
+        self._opened(reason)
 
     def trip(self, reason: str) -> None:
         """Open now, or, if open already, do not close before a whole new probe: something was noted for it to do."""
         with self._lock:
             self._again = True
-            if self.closed:
+            opened = self.closed
+            if opened:
                 self._open(reason)
-        self._start_thread()
+        if opened:
+            self._opened(reason)
 
     def _open(self, reason: str) -> None:
         self.closed = False
@@ -129,6 +132,10 @@ class CircuitBreaker:
         self.reason = reason
         self._wait = _FIRST_PROBE
         self._next_probe = self.opened_at + self._wait
+
+    def _opened(self, reason: str) -> None:
+        """The rest of opening, without the lock: a log handler may well use this breaker."""
+        self._start_thread()
         log.warning("%s is away (%s): fallbacks take over", self.name, reason)
 
     def _start_thread(self) -> None:

@@ -25,7 +25,7 @@ from ._fork import renew_in_child
 from ._pool import Pool
 from .breaker import CircuitBreaker
 from .config import Config, redact
-from .errors import BackendError, BackendUnavailable
+from .errors import BackendError, BackendUnavailable, ConfigurationError
 
 log = logging.getLogger("govredis")
 
@@ -33,19 +33,30 @@ Arg: TypeAlias = str | bytes | int | float
 Command: TypeAlias = tuple[Arg, ...]
 
 # Its stub says a tuple of one.
-pack_command: Callable[[Command], bytes] = hiredis.pack_command  # type: ignore[assignment]
+_pack: Callable[[Command], bytes] = hiredis.pack_command  # type: ignore[assignment]
+_NUMBERS = (int, float)
 
-_PROBE_TIMEOUT = 0.05
+
+def pack_command(command: Command) -> bytes:
+    """A command's bytes. Numbers are made text here: where a signal handler raises just while hiredis (3.5) does it,
+    the process ends with a segmentation fault."""
+    return _pack(tuple([str(arg) if arg.__class__ in _NUMBERS else arg for arg in command]))
+
 
 # Answers of a server that is up but cannot serve now. Redis 6.2 wraps what a script's own commands answered in
 # "ERR Error running script ... -READONLY ..."; 7.0 and newer pass it through.
 _CANNOT_SERVE_NOW = re.compile(
     r"(?:^|[\s@:-])(LOADING|READONLY|MISCONF|OOM|CLUSTERDOWN|MASTERDOWN|TRYAGAIN|NOREPLICAS|BUSY) "
 )
-_CANNOT_SERVE_CLASSES = (redis.exceptions.ReadOnlyError, redis.exceptions.OutOfMemoryError)
-# Of these, the ones that PING gets too: only for them can a probe see the end, so only they open the breaker.
-_AWAY_TO_PING = re.compile(r"LOADING|MASTERDOWN|max number of clients")
+# redis-py takes the word off the text of those that it knows.
+_CANNOT_SERVE_CLASSES = (
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ClusterDownError,  # MasterDownError is one
+    redis.exceptions.TryAgainError,
+)
 
+_REJECTED = (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError)
 
 # redis-py spends two round trips on CLIENT SETINFO at every connect unless told not to; 7.x renamed how.
 _NO_SETINFO = (
@@ -63,7 +74,7 @@ class Script:
         filename: the .lua file.
     """
 
-    __slots__ = ("name", "prefix", "sha", "source")
+    __slots__ = ("name", "sha", "source")
 
     def __init__(self, package: str, filename: str) -> None:
         self.name = filename
@@ -84,6 +95,8 @@ class RedisClient:
 
     Args:
         config: redis_url, socket_timeout, connect_timeout, redis_connections.
+
+    Raises ConfigurationError for a parameter in redis_url that redis-py does not take.
     """
 
     def __init__(self, config: Config) -> None:
@@ -91,7 +104,11 @@ class RedisClient:
         self._options = self._connection_options(config)
         self._connection_class: type[Any] = self._options.pop("connection_class", Connection)
         self.name = f"Redis at {_address(self._options)}"
-        self._pool: Pool[Any] = Pool(self._connect, _disconnect, config.redis_connections, self.name)
+        try:
+            self._connect()
+        except (TypeError, ValueError, redis.RedisError) as error:
+            raise _wrong_url(config.redis_url, error) from None
+        self._pool: Pool[Any] = Pool(lambda _: self._connect(), _disconnect, config.redis_connections, self.name)
         self.breaker = CircuitBreaker(self.name, self._probe)
         self._recoveries: list[Callable[[RedisClient], None]] = []
         self._direct = threading.local()
@@ -139,6 +156,8 @@ class RedisClient:
 
         Returns the replies in order. Raises BackendUnavailable, or the BackendError of the first that failed.
         """
+        if not commands:
+            return []
         packed = b"".join([pack_command(c) for c in commands])
         try:
             found: list[Any] = self._round_trip(packed, len(commands))
@@ -150,8 +169,8 @@ class RedisClient:
 
     def _round_trip(self, packed: bytes, replies: int = 0) -> Any:
         breaker = self.breaker
-        if not breaker.closed and not getattr(self._direct, "open", False):
-            breaker.check()
+        if not breaker.closed:
+            self._check_breaker()
         generation = breaker.generation
         pool = self._pool
         connection = pool.take(self._timeout)
@@ -161,15 +180,22 @@ class RedisClient:
         except redis.ConnectionError as error:
             if not pooled or _answered(error):
                 raise self._unavailable(error, generation) from error
-        except redis.TimeoutError as error:
+        except redis.RedisError as error:
             raise self._unavailable(error, generation) from error
         # The connection had idled while its server went away or was restarted. So have the others.
         pool.drop_idle()
+        if not breaker.closed:
+            self._check_breaker()
         connection = pool.take(self._timeout)
         try:
             return self._exchange(connection, packed, replies)
-        except (redis.ConnectionError, redis.TimeoutError) as error:
+        except redis.RedisError as error:
             raise self._unavailable(error, generation) from error
+
+    def _check_breaker(self) -> None:
+        """Raise BackendUnavailable if the breaker is open, but not for a replay, which runs before it closes."""
+        if not getattr(self._direct, "open", False):
+            self.breaker.check()
 
     def _exchange(self, connection: Any, packed: bytes, replies: int) -> Any:
         pool = self._pool
@@ -185,6 +211,7 @@ class RedisClient:
                 pool.drop(connection)
             else:
                 pool.give(connection)
+            self.breaker.succeeded()
             raise self._refused(error) from error
         except BaseException:
             # A signal handler's exception and a soft time limit come through here too: somebody else's reply may
@@ -224,8 +251,10 @@ class RedisClient:
     def _unavailable(self, error: redis.RedisError, generation: int) -> BackendError:
         """No answer, or a connection-level one, in our words; tells the breaker."""
         text = redact(str(error))
-        if isinstance(error, redis.exceptions.AuthenticationError | redis.exceptions.AuthorizationError):
+        if isinstance(error, _REJECTED):
             return BackendError(f"{self.name} rejected our credentials: {text}")
+        if isinstance(error, redis.InvalidResponse):
+            return BackendError(f"{self.name} does not speak Redis: {text}")
         timed_out = isinstance(error, redis.TimeoutError) or _answered(error)
         self.breaker.failed(generation, text, timed_out=timed_out)
         return BackendUnavailable(f"{self.name} is away: {text}")
@@ -245,11 +274,16 @@ class RedisClient:
         self.breaker.trip(why)
 
     def _probe(self) -> None:
+        # With the timeouts of every call: a shorter one of its own would never let a distant Redis back in.
         connection = self._connect()
-        connection.socket_timeout = connection.socket_connect_timeout = _PROBE_TIMEOUT
         try:
             connection.send_packed_command((pack_command(("PING",)),), False)
             connection.read_response()
+        except _REJECTED:
+            pass  # it is back, and callers shall see that mistake
+        except redis.ResponseError as error:
+            if isinstance(self._refused(error), BackendUnavailable):  # else it is back: PING may be forbidden us
+                raise BackendUnavailable(redact(str(error))) from error
         except redis.RedisError as error:
             raise BackendUnavailable(redact(str(error))) from error
         finally:
@@ -292,11 +326,20 @@ class _NoScript(BackendError):
 
 def _answered(error: redis.RedisError) -> bool:
     """Did the server itself say that it cannot be used, in a way that its PING will say too?"""
-    return isinstance(error, redis.exceptions.BusyLoadingError) or bool(_AWAY_TO_PING.search(str(error)))
+    return isinstance(error, redis.exceptions.BusyLoadingError) or "max number of clients" in str(error)
 
 
 def _parse_url(url: str) -> dict[str, Any]:
-    return dict(parse_url(url))  # type: ignore[no-untyped-call]
+    try:
+        return dict(parse_url(url))  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise _wrong_url(url, error) from None
+
+
+def _wrong_url(url: str, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"REDIS_URL is {redact(url)!r}; its parameters must be those of redis-py's connections: {redact(str(error))}"
+    )
 
 
 def _disconnect(connection: Any) -> None:

@@ -18,13 +18,13 @@ from .errors import ConfigurationError
 
 __all__ = ["Config"]
 
-_PASSWORD_IN_URL = re.compile(r"(//[^:/?#]*:).*(@)")
-_PASSWORD_IN_QUERY = re.compile(r"((?:^|[?&\s])(?:ssl)?password=)[^&\s]*", re.IGNORECASE)
+_PASSWORD_IN_URL = re.compile(r"(//[^:@]*:).*(@)", re.DOTALL)
+_PASSWORD_BY_NAME = re.compile(r"""(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^&\s'"]*)""", re.IGNORECASE | re.DOTALL)
 
 
 def redact(text: str) -> str:
     """`text` with every password of a URL or of a libpq string replaced by ***."""
-    return _PASSWORD_IN_QUERY.sub(r"\1***", _PASSWORD_IN_URL.sub(r"\1***\2", text))
+    return _PASSWORD_BY_NAME.sub(r"\1***", _PASSWORD_IN_URL.sub(r"\1***\2", text))
 
 
 class _Bad(Exception):
@@ -34,17 +34,17 @@ class _Bad(Exception):
 def _seconds(value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1.0
-    if isinstance(value, bool) or not 0 < number < 1e9:
-        raise _Bad("a number of seconds greater than 0")
+    if isinstance(value, bool) or not 0.001 <= number < 1e9:
+        raise _Bad("a number of seconds, at least 0.001 and less than 1e9")
     return number
 
 
 def _count(value: Any) -> int:
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = 0
     if isinstance(value, bool) or number < 1 or (isinstance(value, float) and value != number):
         raise _Bad("a whole number of at least 1")
@@ -78,6 +78,7 @@ def _redis_url(value: Any) -> str:
     try:
         parts = urlsplit(value)
         _ = parts.port  # raises ValueError when it is no port
+        (parts.hostname or "").encode("idna")  # and this when it is no host
     except ValueError:
         raise _Bad(wanted) from None
     if parts.scheme == "unix":
@@ -129,6 +130,16 @@ def _text_or_none(value: Any) -> str | None:
     return value
 
 
+def _not_yet(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def refuse(value: Any) -> Any:
+        parsed = parse(value)
+        if parsed:
+            raise _Bad("left unset: this version of govredis connects to a standalone Redis only")
+        return parsed
+
+    return refuse
+
+
 def _setting(default: Any, variable: str, parse: Callable[[Any], Any], secret: bool = False) -> Any:
     return field(default=default, repr=not secret, metadata={"variable": variable, "parse": parse})
 
@@ -172,18 +183,13 @@ class Config:
     local_entries: int = _setting(10_000, "GOVREDIS_LOCAL_ENTRIES", _count)
 
     # Read so that an async service's environment is understood; a value is refused until the client has them.
-    sentinel_hosts: str | None = _setting(None, "REDIS_SENTINEL_HOSTS", _text_or_none)
+    sentinel_hosts: str | None = _setting(None, "REDIS_SENTINEL_HOSTS", _not_yet(_text_or_none))
     sentinel_master: str | None = _setting(None, "REDIS_SENTINEL_MASTER", _text_or_none)
-    cluster: bool = _setting(False, "REDIS_CLUSTER", _flag)
+    cluster: bool = _setting(False, "REDIS_CLUSTER", _not_yet(_flag))
 
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, _parse(f, getattr(self, f.name), f.name))
-        for name in ("sentinel_hosts", "cluster"):
-            if getattr(self, name):
-                raise ConfigurationError(
-                    f"{name} is set, but this version of govredis connects to a standalone Redis only"
-                )
 
     @classmethod
     def from_env(cls) -> Config:
@@ -218,5 +224,5 @@ def _parse(f: Field[Any], held: Any, name: str) -> Any:
     try:
         return f.metadata["parse"](held)
     except _Bad as wanted:
-        shown = redact(held) if isinstance(held, str) else held
-        raise ConfigurationError(f"{name} is {shown!r}; it must be {wanted}") from None
+        shown = repr(redact(held)) if isinstance(held, str) else redact(repr(held))
+        raise ConfigurationError(f"{name} is {shown}; it must be {wanted}") from None

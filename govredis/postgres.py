@@ -32,6 +32,7 @@ __all__ = ["Json", "Postgres", "Transaction"]
 
 Row = tuple[Any, ...]
 
+_SET_STATEMENT_TIMEOUT = "SELECT set_config('statement_timeout', %s, false)"
 _PROBE_TIMEOUT = 0.5
 _MIGRATION_TIMEOUT = 60.0
 #: Serialises migrations of all processes; any constant that no other program uses. ("govredis" in ASCII.)
@@ -52,10 +53,11 @@ _MISSING = {
 
 
 class _NoAnswer(BackendUnavailable):
-    """No usable answer, and whether it was for lack of time: for the breaker. Callers see a BackendUnavailable."""
+    """No usable answer; why, and whether it was for lack of time: for the breaker. Callers see a BackendUnavailable."""
 
-    def __init__(self, reason: str, timed_out: bool = False) -> None:
-        super().__init__(reason)
+    def __init__(self, message: str, reason: str = "", timed_out: bool = False) -> None:
+        super().__init__(message)
+        self.reason = reason
         self.timed_out = timed_out
 
 
@@ -76,10 +78,13 @@ class Postgres:
         self._timeout = config.postgres_timeout
         try:
             self.name = f"PostgreSQL at {_address(self._dsn)}"
-        except psycopg2.Error as error:
-            raise ConfigurationError(f"database_url {redact(self._dsn)!r}: {redact(str(error).strip())}") from None
+        except psycopg2.Error:  # its text may quote the password
+            raise ConfigurationError(
+                f"GOVREDIS_DATABASE_URL is {redact(self._dsn)!r}; it must be a URL that libpq takes: only parameters"
+                " that it knows, and % only before two hex digits"
+            ) from None
         self._pool: Pool[extensions.connection] = Pool(
-            self._connect_in_time, _disconnect, config.postgres_connections, self.name
+            self._connect, _disconnect, config.postgres_connections, self.name
         )
         self.breaker = CircuitBreaker(self.name, self._probe)
         #: Statements sent by this process, transactions' BEGIN and COMMIT not counted.
@@ -107,7 +112,8 @@ class Postgres:
         """`with postgres.transaction() as tx: tx.fetch(...)`: commits where the body succeeds, rolls back otherwise.
 
         Raises as `fetch`, from each statement and from the commit; if the commit's answer was lost, nobody knows
-        whether it took place.
+        whether it took place. Where the body swallows a statement's error, the exit raises BackendError: nothing was
+        committed.
 
         Args:
             timeout: seconds for all of it, the body included; None: postgres_timeout.
@@ -117,9 +123,11 @@ class Postgres:
             try:
                 yield Transaction(self, connection, deadline)
             except BaseException:
-                if not connection.closed and not connection.isexecuting():
+                with contextlib.suppress(BackendError):  # then the connection is dropped, which rolls back as well
                     self._execute(connection, "ROLLBACK", (), deadline, counted=False)
                 raise
+            if connection.info.transaction_status != extensions.TRANSACTION_STATUS_INTRANS:
+                raise BackendError(f"{self.name}: a statement of the transaction failed, so nothing was committed")
             self._execute(connection, "COMMIT", (), deadline, counted=False)
 
     @contextlib.contextmanager
@@ -129,35 +137,43 @@ class Postgres:
         self.breaker.check()
         generation = self.breaker.generation
         connection: extensions.connection | None = None
+        longer = timeout > self._timeout
         try:
             connection = self._pool.take(timeout)
             if _server_hung_up(connection):
                 self._pool.drop(connection)
+                connection = None
                 self._pool.drop_idle()
-                connection = self._pool.take(timeout)
+                connection = self._pool.take(deadline - time.monotonic())
+            if longer:
+                self._execute(connection, _SET_STATEMENT_TIMEOUT, (_milliseconds(timeout),), deadline, counted=False)
             yield connection, deadline
         except _NoAnswer as error:
             if connection is not None:
                 self._pool.drop(connection)
+                connection = None
             self._pool.drop_idle()
-            self.breaker.failed(generation, str(error), timed_out=error.timed_out)
+            self.breaker.failed(generation, error.reason, timed_out=error.timed_out)
             raise BackendUnavailable(str(error)) from error.__cause__
-        except BackendError:
-            # An answer: the connection is in step, and outside of a transaction.
-            if connection is not None:
-                self._pool.give(connection)
-            raise
-        except BaseException:
-            # Between send and answer, perhaps: a signal, a soft time limit, an error of the caller's body.
-            if connection is not None:
-                if connection.closed or connection.isexecuting() or _in_transaction(connection):
-                    self._pool.drop(connection)
-                else:
-                    self._pool.give(connection)
-            raise
         else:
-            self._pool.give(connection)
             self.breaker.succeeded()
+        finally:
+            if connection is not None:
+                self._put_back(connection, reusable=not longer)
+
+    def _put_back(self, connection: extensions.connection, reusable: bool) -> None:
+        if connection not in self._pool.live:
+            return  # we are a child forked meanwhile: it is the parent's
+        # Between send and answer, perhaps, where a signal or a soft time limit struck.
+        in_step = (
+            not connection.closed
+            and not connection.isexecuting()
+            and connection.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
+        )
+        if reusable and in_step:
+            self._pool.give(connection)
+        else:
+            self._pool.drop(connection)
 
     def _execute(
         self,
@@ -168,36 +184,56 @@ class Postgres:
         *,
         counted: bool = True,
     ) -> list[Row]:
+        if connection not in self._pool.live:
+            raise BackendUnavailable(f"this connection to {self.name} is the parent process's: its transaction is too")
+        if time.monotonic() >= deadline:  # our own slowness: nothing that the breaker should hear of
+            raise BackendUnavailable(f"no time was left to ask {self.name}")
         if counted:
             self.statements += 1
         cursor = connection.cursor()
         try:
             cursor.execute(sql, params or None)
-            _wait(connection, deadline)
+            self._wait(connection, deadline)
             return cursor.fetchall() if cursor.description is not None else []
         except psycopg2.Error as error:
             raise self._mapped(error, connection) from error
+
+    def _wait(self, connection: extensions.connection, deadline: float) -> None:
+        """Poll `connection` until its statement (or its connecting) is done. Raises _NoAnswer at the deadline."""
+        while True:
+            state = connection.poll()
+            if state == extensions.POLL_OK:
+                return
+            poller = select.poll()  # unlike select(), it takes descriptors above 1023
+            poller.register(connection.fileno(), select.POLLIN if state == extensions.POLL_READ else select.POLLOUT)
+            left = deadline - time.monotonic()
+            if left <= 0 or not poller.poll(left * 1000):
+                raise self._no_answer("no answer within the deadline", timed_out=True)
 
     def _mapped(self, error: psycopg2.Error, connection: extensions.connection) -> Exception:
         code = error.pgcode or ""
         text = redact(str(error).strip())
         if code in _MISSING:
             return ConfigurationError(f"{self.name}: {text.splitlines()[0]}. Run `govredis migrate` to make our tables")
-        if connection.closed or code[:2] in _UNAVAILABLE_CLASSES or not code:
-            return _NoAnswer(f"{self.name} is away: {text}", timed_out=code == errorcodes.QUERY_CANCELED)
+        # Without a code it comes from libpq, which lost the server, or from psycopg2, which cannot send that.
+        lost = not code and not isinstance(error, psycopg2.ProgrammingError)
+        if connection.closed or lost or code[:2] in _UNAVAILABLE_CLASSES:
+            return self._no_answer(text, timed_out=code == errorcodes.QUERY_CANCELED)
         return BackendError(f"{self.name} answered: {text}")
+
+    def _no_answer(self, reason: str, timed_out: bool = False) -> _NoAnswer:
+        return _NoAnswer(f"{self.name} is away: {reason}", reason, timed_out)
 
     # -- migrations ----------------------------------------------------------------------------------------------
 
     def migrate(self) -> list[str]:
         """Bring our tables up to date. Returns the names of the migrations applied ([] when there were none to).
 
-        Safe to run from several processes at once: they take turns under an advisory lock. Each migration is one
+        Safe to run from several processes at once: they take turns under an advisory lock. All are applied in one
         transaction, so a failed one leaves nothing behind. Raises BackendUnavailable, BackendError.
         """
         applied = []
         with self.transaction(timeout=_MIGRATION_TIMEOUT) as tx:
-            tx.fetch("SELECT set_config('statement_timeout', %s, true)", (str(int(_MIGRATION_TIMEOUT * 1000)),))
             tx.fetch("SELECT pg_advisory_xact_lock(%s)", (_MIGRATION_LOCK,))
             tx.fetch(
                 "CREATE TABLE IF NOT EXISTS govredis_migrations"
@@ -220,38 +256,34 @@ class Postgres:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def _connect_in_time(self) -> extensions.connection:
-        return self._connect(time.monotonic() + self._timeout)
-
     def _connect(self, deadline: float) -> extensions.connection:
         try:
             connection = psycopg2.connect(self._dsn, async_=1, application_name="govredis")
         except psycopg2.Error as error:
-            raise self._no_connection(error) from error
+            raise self._no_answer(redact(str(error).strip())) from error
         try:
-            _wait(connection, deadline)
+            self._wait(connection, deadline)
             # A statement that outlives its caller shall not go on waiting for locks on a living server; and our
             # functions count on seeing the newest row version after they have waited for its lock.
             cursor = connection.cursor()
             cursor.execute(
-                "SELECT set_config('statement_timeout', %s, false),"
-                " set_config('default_transaction_isolation', 'read committed', false)",
-                (str(int(self._timeout * 1000)),),
+                _SET_STATEMENT_TIMEOUT + ", set_config('default_transaction_isolation', 'read committed', false)",
+                (_milliseconds(self._timeout),),
             )
-            _wait(connection, deadline)
+            self._wait(connection, deadline)
         except psycopg2.Error as error:
             connection.close()
-            raise self._no_connection(error) from error
+            raise self._no_answer(redact(str(error).strip())) from error
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def _no_connection(self, error: psycopg2.Error) -> _NoAnswer:
-        return _NoAnswer(f"{self.name} is away: {redact(str(error).strip())}")
-
     def _probe(self) -> None:
-        self._connect(time.monotonic() + _PROBE_TIMEOUT).close()
+        try:
+            self._connect(time.monotonic() + _PROBE_TIMEOUT).close()
+        except _NoAnswer as error:
+            raise BackendUnavailable(error.reason) from error
         self._pool.drop_idle()
 
     def renew_after_fork(self) -> None:
@@ -284,19 +316,6 @@ class Transaction:
         return self._postgres._execute(self._connection, sql, params, self._deadline)
 
 
-def _wait(connection: extensions.connection, deadline: float) -> None:
-    """Poll `connection` until its statement (or its connecting) is done. Raises _NoAnswer at the deadline."""
-    while True:
-        state = connection.poll()
-        if state == extensions.POLL_OK:
-            return
-        poller = select.poll()  # unlike select(), it takes descriptors above 1023
-        poller.register(connection.fileno(), select.POLLIN if state == extensions.POLL_READ else select.POLLOUT)
-        left = deadline - time.monotonic()
-        if left <= 0 or not poller.poll(left * 1000):
-            raise _NoAnswer("PostgreSQL gave no answer within the deadline", timed_out=True)
-
-
 def _server_hung_up(connection: extensions.connection) -> bool:
     """Has an idle connection something to read? Then it is the server's good-bye: nothing was asked."""
     poller = select.poll()
@@ -304,8 +323,8 @@ def _server_hung_up(connection: extensions.connection) -> bool:
     return bool(poller.poll(0))
 
 
-def _in_transaction(connection: extensions.connection) -> bool:
-    return connection.info.transaction_status != extensions.TRANSACTION_STATUS_IDLE
+def _milliseconds(seconds: float) -> str:
+    return str(max(1, int(seconds * 1000)))
 
 
 def _disconnect(connection: extensions.connection) -> None:

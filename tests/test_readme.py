@@ -18,9 +18,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 def run(code: str, names: dict[str, Any]) -> int:
     """Run a block; an expression whose line ends in `# -> value` must have that repr. Returns how many had one."""
-    expected = {
-        n: line.partition("# -> ")[2].strip() for n, line in enumerate(code.splitlines(), 1) if "# -> " in line
-    }
+    expected = {n: line.partition("# -> ")[2].strip() for n, line in enumerate(code.splitlines(), 1) if "# -> " in line}
     seen: dict[int, str] = {}
     tree = ast.parse(code)
     for node in ast.walk(tree):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,7 @@ Status = Literal["pass", "warn", "fail"]
 _CACHED_FOR = 1.0
 _POSTGRES_DEADLINE = 0.5
 _HISTORY_ENTRIES = 10_000
+_HISTORY_DAYS = 30
 _SEVERITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
 #: What redis-cli INFO shows and a person asks for first.
 _INFO = ("redis_version", "uptime_in_seconds", "used_memory", "maxmemory", "connected_clients", "evicted_keys")
@@ -74,6 +75,9 @@ class HealthMonitor:
 
     Redis away is "warn" while a fallback covers every feature, PostgreSQL away likewise; both away is "fail": then
     limits are per process, and metadata has no source. A Redis that is disabled (REDIS_ENABLED=0) passes, and says so.
+
+    Args:
+        uncovered: the features that the settings leave without a fallback: with any, Redis away is "fail".
     """
 
     def __init__(
@@ -82,25 +86,29 @@ class HealthMonitor:
         redis: RedisClient | None,
         postgres: Postgres | None,
         counters: Counters,
+        *,
+        uncovered: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._keys = keys
+        self._uncovered = uncovered
         self._redis = redis
         self._postgres = postgres
         self._counters = counters
         self._clock = clock
-        self._last: tuple[float, HealthReport] | None = None
-        self._ratios_from: dict[str, int] = {}
         self.renew_after_fork()
         renew_in_child(self)
 
     def renew_after_fork(self) -> None:
         self._lock = threading.Lock()
+        self._last: tuple[float, HealthReport] | None = None
+        self._ratios_from: dict[str, int] = {}
 
     def check(self) -> HealthReport:
         """Look now, or return what was seen within the last second. Never raises for a server being away.
 
-        Takes at most the socket timeout for Redis and 0.5 s for PostgreSQL. Keys are counted by DBSIZE: no scan.
+        Takes at most the connect and the socket timeout for Redis, and 0.5 s for PostgreSQL. Keys are counted by
+        DBSIZE: no scan.
         """
         with self._lock:
             if self._last is not None and self._clock() - self._last[0] < _CACHED_FOR:
@@ -117,7 +125,8 @@ class HealthMonitor:
     def snapshot(self) -> HealthReport:
         """`check`, and keep the report: in a capped stream in Redis, or in PostgreSQL while Redis is away.
 
-        `report.stored` says where; None: nowhere. The stream holds about 10,000 reports at `govredis:health`.
+        `report.stored` says where; None: nowhere. The stream holds about 10,000 reports at `govredis:health`,
+        the table those of 30 days.
         """
         report = self.check()
         text = json.dumps(report.as_dict())
@@ -127,17 +136,18 @@ class HealthMonitor:
                     "XADD", self._keys.health_history(), "MAXLEN", "~", _HISTORY_ENTRIES, "*", "report", text
                 )
                 return _stored(report, "redis")
-            except BackendUnavailable:
+            except BackendError:
                 self._counters.add("health.degraded.snapshots")
         if self._postgres is not None:
             try:
                 self._postgres.fetch(
-                    "INSERT INTO govredis_health_snapshots (at, report) VALUES (now(), %s::jsonb)"
+                    "WITH old AS (DELETE FROM govredis_health_snapshots WHERE at < now() - %s * interval '1 day')"
+                    " INSERT INTO govredis_health_snapshots (at, report) VALUES (now(), %s::jsonb)"
                     " ON CONFLICT DO NOTHING",
-                    (text,),
+                    (_HISTORY_DAYS, text),
                 )
                 return _stored(report, "postgres")
-            except BackendUnavailable:
+            except (BackendError, ConfigurationError):
                 self._counters.add("health.degraded.snapshots")
         return report
 
@@ -154,6 +164,8 @@ class HealthMonitor:
             data["seconds"] = round(time.perf_counter() - began, 6)
         except BackendUnavailable as error:
             data["away_for"] = round(breaker.away_for(), 3)
+            if self._uncovered:
+                return Check("redis", "fail", f"{error}; no fallback for {' and '.join(self._uncovered)}", data)
             return Check("redis", "warn", f"{error}; fallbacks are in use", data)
         except BackendError as error:
             return Check("redis", "fail", str(error), data)

@@ -196,13 +196,15 @@ class RateLimiter:
             on_limit: "raise" raises RateLimitExceeded; "wait" sleeps up to `timeout` seconds, then raises it.
             timeout: seconds, for "wait".
 
-        Raises ValueError at decoration for a bad rate, template, operation or on_limit. What each call may raise or
+        Raises ValueError at decoration for a bad rate, key, operation, on_limit or timeout. What each call may raise or
         promises when Redis is away is as for `hit`.
         """
         if on_limit not in {"raise", "wait"}:
             raise refuse("on_limit", on_limit, '"raise" or "wait"')
         check_timeout(timeout)
         check_name(operation, "operation")
+        if not isinstance(key, str) and not callable(key):
+            raise refuse("key", key, 'a template such as "{agent_id}", or a callable')
         if not callable(rate):
             parse_rate(rate)
 
@@ -239,13 +241,13 @@ class RateLimiter:
             # The path of every healthy call, without a closure and a loop.
             first = self._windows[0]
             try:
-                return self._result(first.decide(key, limits, cost, mode), limits, first.backend)
+                return self._result(first.decide(key, limits, cost, mode), limits, mode, first.backend)
             except BackendUnavailable:
                 pass
         outcome, backend = self._first(
             lambda store: store.decide(key, limits, cost, mode), self._no_store(limits), skip=1
         )
-        return self._result(outcome, limits, backend)
+        return self._result(outcome, limits, mode, backend)
 
     def _first(self, ask: Callable[[Window], R], otherwise: R, skip: int = 0) -> tuple[R, str]:
         """The answer of the first store that can be reached, and its name."""
@@ -261,11 +263,12 @@ class RateLimiter:
             return Outcome(True, 0, limits[0].count, 0, 0)
         return Outcome(False, 0, 0, 1_000_000, 1_000_000)
 
-    def _result(self, outcome: Outcome, limits: Sequence[Limit], backend: str) -> RateLimitResult:
+    def _result(self, outcome: Outcome, limits: Sequence[Limit], mode: Mode, backend: str) -> RateLimitResult:
         admitted, deciding, remaining, retry_after_us, reset_after_us = outcome
         limit = limits[deciding]
         degraded = backend != "redis"
-        self._counters.add("limits.allowed" if admitted else "limits.denied")
+        if mode == "hit":
+            self._counters.add("limits.allowed" if admitted else "limits.denied")
         if degraded:
             self._counters.add(f"limits.degraded.{backend}")
         return RateLimitResult(

@@ -41,11 +41,12 @@ class LocalWindow:
             now = int(self._clock() * 1_000_000)
             log, longest = self._logs.get(key, ([], 0))
             outcome = decide(log, now, limits, cost, mode)
+            if log and mode != "peek":
+                self._logs.move_to_end(key)  # a refused identity is in use too
             if mode != "peek" and outcome.admitted:
                 longest = max(longest, *(limit.window_us for limit in limits))
                 log = log[bisect_right(log, now - longest) :] + [now] * cost
                 self._logs[key] = (log, longest)
-                self._logs.move_to_end(key)
                 if len(self._logs) > self._entries:
                     self._logs.popitem(last=False)
                 deciding = limits[outcome.deciding]

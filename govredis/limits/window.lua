@@ -26,8 +26,12 @@ local function seconds(us)
   return string.format('%d.%06d', math.floor(us / 1000000), us % 1000000)
 end
 
+-- The first microsecond that is not before a score: other clients' scores may lie between two.
 local function microseconds(score)
-  return math.floor(tonumber(score) * 1000000 + 0.5)
+  score = tonumber(score)
+  local us = math.floor(score * 1000000 + 0.5)
+  if tonumber(seconds(us)) < score then us = us + 1 end
+  return us
 end
 
 -- The same call, arriving again: it has been admitted already, whatever has come since.

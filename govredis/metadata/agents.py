@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ..errors import BackendUnavailable, refuse
+from ..errors import BackendUnavailable, GovRedisError, refuse
 from ..keys import check_id
 from .cache import MetadataCache
 from .values import encode
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["AgentRecord", "AgentStore"]
 
 _COLUMNS = "agent_id, metadata, status, version"
+#: NUL and lone surrogates, as they stand in JSON.
+_UNSTORABLE = re.compile(r"\\u0000|\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]..")
 
 
 class AgentRecord(TypedDict):
@@ -36,7 +39,8 @@ class AgentStore:
     Each write is one transaction; after its commit, and never after a rollback, the agent's cached value is
     invalidated. While Redis is away the write succeeds all the same: its invalidation is carried out, by this process,
     when Redis is back and before this process reads from it again; it is lost if the process ends before, and another
-    process that can reach Redis may serve the old value meanwhile: at most until the value's TTL.
+    process that can reach Redis may serve the old value meanwhile: at most until the value's TTL. So may all if a hung
+    PostgreSQL applies, on waking, a write that was given up here.
 
     Every method raises BackendUnavailable when PostgreSQL is away (a write may then have been applied),
     ConfigurationError when `govredis migrate` has not been run, and ValueError for a bad id or metadata before anything
@@ -54,7 +58,7 @@ class AgentStore:
             agent_id,
             f"INSERT INTO govredis_agents (agent_id, metadata) VALUES (%s, %s)"
             f" ON CONFLICT DO NOTHING RETURNING {_COLUMNS}",
-            (agent_id, _json(metadata or {})),
+            (agent_id, _json({} if metadata is None else metadata)),
         )
         if record is None:
             raise ValueError(f"agent {agent_id!r} exists already; update_metadata changes it")
@@ -100,9 +104,11 @@ class AgentStore:
         try:
             # One statement outside of a transaction block: when it has answered, it is committed.
             rows = self._postgres.fetch(sql, params)
-        except BackendUnavailable:
-            # It may have been committed: an invalidation too many is harmless, one too few is not.
-            self._cache.invalidate_or_owe(agent_id)
+        except BaseException as error:
+            # Without an answer (a deadline, a signal handler's exception) it may have been committed: an invalidation
+            # too many is harmless, one too few is not.
+            if isinstance(error, BackendUnavailable) or not isinstance(error, GovRedisError):
+                self._cache.invalidate_or_owe(agent_id)
             raise
         if not rows:
             return None
@@ -122,6 +128,7 @@ def _json(metadata: Mapping[str, Any]) -> Any:
     if not isinstance(metadata, Mapping) or not all(isinstance(name, str) for name in metadata):
         raise refuse("metadata", metadata, "a mapping with str keys")
     metadata = dict(metadata)
-    if "\\u0000" in encode(metadata):
-        raise ValueError("metadata has a NUL character, which PostgreSQL cannot store")
+    unstorable = _UNSTORABLE.search(encode(metadata).replace("\\\\", "-"))
+    if unstorable:
+        raise ValueError(f"metadata has the character {unstorable[0]}, which PostgreSQL cannot store")
     return Json(metadata)

@@ -8,6 +8,8 @@
 --
 -- Reply: 1 if there was a value, else 0.
 
-redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[2])
+-- Deleting comes first: a script that has written may go on writing when Redis is out of memory.
 redis.call('DEL', KEYS[2])
-return redis.call('DEL', KEYS[1])
+local had = redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[2])
+return had

@@ -34,4 +34,4 @@ def decode(raw: bytes | str) -> Any | None:
     ours = record.pop(MEMBER, None) if isinstance(record, dict) else None
     if not isinstance(ours, dict):
         return None
-    return record["value"] if ours.get("bare") else record
+    return record.get("value") if ours.get("bare") else record

@@ -53,9 +53,10 @@ CREATE FUNCTION govredis_limit_decide(
 DECLARE
     held bigint[];
     widest bigint := (SELECT max(w) FROM unnest(windows) w);
-    now_us bigint := (extract(epoch FROM clock_timestamp()) * 1000000)::bigint;
+    now_us bigint;
 BEGIN
     SELECT w.entries INTO held FROM govredis_limit_windows w WHERE w.key = k;
+    now_us := (extract(epoch FROM clock_timestamp()) * 1000000)::bigint;  -- no entry seen is younger
     SELECT * INTO admitted, deciding, remaining, retry_after, reset_after
         FROM govredis_limit_look(coalesce(held, '{}'), now_us, cost, mode, counts, windows);
     IF mode = 'peek' OR NOT admitted THEN

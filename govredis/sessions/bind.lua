@@ -7,25 +7,22 @@
 -- ARGV[4]  ttl in milliseconds
 -- ARGV[5]  "1": only if the session is unbound or already this agent's
 --
--- Reply: {1, the JSON now at the key} if bound, {0, the JSON at the key} if refused. The value is never re-encoded here:
--- cjson turns [] into {}.
+-- Reply: {1, the JSON now at the key, its ttl} if bound, {0, the JSON at the key, its ttl} if refused; a ttl is PTTL's.
+-- The value is never re-encoded here: cjson turns [] into {}.
 
 local old = redis.call('GET', KEYS[1])
 local count = 0
 if old then
   local ok, session = pcall(cjson.decode, old)
-  if ok and type(session) == 'table' then
-    count = tonumber(session.bind_count) or 0
-    if session.agent_id == ARGV[2] and session.bound_at == ARGV[3] then
-      return {1, old}
-    end
-    if ARGV[5] == '1' then
-      if session.agent_id == ARGV[2] then return {1, old} end
-      return {0, old}
-    end
+  -- What cjson cannot read (nested too deep, not JSON at all) is somebody's nevertheless.
+  local readable = ok and type(session) == 'table'
+  local mine = readable and session.agent_id == ARGV[2]
+  if (mine and session.bound_at == ARGV[3]) or ARGV[5] == '1' then
+    return {mine and 1 or 0, old, redis.call('PTTL', KEYS[1])}
   end
+  count = readable and tonumber(session.bind_count) or 1
 end
 
 local new = ARGV[1] .. string.format(', "bind_count": %d}', count + 1)
 redis.call('SET', KEYS[1], new, 'PX', ARGV[4])
-return {1, new}
+return {1, new, tonumber(ARGV[4])}

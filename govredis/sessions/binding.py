@@ -37,33 +37,36 @@ class SessionBinding:
 
 def encode(agent_id: str, bound_at: str, data: Any) -> str:
     """The JSON to store, without its bind_count and closing brace. Raises ValueError if `data` does not serialise."""
-    record: dict[str, Any] = {"agent_id": agent_id, "bound_at": bound_at}
-    if data is not None:
-        record["data"] = data
+    head = json.dumps({"agent_id": agent_id, "bound_at": bound_at})[:-1]
+    if data is None:
+        return head
     try:
-        text = json.dumps(record, allow_nan=False)
+        text = json.dumps(data, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"data cannot be stored as JSON: {error}") from None
     if len(text) > MAX_DATA_BYTES:
         raise refuse("data", f"{len(text)} bytes of JSON", f"at most {MAX_DATA_BYTES} bytes of JSON")
-    return text[:-1]
+    return f'{head}, "data": {text}'
 
 
-def decode(session_id: str, raw: bytes | str, ttl_ms: int, backend: str = "redis") -> SessionBinding:
-    """The binding of a stored record. Raises BackendError for what is not one."""
+def decode(session_id: str, raw: bytes | str, ttl_ms: int, now: datetime) -> SessionBinding:
+    """The binding of a record in Redis that has `ttl_ms` (as PTTL says) left. Raises BackendError for what is none."""
     try:
         record = json.loads(raw)
         agent_id = record["agent_id"]
-    except (ValueError, KeyError, TypeError):
+        bind_count = int(record.get("bind_count") or 1)
+        if not isinstance(agent_id, str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise BackendError(f"the record of session {session_id!r} is not a JSON object with an agent_id") from None
     return SessionBinding(
         session_id,
         agent_id,
         _instant(record),
-        datetime.now(timezone.utc) + timedelta(milliseconds=ttl_ms) if ttl_ms >= 0 else None,
-        int(record.get("bind_count") or 1),
+        now + timedelta(milliseconds=ttl_ms) if ttl_ms >= 0 else None,
+        bind_count,
         record.get("data"),
-        backend,
+        "redis",
     )
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from typing import Any
+from typing import Any, TypeVar
 
 from .._counters import Counters
 from ..client import RedisClient, Script
-from ..errors import BackendUnavailable, SessionAlreadyBound, SessionStoreUnavailable, check_ttl
+from ..errors import BackendError, BackendUnavailable, SessionAlreadyBound, SessionStoreUnavailable, check_ttl
 from ..keys import Keys
 from .binding import SessionBinding, decode, encode
-from .local import LocalSessions
+from .local import Debt, LocalSessions
 
 __all__ = ["SessionBinding", "SessionCache"]
+
+log = logging.getLogger("govredis")
+
+T = TypeVar("T")
 
 _REPLAY_AT_ONCE = 500
 
@@ -87,7 +93,7 @@ class SessionCache:
         head = encode(agent_id, bound_at, data)
         if self._redis is not None:
             try:
-                _, (bound, raw) = self._redis.pipeline(
+                _, (_, raw, left_ms) = self._redis.pipeline(
                     (
                         self._index.call((index,), (session_id, ttl_ms)),
                         self._bind.call((key,), (head, agent_id, bound_at, ttl_ms, int(if_absent))),
@@ -95,13 +101,13 @@ class SessionCache:
                     (self._index, self._bind),
                 )
             except BackendUnavailable as error:
-                self._degraded("bind", error if if_absent and not self._local.knows(session_id) else None)
+                self._degraded("bind", error if if_absent and not self._knows(session_id) else None)
             else:
-                binding = decode(session_id, raw, ttl_ms)
+                binding = decode(session_id, raw, left_ms, self._now())
                 self._local.remember(binding)
-                self._counters.add("sessions.bound")
-                if not bound:
+                if binding.agent_id != agent_id:
                     raise SessionAlreadyBound(binding)
+                self._counters.add("sessions.bound")
                 return binding
         known = self._local.get(session_id)
         if if_absent and known is not None:
@@ -132,10 +138,10 @@ class SessionCache:
                 self._local.forget(session_id)
                 return None
             self._counters.add("sessions.hits")
-            binding = decode(session_id, raw, left_ms)
-            self._local.remember(binding)
+            binding = decode(session_id, raw, left_ms, self._now())
             if touch and self._extend(binding, left_ms):
                 binding = replace(binding, expires_at=self._now() + timedelta(seconds=self._ttl))
+            self._local.remember(binding)
             return binding
         return self._get_local(session_id, touch, None)
 
@@ -205,6 +211,12 @@ class SessionCache:
         if self._redis is not None:
             self._redis.replay_soon("sessions were changed without it")
 
+    def _outage(self) -> int:
+        return 0 if self._redis is None else self._redis.breaker.generation
+
+    def _knows(self, session_id: str) -> bool:
+        return self._local.knows(session_id, self._outage())
+
     def _ttl_ms(self, ttl: float | None) -> int:
         return int((self._ttl if ttl is None else check_ttl(ttl)) * 1000)
 
@@ -218,7 +230,7 @@ class SessionCache:
             self._local.touch(session_id, self._ttl)
         binding = self._local.get(session_id)
         if error is not None:
-            self._degraded("get", None if self._local.knows(session_id) else error)
+            self._degraded("get", None if self._knows(session_id) else error)
         return binding
 
     def _extend(self, binding: SessionBinding, left_ms: int) -> bool:
@@ -247,7 +259,7 @@ class SessionCache:
         return [
             sid
             for sid, raw in zip(named, records, strict=True)
-            if raw is not None and decode(sid, raw, -1).agent_id == agent_id
+            if raw is not None and decode(sid, raw, -1, self._now()).agent_id == agent_id
         ]
 
     def _unbind_all(self, redis: RedisClient, agent_id: str, index: str) -> int:
@@ -264,14 +276,16 @@ class SessionCache:
         """Tell Redis what it missed: revocations first, then bindings where the session is still unbound."""
         sessions, agents, bindings = self._local.debts()
         for some in _chunks(sessions):
-            redis.pipeline([self._unbind.call((self._keys.session(sid),), ("",)) for sid in some], (self._unbind,))
-            self._local.paid(some, [], [])
-        for agent in agents:
-            self._unbind_all(redis, agent, self._keys.agent_sessions(agent))
-            self._local.paid([], [agent], [])
+            with self._telling(some):
+                redis.pipeline(
+                    [self._unbind.call((self._keys.session(sid),), ("",)) for sid, _ in some], (self._unbind,)
+                )
+        for debt in agents:
+            with self._telling([debt]):
+                self._unbind_all(redis, debt[0], self._keys.agent_sessions(debt[0]))
         for few in _chunks(bindings):
             commands = []
-            for b in few:
+            for _, b in few:
                 left = (b.expires_at - self._now()) if b.expires_at is not None else timedelta(seconds=self._ttl)
                 ttl_ms = max(1, int(left.total_seconds() * 1000))
                 bound_at = b.bound_at.isoformat(timespec="microseconds")
@@ -280,13 +294,28 @@ class SessionCache:
                     self._index.call((self._keys.agent_sessions(b.agent_id),), (b.session_id, ttl_ms)),
                     self._bind.call((self._keys.session(b.session_id),), (head, b.agent_id, bound_at, ttl_ms, 1)),
                 ]
-            replies = redis.pipeline(commands, (self._index, self._bind))
-            self._local.paid([], [], few)
-            for b, (bound, raw) in zip(few, replies[1::2], strict=True):
+            replies: list[Any] = []
+            with self._telling([debt for debt, _ in few]):
+                replies = redis.pipeline(commands, (self._index, self._bind))
+            for (_, b), (bound, raw, left_ms) in zip(few, replies[1::2], strict=False):
                 if not bound:  # somebody bound it otherwise while we were cut off: theirs stands
                     self._counters.add("sessions.replays_refused")
-                    self._local.remember(decode(b.session_id, raw, int(self._ttl * 1000)))
+                    with self._telling([]):
+                        self._local.remember(decode(b.session_id, raw, left_ms, self._now()))
+
+    @contextlib.contextmanager
+    def _telling(self, debts: list[Debt]) -> Iterator[None]:
+        """These debts are paid now, also where Redis answered with an error (a key of another type, say): the others
+        were carried out, and one that never can be must not keep the rest from being told."""
+        try:
+            yield
+        except BackendUnavailable:
+            raise
+        except BackendError as error:
+            self._counters.add("sessions.replays_failed")
+            log.error("a change made while Redis was away could not be told to it: %s", error)
+        self._local.paid(debts, self._outage())
 
 
-def _chunks(items: list[Any]) -> list[list[Any]]:
+def _chunks(items: list[T]) -> list[list[T]]:
     return [items[i : i + _REPLAY_AT_ONCE] for i in range(0, len(items), _REPLAY_AT_ONCE)]

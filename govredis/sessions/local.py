@@ -7,10 +7,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import TypeAlias
 
 from .._fork import renew_in_child
 from ..errors import SessionStoreUnavailable
 from .binding import SessionBinding
+
+#: A session or an agent that Redis is to be told of, and a token: owed anew, it is another debt.
+Debt: TypeAlias = tuple[str, object]
 
 
 class LocalSessions:
@@ -30,29 +34,37 @@ class LocalSessions:
         self._owing = owing
         self._now = now
         self._known: OrderedDict[str, SessionBinding] = OrderedDict()
+        #: Sessions whose revocation Redis has been told of, and in which outage: it may not be over yet.
+        self._ended: OrderedDict[str, int] = OrderedDict()
         self.renew_after_fork()
         renew_in_child(self)
 
     def renew_after_fork(self) -> None:
         self._lock = threading.Lock()
         # The debts are the parent's: a child that paid one again, later, could undo what came between.
-        self._to_unbind: OrderedDict[str, None] = OrderedDict()
-        self._to_unbind_agents: OrderedDict[str, None] = OrderedDict()
-        self._to_bind: OrderedDict[str, None] = OrderedDict()
+        self._to_unbind: dict[str, object] = {}
+        self._to_unbind_agents: dict[str, object] = {}
+        self._to_bind: dict[str, object] = {}
 
     def remember(self, binding: SessionBinding) -> None:
-        """Note what Redis said."""
+        """Note what Redis said, unless it has still to be told what happened since."""
         with self._lock:
-            self._put(replace(binding, backend="local"))
+            if not self._owes(binding.session_id) and binding.agent_id not in self._to_unbind_agents:
+                self._put(replace(binding, backend="local"))
+                self._ended.pop(binding.session_id, None)
 
     def forget(self, session_id: str) -> None:
+        """Redis said that it is gone; but what it has still to be told stands."""
         with self._lock:
-            self._known.pop(session_id, None)
+            if not self._owes(session_id):
+                self._known.pop(session_id, None)
 
     def forget_agent(self, agent_id: str) -> None:
+        """As forget, for all sessions of an agent."""
         with self._lock:
             for sid in self._of(agent_id):
-                del self._known[sid]
+                if not self._owes(sid):
+                    del self._known[sid]
 
     def get(self, session_id: str) -> SessionBinding | None:
         with self._lock:
@@ -62,10 +74,14 @@ class LocalSessions:
         with self._lock:
             return sorted(sid for sid in self._of(agent_id) if self._live(sid) is not None)
 
-    def knows(self, session_id: str) -> bool:
-        """Does this process know whose the session is, or that it was revoked here while Redis was away?"""
+    def knows(self, session_id: str, outage: int = 0) -> bool:
+        """Does this process know whose the session is, or that it was revoked here in this outage?"""
         with self._lock:
-            return self._live(session_id) is not None or session_id in self._to_unbind
+            return (
+                self._live(session_id) is not None
+                or session_id in self._to_unbind
+                or self._ended.get(session_id) == outage
+            )
 
     def bind(self, binding: SessionBinding) -> SessionBinding:
         """Bind while Redis is away, and owe it."""
@@ -74,6 +90,7 @@ class LocalSessions:
             binding = replace(binding, backend="local", bind_count=old.bind_count + 1 if old else 1)
             self._owe(self._to_bind, binding.session_id)
             self._put(binding)
+            self._ended.pop(binding.session_id, None)
             return binding
 
     def touch(self, session_id: str, ttl: float) -> bool:
@@ -104,21 +121,26 @@ class LocalSessions:
                 self._to_bind.pop(sid, None)
             return len(mine)
 
-    def debts(self) -> tuple[list[str], list[str], list[SessionBinding]]:
+    def debts(self) -> tuple[list[Debt], list[Debt], list[tuple[Debt, SessionBinding]]]:
         """What Redis has not been told: sessions revoked, agents revoked, bindings; to be told in this order."""
         with self._lock:
-            bindings = [b for sid in self._to_bind if (b := self._live(sid)) is not None]
-            return list(self._to_unbind), list(self._to_unbind_agents), bindings
+            bindings = [(debt, b) for debt in list(self._to_bind.items()) if (b := self._live(debt[0])) is not None]
+            return list(self._to_unbind.items()), list(self._to_unbind_agents.items()), bindings
 
-    def paid(self, sessions: list[str], agents: list[str], bindings: list[SessionBinding]) -> None:
+    def paid(self, debts: list[Debt], outage: int = 0) -> None:
+        """Redis was told of these, at the end of this outage. One that was owed anew meanwhile still is."""
         with self._lock:
-            for sid in sessions:
-                self._to_unbind.pop(sid, None)
-            for agent in agents:
-                self._to_unbind_agents.pop(agent, None)
-            for binding in bindings:
-                if self._known.get(binding.session_id) is binding:
-                    self._to_bind.pop(binding.session_id, None)
+            for owed in (self._to_unbind, self._to_unbind_agents, self._to_bind):
+                for what, token in debts:
+                    if owed.get(what) is token:
+                        del owed[what]
+                        if owed is self._to_unbind:
+                            self._ended[what] = outage
+            while len(self._ended) > self._entries:
+                self._ended.popitem(last=False)
+
+    def _owes(self, session_id: str) -> bool:
+        return session_id in self._to_unbind or session_id in self._to_bind
 
     def _of(self, agent_id: str) -> list[str]:
         return [sid for sid, b in self._known.items() if b.agent_id == agent_id]
@@ -139,9 +161,9 @@ class LocalSessions:
             if oldest is not None:
                 del self._known[oldest]
 
-    def _owe(self, debts: OrderedDict[str, None], what: str) -> None:
+    def _owe(self, debts: dict[str, object], what: str) -> None:
         if not self._owing:
             return
         if len(debts) >= self._entries and what not in debts:
             raise SessionStoreUnavailable(f"Redis is away, and this process owes it {self._entries} changes already")
-        debts[what] = None
+        debts[what] = object()

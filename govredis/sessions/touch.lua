@@ -7,5 +7,5 @@
 
 local left = redis.call('PTTL', KEYS[1])
 if left == -2 then return 0 end
-if left < tonumber(ARGV[1]) then redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
+if left >= 0 and left < tonumber(ARGV[1]) then redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
 return 1

@@ -1,4 +1,4 @@
--- End a session, if it belongs to the agent given.
+-- End a session, if it belongs to the agent given. One that the agent's index names and nobody can read is ended too.
 --
 -- KEYS[1]  session:{id}
 -- ARGV[1]  agent_id, or "" for whoever's
@@ -8,6 +8,6 @@
 if ARGV[1] ~= '' then
   local old = redis.call('GET', KEYS[1])
   local ok, session = pcall(cjson.decode, old or '')
-  if not ok or type(session) ~= 'table' or session.agent_id ~= ARGV[1] then return 0 end
+  if ok and (type(session) ~= 'table' or session.agent_id ~= ARGV[1]) then return 0 end
 end
 return redis.call('DEL', KEYS[1])

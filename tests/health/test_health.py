@@ -1,0 +1,255 @@
+"""HealthMonitor: what it says of living, hung, absent, disabled and half-made servers, and where it keeps it."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psycopg2
+
+from govredis import GovRedis, HealthReport
+from govredis.health import Check, HealthMonitor
+from govredis.testing.servers import PostgresServer, RedisServer
+
+AWAY = "redis://user:hunter2@127.0.0.1:1/0"
+PG_AWAY = "postgresql://postgres:hunter2@127.0.0.1:1/postgres"
+
+
+def by_name(report: HealthReport) -> dict[str, Check]:
+    assert [check.name for check in report.checks] == ["redis", "postgres", "counters"]
+    return {check.name: check for check in report.checks}
+
+
+def ticking(gov: GovRedis) -> tuple[HealthMonitor, list[float]]:
+    """A monitor of the same servers whose clock is the list's only element."""
+    now = [100.0]
+    return HealthMonitor(gov._keys, gov._redis, gov._postgres, gov.counters, clock=lambda: now[0]), now
+
+
+class TestStatus:
+    def test_pass(self, gov: GovRedis, plain_redis: Any) -> None:
+        plain_redis.mset({f"k{n}": n for n in range(7)})
+        report = gov.health.check()
+        checks = by_name(report)
+        assert report.status == "pass"
+        assert {(check.status, check.output) for check in report.checks} == {("pass", "")}
+        redis = checks["redis"].data
+        assert (redis["enabled"], redis["keys"], redis["times_away"]) == (True, 7, 0)
+        assert redis["redis_version"].count(".") == 2
+        assert min(redis["uptime_in_seconds"], redis["used_memory"], redis["connected_clients"]) >= 0
+        assert redis["seconds"] > 0
+        postgres = checks["postgres"].data
+        assert (postgres["configured"], postgres["times_away"]) == (True, 0)
+        assert postgres["seconds"] > 0
+        assert report.at.utcoffset() is not None
+        assert report.stored is None
+
+    def test_keys_are_counted_without_a_scan(self, gov: GovRedis, plain_redis: Any) -> None:
+        plain_redis.config_resetstat()
+        gov.health.check()
+        stats = {name.removeprefix("cmdstat_") for name in plain_redis.info("commandstats")}
+        assert "dbsize" in stats
+        assert not stats & {"scan", "keys"}
+
+    def test_redis_away_is_a_warning(self, make_gov: Callable[..., GovRedis], postgres_server: PostgresServer) -> None:
+        report = make_gov(redis_url=AWAY, database_url=postgres_server.url).health.check()
+        redis = by_name(report)["redis"]
+        assert (report.status, redis.status) == ("warn", "warn")
+        assert "is away" in redis.output
+        assert "fallbacks are in use" in redis.output
+        assert redis.data["away_for"] >= 0
+        assert make_gov(redis_url=AWAY).health.check().status == "warn"
+
+    def test_postgres_away_is_a_warning(self, make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> None:
+        report = make_gov(redis_url=redis_server.url, database_url=PG_AWAY).health.check()
+        postgres = by_name(report)["postgres"]
+        assert (report.status, postgres.status) == ("warn", "warn")
+        assert "is away" in postgres.output
+
+    def test_both_away_fail(self, make_gov: Callable[..., GovRedis]) -> None:
+        report = make_gov(redis_url=AWAY, database_url=PG_AWAY).health.check()
+        assert report.status == "fail"
+        assert {check.status for check in report.checks} == {"warn", "pass"}
+
+    def test_redis_away_fails_what_has_no_fallback(self, make_gov: Callable[..., GovRedis]) -> None:
+        report = make_gov(redis_url=AWAY, lock_fallback="fail", limit_fallback="deny").health.check()
+        assert report.status == "fail"
+        assert "no fallback for locks and limits" in by_name(report)["redis"].output
+
+    def test_disabled_passes_and_says_so(self, make_gov: Callable[..., GovRedis]) -> None:
+        report = make_gov(redis_enabled=False).health.check()
+        assert report.status == "pass"
+        checks = by_name(report)
+        assert (checks["redis"].output, checks["redis"].data) == ("disabled", {"enabled": False})
+        assert (checks["postgres"].output, checks["postgres"].data) == ("not configured", {"configured": False})
+
+    def test_wrong_credentials_fail(self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer) -> None:
+        mortal_redis.command("CONFIG", "SET", "requirepass", "right")
+        report = make_gov(redis_url=mortal_redis.url.replace("//", "//:hunter2@")).health.check()
+        assert (report.status, by_name(report)["redis"].status) == ("fail", "fail")
+        assert "hunter2" not in json.dumps(report.as_dict())
+
+    def test_missing_tables_fail(
+        self, make_gov: Callable[..., GovRedis], redis_server: RedisServer, postgres_server: PostgresServer
+    ) -> None:
+        url = postgres_server.url.rsplit("/", 1)[0] + "/template1"
+        report = make_gov(redis_url=redis_server.url, database_url=url).health.check()
+        postgres = by_name(report)["postgres"]
+        assert (report.status, postgres.status) == ("fail", "fail")
+        assert "govredis migrate" in postgres.output
+        assert "0001_limits.sql" in postgres.data["missing_migrations"]
+
+    def test_hung_servers_take_no_longer_than_their_deadlines(
+        self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, mortal_postgres: PostgresServer
+    ) -> None:
+        gov = make_gov(redis_url=mortal_redis.url, database_url=mortal_postgres.url, postgres_timeout=30)
+        assert gov.health.check().status == "pass"
+        fresh = make_gov(redis_url=mortal_redis.url, database_url=mortal_postgres.url, postgres_timeout=30)
+        mortal_redis.pause()
+        mortal_postgres.pause()
+        try:
+            for hung in (gov, fresh):
+                monitor, _ = ticking(hung)
+                began = time.monotonic()
+                assert monitor.check().status == "fail"
+                # 0.2 + 0.1 s for Redis and 0.5 s for PostgreSQL, and what a busy machine adds; not the 30 s.
+                assert time.monotonic() - began < 10
+        finally:
+            mortal_redis.resume()
+            mortal_postgres.resume()
+
+
+class TestCaching:
+    def test_what_was_seen_holds_for_a_second(self, gov: GovRedis, plain_redis: Any) -> None:
+        monitor, now = ticking(gov)
+        first = monitor.check()
+        plain_redis.set("k", 1)
+        now[0] += 0.999
+        assert monitor.check() is first
+        now[0] += 0.001
+        assert by_name(monitor.check())["redis"].data["keys"] == by_name(first)["redis"].data["keys"] + 1
+
+    def test_many_at_once_look_once(self, gov: GovRedis) -> None:
+        monitor, _ = ticking(gov)
+        before = gov.postgres.statements
+        threads = [threading.Thread(target=monitor.check) for _ in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert gov.postgres.statements - before == 2
+
+
+class TestRatios:
+    def test_are_of_the_time_since_the_check_before(self, gov: GovRedis) -> None:
+        monitor, now = ticking(gov)
+
+        def ratios() -> Any:
+            now[0] += 1
+            return by_name(monitor.check())["counters"].data["hit_ratios"]
+
+        assert ratios() == {}
+        gov.metadata.set("a", 1)
+        for identity in ("a", "a", "a", "none"):
+            gov.metadata.get(identity)
+        gov.sessions.get("none")
+        assert ratios() == {"agent_meta": 0.75, "sessions": 0.0}
+        gov.metadata.get("a")
+        assert ratios() == {"agent_meta": 1.0}, "a good start hides no bad hour, nor the other way round"
+        assert ratios() == {}
+        counts = by_name(monitor.check())["counters"].data["counts"]
+        assert (counts["agent_meta.hits"], counts["agent_meta.misses"]) == (4, 1)
+
+    def test_a_child_counts_from_its_start(self, gov: GovRedis) -> None:
+        monitor, _ = ticking(gov)
+        for _ in range(5):
+            gov.metadata.get("none")
+        monitor.check()
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                gov.metadata.set("a", 1)
+                gov.metadata.get("a")
+                found = by_name(monitor.check())["counters"].data["hit_ratios"]
+                status = 0 if found == {"agent_meta": 1.0} else 2
+            finally:
+                os._exit(status)
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+class TestSnapshots:
+    def test_go_to_redis(self, gov: GovRedis, plain_redis: Any) -> None:
+        report = gov.health.snapshot()
+        assert report.stored == "redis"
+        ((_, fields),) = plain_redis.xrange("govredis:health")
+        assert json.loads(fields["report"]) == json.loads(json.dumps(report.as_dict()))
+
+    def test_the_stream_is_capped(self, gov: GovRedis, plain_redis: Any) -> None:
+        with plain_redis.pipeline(transaction=False) as pipe:
+            for n in range(10_500):
+                pipe.xadd("govredis:health", {"report": n})
+            pipe.execute()
+        gov.health.snapshot()
+        assert 10_000 <= plain_redis.xlen("govredis:health") < 10_200
+
+    def test_go_to_postgres_while_redis_is_away(
+        self, make_gov: Callable[..., GovRedis], postgres_server: PostgresServer
+    ) -> None:
+        for options in ({"redis_url": AWAY}, {"redis_enabled": False}):
+            gov = make_gov(database_url=postgres_server.url, **options)
+            report = gov.health.snapshot()
+            assert report.stored == "postgres"
+            assert gov.counters.get("health.degraded.snapshots") == ("redis_url" in options)
+        connection = psycopg2.connect(postgres_server.url)
+        with connection, connection.cursor() as cursor:
+            cursor.execute("SELECT report FROM govredis_health_snapshots ORDER BY at DESC")
+            stored = [found for (found,) in cursor.fetchall()]
+        connection.close()
+        assert len(stored) == 2
+        assert stored[0] == json.loads(json.dumps(report.as_dict()))
+
+    def test_the_table_is_bounded(self, make_gov: Callable[..., GovRedis], postgres_server: PostgresServer) -> None:
+        gov = make_gov(redis_url=AWAY, database_url=postgres_server.url)
+        gov.postgres.fetch(
+            "INSERT INTO govredis_health_snapshots"
+            " SELECT now() - n * interval '1 day', '{}' FROM generate_series(29, 33, 2) n"
+        )
+        assert gov.health.snapshot().stored == "postgres"
+        days = gov.postgres.fetch("SELECT extract(day FROM now() - at)::int FROM govredis_health_snapshots ORDER BY 1")
+        assert days == [(0,), (29,)]
+
+    def test_go_nowhere_where_nothing_takes_them(
+        self, make_gov: Callable[..., GovRedis], postgres_server: PostgresServer, plain_redis: Any,
+        redis_server: RedisServer,
+    ) -> None:  # fmt: skip
+        unmigrated = postgres_server.url.rsplit("/", 1)[0] + "/template1"
+        plain_redis.set("govredis:health", "not a stream")
+        for options in (
+            {"redis_enabled": False},
+            {"redis_url": AWAY, "database_url": PG_AWAY},
+            {"redis_url": redis_server.url},
+            {"redis_url": AWAY, "database_url": unmigrated},
+        ):
+            assert make_gov(**options).health.snapshot().stored is None
+
+
+class TestForm:
+    def test_is_health_json_without_passwords(self, make_gov: Callable[..., GovRedis]) -> None:
+        report = make_gov(redis_url=AWAY, database_url=PG_AWAY).health.check()
+        form = report.as_dict()
+        text = json.dumps(form, allow_nan=False)
+        assert json.loads(text) == form
+        assert set(form) == {"status", "time", "checks"}
+        assert form["status"] == "fail"
+        assert form["time"] == report.at.isoformat()
+        assert set(form["checks"]) == {"redis", "postgres", "counters"}
+        for (component,) in form["checks"].values():
+            assert component["status"] in {"pass", "warn", "fail"}
+            assert isinstance(component["output"], str)
+        for shown in (text, repr(report)):
+            assert "hunter2" not in shown

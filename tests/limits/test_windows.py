@@ -1,0 +1,186 @@
+"""The contract of a sliding window, the same tests over every store."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from govredis.limits import Limit
+from govredis.limits.windows import Mode, Outcome
+
+SECOND = 1_000_000
+TWO = [Limit(2, 1)]
+
+
+class Deque:
+    """The oracle: all entries, counted one by one."""
+
+    def __init__(self) -> None:
+        self.entries: list[int] = []
+        self.longest = 0
+
+    def used(self, window_us: int, at: int) -> int:
+        return sum(entry > at - window_us for entry in self.entries)
+
+    def decide(self, now: int, limits: list[Limit], cost: int, mode: Mode) -> Outcome:
+        waits = []
+        for limit in limits:
+            moments = [0, *sorted(e + limit.window_us - now for e in self.entries if e + limit.window_us > now)]
+            waits.append(next(w for w in moments if self.used(limit.window_us, now + w) + cost <= limit.count))
+        left = [limit.count - self.used(limit.window_us, now) for limit in limits]
+        if max(waits) == 0 or mode == "record":
+            admitted, retry_after = True, 0
+            deciding = min(range(len(limits)), key=lambda i: left[i])
+            remaining = max(0, left[deciding] - cost)
+        else:
+            admitted, retry_after = False, max(waits)
+            deciding = waits.index(retry_after)
+            remaining = max(0, left[deciding])
+        if admitted and mode != "peek":
+            self.longest = max(self.longest, *(limit.window_us for limit in limits))
+            self.entries = [e for e in self.entries if e > now - self.longest] + [now] * cost
+        ends = [e + limits[deciding].window_us - now for e in self.entries]
+        return Outcome(admitted, deciding, remaining, retry_after, max([0, *ends]))
+
+
+class TestWindow:
+    def test_an_entry_counts_until_exactly_its_window_has_passed(self, store: Any) -> None:
+        hit = lambda: store.window.decide("k", [Limit(1, 1)], 1, "hit")  # noqa: E731
+        assert hit().admitted
+        store.now += SECOND - 1
+        assert hit() == Outcome(False, 0, 0, 1, 1)
+        assert store.window.count("k", SECOND) == 1
+        store.now += 1
+        assert store.window.count("k", SECOND) == 0
+        assert hit() == Outcome(True, 0, 0, 0, SECOND)
+
+    def test_retry_after_is_the_first_moment_that_admits(self, store: Any) -> None:
+        for step in (0, 100_003, 200_000):
+            store.now += step
+            store.window.decide("k", [Limit(3, 1)], 1, "hit")
+        store.now += 7
+        for cost in (3, 2, 1):
+            refused = store.window.decide("k", [Limit(3, 1)], cost, "hit")
+            assert not refused.admitted
+            start = store.now
+            store.now = start + refused.retry_after_us - 1
+            assert not store.window.decide("k", [Limit(3, 1)], cost, "peek").admitted
+            store.now += 1
+            assert store.window.decide("k", [Limit(3, 1)], cost, "peek").admitted
+            store.now = start
+
+    def test_reset_after_is_when_the_deciding_limit_is_full_again(self, store: Any) -> None:
+        store.window.decide("k", TWO, 1, "hit")
+        store.now += 300_000
+        assert store.window.decide("k", TWO, 1, "hit").reset_after_us == SECOND
+        store.now += 200_000
+        looked = store.window.decide("k", TWO, 1, "peek")
+        assert looked.reset_after_us == 800_000
+        store.now += looked.reset_after_us - 1
+        assert store.window.decide("k", TWO, 1, "peek").remaining == 0
+        store.now += 1
+        assert store.window.decide("k", TWO, 1, "peek") == Outcome(True, 0, 1, 0, 0)
+
+    def test_several_limits_are_all_or_none(self, store: Any) -> None:
+        limits = [Limit(10, 60), Limit(2, 1)]
+        assert store.window.decide("k", limits, 1, "hit") == Outcome(True, 1, 1, 0, SECOND)
+        assert store.window.decide("k", limits, 1, "hit").admitted
+        assert store.window.decide("k", limits, 1, "hit") == Outcome(False, 1, 0, SECOND, SECOND)
+        assert store.window.count("k", 60 * SECOND) == 2
+
+    def test_the_limit_violated_longest_decides_a_refusal(self, store: Any) -> None:
+        limits = [Limit(1, 1), Limit(1, 60), Limit(1, 30)]
+        store.window.decide("k", limits, 1, "hit")
+        assert store.window.decide("k", limits, 1, "hit") == Outcome(False, 1, 0, 60 * SECOND, 60 * SECOND)
+
+    def test_the_limit_with_the_least_left_decides_an_admission(self, store: Any) -> None:
+        limits = [Limit(9, 1), Limit(3, 60), Limit(5, 30)]
+        assert store.window.decide("k", limits, 1, "hit") == Outcome(True, 1, 2, 0, 60 * SECOND)
+
+    def test_a_refusal_writes_nothing(self, store: Any) -> None:
+        store.window.decide("k", TWO, 2, "hit")
+        before = store.entries("k")
+        for _ in range(3):
+            store.now += 1
+            assert not store.window.decide("k", [Limit(2, 99)], 1, "hit").admitted
+        assert store.entries("k") == before
+        store.now = before[0] + SECOND
+        assert store.window.decide("k", TWO, 2, "hit").admitted, "the refused window of 99 s widened nothing"
+
+    def test_peek_says_what_hit_would_and_writes_nothing(self, store: Any) -> None:
+        assert store.window.decide("k", TWO, 2, "peek") == Outcome(True, 0, 0, 0, 0)
+        assert store.entries("k") == []
+        store.window.decide("k", TWO, 1, "hit")
+        before = store.entries("k")
+        assert store.window.decide("k", TWO, 2, "peek") == Outcome(False, 0, 1, SECOND, SECOND)
+        assert store.entries("k") == before
+
+    def test_a_cost_takes_as_many_entries(self, store: Any) -> None:
+        assert store.window.decide("k", [Limit(5, 1)], 3, "hit").remaining == 2
+        assert store.window.count("k", SECOND) == 3
+        assert store.window.decide("k", [Limit(5, 1)], 3, "hit") == Outcome(False, 0, 2, SECOND, SECOND)
+        assert store.window.decide("k", [Limit(5, 1)], 2, "hit").admitted
+
+    def test_record_records_whatever_the_count_is(self, store: Any) -> None:
+        for _ in range(3):
+            assert store.window.decide("k", TWO, 1, "record").admitted
+        assert store.window.count("k", SECOND) == 3
+        assert store.window.decide("k", TWO, 1, "peek") == Outcome(False, 0, 0, SECOND, SECOND)
+
+    def test_reset_forgets_everything(self, store: Any) -> None:
+        store.window.decide("k", TWO, 2, "hit")
+        store.window.decide("other", TWO, 1, "hit")
+        store.window.reset("k")
+        assert store.window.count("k", SECOND) == 0
+        assert store.window.decide("k", TWO, 2, "hit").admitted
+        assert store.window.count("other", SECOND) == 1
+
+    def test_a_change_of_the_limit_holds_at_the_next_call(self, store: Any) -> None:
+        store.window.decide("k", [Limit(5, 10)], 3, "hit")
+        assert not store.window.decide("k", [Limit(3, 10)], 1, "hit").admitted
+        assert store.window.decide("k", [Limit(4, 10)], 1, "hit").admitted
+        store.now += SECOND
+        assert store.window.decide("k", [Limit(4, 1)], 1, "hit").remaining == 3
+
+    def test_a_narrow_window_does_not_prune_what_the_widest_needs(self, store: Any) -> None:
+        store.window.decide("k", [Limit(5, 60)], 2, "hit")
+        store.now += 30 * SECOND
+        store.window.decide("k", [Limit(5, 1)], 1, "hit")
+        assert store.window.decide("k", [Limit(3, 60)], 1, "peek").admitted is False
+
+    def test_what_no_window_needs_is_pruned(self, store: Any) -> None:
+        store.window.decide("k", [Limit(5, 2)], 3, "hit")
+        store.now += 2 * SECOND
+        store.window.decide("k", [Limit(5, 1)], 1, "hit")
+        assert store.entries("k") == [store.now]
+
+    def test_counts_only_the_window_asked_for(self, store: Any) -> None:
+        store.window.decide("k", [Limit(9, 60)], 2, "hit")
+        store.now += 5 * SECOND
+        store.window.decide("k", [Limit(9, 60)], 1, "hit")
+        assert [store.window.count("k", w * SECOND) for w in (1, 5, 6)] == [1, 1, 3]
+        assert store.window.count("unknown", SECOND) == 0
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=st.data())
+    def test_decides_as_a_plain_deque_does(self, store: Any, data: st.DataObject) -> None:
+        oracle, key = Deque(), uuid.uuid4().hex
+        backward = -3 if store.name == "redis" else 0
+        for _ in range(data.draw(st.integers(1, 12), "steps")):
+            store.now += data.draw(st.integers(backward, 6) | st.sampled_from([999, 1000, 1001, 2000]), "ms") * 1000
+            mode: Mode = data.draw(st.sampled_from(["hit", "hit", "hit", "peek", "record"]), "mode")
+            pairs = data.draw(
+                st.lists(
+                    st.tuples(st.integers(1, 6), st.sampled_from([0.001, 0.005, 0.01, 1.0, 2.0])),
+                    min_size=1,
+                    max_size=1 if mode == "record" else 3,
+                ),
+                "limits",
+            )
+            limits = [Limit(*pair) for pair in pairs]
+            cost = data.draw(st.integers(1, min(limit.count for limit in limits)), "cost")
+            assert store.window.decide(key, limits, cost, mode) == oracle.decide(store.now, limits, cost, mode)
+            assert sorted(store.entries(key)) == sorted(oracle.entries)

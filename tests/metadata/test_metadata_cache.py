@@ -1,0 +1,353 @@
+"""MetadataCache on a living Redis: hits, misses, leases, invalidation, and the reader that is too late."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from govredis import GovRedis
+from govredis.keys import sibling
+from govredis.testing.servers import RedisServer
+
+KEY = "agent_meta:a"
+CELLS = (KEY, sibling(KEY, "lease"), sibling(KEY, "tombstone"))
+
+
+def sent(plain_redis: Any) -> dict[str, int]:
+    """The commands that reached the server since CONFIG RESETSTAT, the asking excepted, and how often."""
+    stats = {name.removeprefix("cmdstat_"): found["calls"] for name, found in plain_redis.info("commandstats").items()}
+    return {name: n for name, n in stats.items() if not name.startswith(("config", "info", "client", "select"))}
+
+
+def never(_: Any) -> Any:
+    raise AssertionError("not a miss")
+
+
+VALUES = [
+    ({"a": 1, "n": None, "l": [1, [], {}]}, {"a": 1, "n": None, "l": [1, [], {}]}),
+    ({}, {}),
+    ([], []),
+    ((1, (2,)), [1, [2]]),
+    ({"t": (1,)}, {"t": [1]}),
+    ({1: "x"}, {"1": "x"}),
+    ("", ""),
+    ("text ü🎉\x00", "text ü🎉\x00"),
+    (0, 0),
+    (10**30, 10**30),
+    (2.5, 2.5),
+    (False, False),
+    ({"value": 5}, {"value": 5}),
+    ([{"__govredis__": 1}], [{"__govredis__": 1}]),
+]
+
+
+class TestValues:
+    @pytest.mark.parametrize(("value", "back"), VALUES, ids=lambda v: repr(v)[:20])
+    def test_hits_and_misses_return_equal_values(self, gov: GovRedis, value: Any, back: Any) -> None:
+        cache = gov.metadata
+        for found in (
+            cache.get_or_load("a", lambda _: value),
+            cache.get_or_load("a", never),
+            cache.get("a"),
+            cache.get_many(["a"], never)["a"],
+            cache.get_many(["b"], lambda ids: {"b": value})["b"],
+            cache.get("b"),
+        ):
+            assert found == back
+            assert type(found) is type(back)
+        assert cache.set("c", value) is True
+        assert cache.get("c") == back
+
+    @pytest.mark.parametrize(
+        "value",
+        [float("nan"), {"a": float("inf")}, {1, 2}, object(), b"x", {"__govredis__": 1}, {(1, 2): 3}],
+        ids=repr,
+    )
+    def test_what_cannot_be_stored_is_refused(self, gov: GovRedis, plain_redis: Any, value: Any) -> None:
+        plain_redis.config_resetstat()
+        with pytest.raises(ValueError, match="value"):
+            gov.metadata.set("a", value)
+        assert sent(plain_redis) == {}
+        for call in (
+            lambda: gov.metadata.get_or_load("a", lambda _: value),
+            lambda: gov.metadata.get_many(["a"], lambda _: {"a": value}),
+        ):
+            with pytest.raises(ValueError, match="value"):
+                call()
+        assert not plain_redis.exists(KEY)
+
+    def test_none_is_not_a_value(self, gov: GovRedis, plain_redis: Any) -> None:
+        with pytest.raises(ValueError, match="None"):
+            gov.metadata.set("a", None)
+        assert gov.metadata.get_or_load("a", lambda _: None) is None
+        assert gov.metadata.get_many(["a", "b"], lambda _: {"a": None}) == {}
+        assert not plain_redis.exists(KEY)
+        assert gov.metadata.get_or_load("a", lambda _: 5) == 5, "loaded again"
+
+    @pytest.mark.parametrize(
+        "raw", ["x", '{"a": 1}', "[1]", "5", '{"__govredis__": 1}', '{"__govredis__": {"bare": 1}}']
+    )
+    def test_a_foreign_value_is_a_miss_and_written_over(self, gov: GovRedis, plain_redis: Any, raw: str) -> None:
+        plain_redis.set(KEY, raw)
+        assert gov.metadata.get("a") is None
+        assert gov.metadata.get_many(["a"]) == {}
+        assert gov.metadata.get_or_load("a", lambda _: {"mine": 1}) == {"mine": 1}
+        assert gov.metadata.get("a") == {"mine": 1}
+
+    def test_the_wire_format_is_plain_json(self, gov: GovRedis, plain_redis: Any) -> None:
+        gov.metadata.set("a", {"name": "x"})
+        record = json.loads(plain_redis.get(KEY))
+        assert set(record.pop("__govredis__")) == {"at"}
+        assert record == {"name": "x"}
+
+
+class TestReading:
+    def test_a_hit_is_one_get(self, gov: GovRedis, plain_redis: Any) -> None:
+        gov.metadata.get_or_load("a", lambda _: 1)
+        plain_redis.config_resetstat()
+        gov.metadata.get_or_load("a", never)
+        assert sent(plain_redis) == {"get": 1}
+        gov.metadata.get("a")
+        assert sent(plain_redis) == {"get": 2}
+
+    def test_the_loader_gets_the_id_and_its_errors_pass(self, gov: GovRedis, plain_redis: Any) -> None:
+        seen = []
+
+        def fails(identity: Any) -> Any:
+            seen.append(identity)
+            raise KeyError("mine")
+
+        with pytest.raises(KeyError, match="mine"):
+            gov.metadata.get_or_load("a", fails)
+        with pytest.raises(KeyError, match="mine"):
+            gov.metadata.get_many(["a", "b"], fails)
+        assert seen == ["a", ["a", "b"]]
+        assert not plain_redis.exists(KEY)
+
+    def test_get_many_is_one_pipeline_and_one_load(self, gov: GovRedis, plain_redis: Any) -> None:
+        gov.metadata.set("b", 2)
+        calls = []
+
+        def load(ids: list[str]) -> dict[str, int]:
+            calls.append(ids)
+            return {"a": 1, "d": 4, "unasked": 9}
+
+        trips = []
+        round_trip = gov._redis._round_trip  # type: ignore[union-attr]
+        gov._redis._round_trip = lambda *a: trips.append(a) or round_trip(*a)  # type: ignore[union-attr, method-assign]
+        found = gov.metadata.get_many(["d", "b", "a", "c", "a"], load)
+        assert found == {"d": 4, "b": 2, "a": 1}
+        assert list(found) == ["d", "b", "a"]
+        assert calls == [["d", "a", "c"]]
+        assert len(trips) <= 3 + 2, "read, leases, fills; and two more to load the scripts"
+        trips.clear()
+        assert gov.metadata.get_many(["a", "b"], never) == {"a": 1, "b": 2}
+        assert len(trips) == 1
+        assert gov.metadata.get_many([], never) == {}
+        assert gov.metadata.get_many(["c", "a"]) == {"a": 1}
+        assert not plain_redis.exists("agent_meta:unasked")
+
+    def test_ttls(self, gov: GovRedis, plain_redis: Any) -> None:
+        report = gov.cache("report", ttl=60)
+        report.set("x", 1)
+        report.set("y", 1, ttl=5)
+        report.get_or_load("z", lambda _: 1, ttl=7)
+        report.get_or_load("u", lambda _: 1)
+        report.get_many(["v"], lambda _: {"v": 1})
+        gov.metadata.set("a", 1)
+        report.invalidate("gone")
+        found = {key: -(-plain_redis.pttl(key) // 1000) for key in plain_redis.keys("*")}
+        assert all(ttl > 0 for ttl in found.values())
+        expected = {"report:x": 60, "report:y": 5, "report:z": 7, "report:u": 60, "report:v": 60, KEY: 300}
+        assert expected.items() <= found.items()
+        assert found[sibling("report:z", "lease")] <= 30
+        assert found[sibling("report:gone", "tombstone")] <= 10
+
+    def test_namespaces_do_not_meet(self, gov: GovRedis) -> None:
+        gov.metadata.set("a", 1)
+        assert gov.cache("report").get("a") is None
+        for bad in ("session", "lock", "a:b", "", "govredis"):
+            with pytest.raises(ValueError, match="namespace"):
+                gov.cache(bad)
+
+    def test_stats(self, gov: GovRedis) -> None:
+        cache = gov.metadata
+        cache.get_or_load("a", lambda _: 1)
+        cache.get("a")
+        cache.get_many(["a", "b"], lambda _: {"b": 1})
+        cache.invalidate("a")
+        cache.set("a", 2)
+        assert cache.stats() == {
+            "hits": 2, "misses": 2, "loads": 2, "fills": 2, "fills_refused": 1, "invalidated": 1,
+        }  # fmt: skip
+
+    @pytest.mark.parametrize("bad", ["", "{a}", "a\n", "a" * 513, b"a", None, 5], ids=repr)
+    def test_bad_ids_are_refused_before_anything_is_sent(self, gov: GovRedis, plain_redis: Any, bad: Any) -> None:
+        plain_redis.config_resetstat()
+        cache = gov.metadata
+        for refused in (
+            lambda: cache.get(bad),
+            lambda: cache.set(bad, 1),
+            lambda: cache.get_or_load(bad, never),
+            lambda: cache.get_many(["a", bad], never),
+            lambda: cache.invalidate(bad),
+        ):
+            with pytest.raises(ValueError, match=r"is .*it must be"):
+                refused()
+        for ttl in (0, -1, "5", float("nan")):
+            with pytest.raises(ValueError, match="ttl is"):
+                cache.set("a", 1, ttl=ttl)  # type: ignore[arg-type]
+            with pytest.raises(ValueError, match="ttl is"):
+                cache.get_or_load("a", never, ttl=ttl)  # type: ignore[arg-type]
+        for version in ("1", 1.0, True):
+            with pytest.raises(ValueError, match="version is"):
+                cache.invalidate("a", version=version)  # type: ignore[arg-type]
+        assert sent(plain_redis) == {}
+
+
+class TestInvalidation:
+    def test_drops_the_value_and_leaves_a_tombstone(self, gov: GovRedis, plain_redis: Any) -> None:
+        gov.metadata.get_or_load("a", lambda _: 1)
+        gov.metadata.invalidate("a", version=7)
+        assert gov.metadata.get("a") is None
+        assert plain_redis.exists(*CELLS[:2]) == 0
+        assert plain_redis.get(CELLS[2]) == "7"
+
+    def test_set_is_refused_while_the_tombstone_stands(self, gov: GovRedis, plain_redis: Any) -> None:
+        gov.metadata.invalidate("a")
+        assert gov.metadata.set("a", 1) is False
+        assert gov.metadata.get("a") is None
+        assert gov.metadata.get_or_load("a", lambda _: 2) == 2
+        assert gov.metadata.get("a") == 2, "a load with a lease taken since is welcome"
+        assert 0 < plain_redis.pttl(CELLS[2]) <= 10_000
+        plain_redis.delete(CELLS[2])
+        assert gov.metadata.set("a", 3) is True
+
+    def test_a_reader_paused_between_loading_and_filling(
+        self, gov: GovRedis, make_gov: Callable[..., GovRedis], redis_server: RedisServer
+    ) -> None:
+        """A thread per way of reading, each stopped with the old value in its hands."""
+        source = {"a": "old"}
+        loaded, written = threading.Barrier(3), threading.Event()
+
+        def load(_: Any) -> str:
+            value = source["a"]
+            loaded.wait(20)
+            assert written.wait(20)
+            return value
+
+        seen: list[Any] = []
+        threads = [
+            threading.Thread(target=lambda: seen.append(gov.metadata.get_or_load("a", load))),
+            threading.Thread(target=lambda: seen.append(gov.metadata.get_many(["a"], lambda _: {"a": load("a")})["a"])),
+        ]
+        for thread in threads:
+            thread.start()
+        loaded.wait(20)
+        source["a"] = "new"
+        make_gov(redis_url=redis_server.url).metadata.invalidate("a")
+        written.set()
+        for thread in threads:
+            thread.join()
+        assert seen == ["old", "old"], "they read before the write"
+        assert gov.metadata.get("a") is None, "and stored nothing"
+        assert gov.metadata.get_or_load("a", source.get) == "new"
+        assert gov.metadata.get("a") == "new"
+        assert gov.metadata.stats()["fills_refused"] == 2
+
+    def test_a_process_stopped_between_loading_and_filling(
+        self, gov: GovRedis, redis_server: RedisServer, tmp_path: Path
+    ) -> None:
+        source = tmp_path / "source"
+        source.write_text("old")
+        code = """
+import os, signal, sys
+from pathlib import Path
+from govredis import Config, GovRedis
+def load(_):
+    value = Path(sys.argv[2]).read_text()
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return value
+print(GovRedis(Config(redis_url=sys.argv[1])).metadata.get_or_load("a", load))
+"""
+        reader = subprocess.Popen(
+            [sys.executable, "-c", code, redis_server.url, str(source)], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            _, status = os.waitpid(reader.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(status)
+            source.write_text("new")
+            gov.metadata.invalidate("a")
+            reader.send_signal(signal.SIGCONT)
+            assert reader.communicate(timeout=30)[0] == "old\n"
+        finally:
+            reader.kill()
+            reader.communicate()
+        assert gov.metadata.get("a") is None
+        assert gov.metadata.get_or_load("a", lambda _: source.read_text()) == "new"
+
+    def test_a_fill_after_the_next_readers_is_refused_too(self, gov: GovRedis) -> None:
+        """The slow reader's lease is not the one that stands now, though one does."""
+
+        def slow(_: Any) -> str:
+            gov.metadata.invalidate("a")
+            assert gov.metadata.get_or_load("a", lambda _: "new") == "new"
+            return "old"
+
+        assert gov.metadata.get_or_load("a", slow) == "old"
+        assert gov.metadata.get("a") == "new"
+
+    @pytest.mark.parametrize("how", ["expired", "evicted"])
+    def test_a_lost_lease_refuses_the_fill(self, gov: GovRedis, plain_redis: Any, how: str) -> None:
+        def load(_: Any) -> int:
+            if how == "evicted":
+                assert plain_redis.delete(CELLS[1]) == 1
+            else:
+                plain_redis.pexpire(CELLS[1], 1)
+                while plain_redis.exists(CELLS[1]):
+                    pass
+            return 1
+
+        assert gov.metadata.get_or_load("a", load) == 1
+        assert gov.metadata.get("a") is None
+        assert gov.metadata.stats()["fills_refused"] == 1
+
+    def test_readers_that_miss_at_once_share_a_lease(
+        self, gov: GovRedis, make_gov: Callable[..., GovRedis], redis_server: RedisServer, plain_redis: Any
+    ) -> None:
+        other = make_gov(redis_url=redis_server.url)
+
+        def load(_: Any) -> int:
+            lease = plain_redis.get(CELLS[1])
+            plain_redis.pexpire(CELLS[1], 5000)
+            assert other.metadata.get_or_load("a", lambda _: 1) == 1
+            assert plain_redis.get(CELLS[1]) == lease
+            assert plain_redis.pttl(CELLS[1]) > 25_000
+            return 1
+
+        gov.metadata.get_or_load("a", load)
+        assert [g.metadata.stats()["fills"] for g in (gov, other)] == [1, 1]
+
+    def test_leases_of_parent_and_child_differ(self, gov: GovRedis) -> None:
+        before = gov.metadata._new_lease()
+        gov.metadata.renew_after_fork()
+        assert gov.metadata._new_lease()[:16] != before[:16]
+
+    def test_works_where_redis_has_no_memory_left(self, gov: GovRedis, plain_redis: Any) -> None:
+        gov.metadata.set("a", 1)
+        plain_redis.config_set("maxmemory", 1)
+        try:
+            assert gov.metadata.get_or_load("b", lambda _: 2) == 2
+            gov.metadata.invalidate("a")
+            assert gov.metadata.get("a") is None
+        finally:
+            plain_redis.config_set("maxmemory", 0)

@@ -1,0 +1,134 @@
+"""MetadataCache while Redis is away, and the invalidations that are owed to it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from govredis import BackendUnavailable, GovRedis
+from govredis.testing.servers import RedisServer
+
+
+def until(condition: Callable[[], Any], within: float = 20.0) -> None:
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def back(gov: GovRedis) -> None:
+    until(lambda: gov._redis.breaker.closed)  # type: ignore[union-attr]
+
+
+@pytest.fixture(params=["away", "disabled"])
+def without_redis(request: pytest.FixtureRequest, make_gov: Callable[..., GovRedis]) -> GovRedis:
+    return make_gov(redis_url="redis://127.0.0.1:1/0", redis_enabled=request.param == "away")
+
+
+def test_reads_go_to_the_loader(without_redis: GovRedis) -> None:
+    cache = without_redis.metadata
+    assert cache.get("a") is None
+    assert cache.set("a", 1) is False
+    for n in range(3):
+        assert cache.get_or_load("a", lambda _, n=n: (n,)) == [n]
+        assert cache.get_many(["a", "b"], lambda ids, n=n: {"a": (n,)}) == {"a": [n]}
+    assert cache.get_many(["a"]) == {}
+    with pytest.raises(ValueError, match="value"):
+        cache.get_or_load("a", lambda _: {1, 2})
+
+
+def test_invalidate_raises_unless_disabled(without_redis: GovRedis) -> None:
+    if without_redis._redis is None:
+        without_redis.metadata.invalidate("a")
+        return
+    for _ in range(3):
+        with pytest.raises(BackendUnavailable):
+            without_redis.metadata.invalidate("a")
+    assert without_redis.metadata._owed == set(), "the caller was told"
+
+
+@pytest.fixture
+def two(make_gov: Callable[..., GovRedis], mortal_redis: RedisServer) -> tuple[GovRedis, GovRedis]:
+    """The process that is cut off, and another."""
+    first, second = (make_gov(redis_url=mortal_redis.url) for _ in range(2))
+    first.metadata.set("a", "old")
+    first.metadata.set("b", "kept")
+    return first, second
+
+
+@pytest.mark.parametrize("how", ["killed", "paused"])
+def test_what_is_owed_is_carried_out_before_this_process_reads_again(
+    make_gov: Callable[..., GovRedis], redis_binary: str, how: str
+) -> None:
+    with RedisServer(binary=redis_binary, persistent=True) as server:
+        gov = make_gov(redis_url=server.url)
+        gov.metadata.set("a", "old")
+        gov.metadata.set("b", "kept")
+        if how == "killed":
+            server.kill()
+        else:
+            server.pause()
+        gov.metadata.invalidate_or_owe("a")
+        assert gov.metadata.stats()["invalidations_owed"] == 1
+        assert gov.metadata.get_or_load("a", lambda _: "new") == "new"
+        if how == "killed":
+            server.restart("keep")
+        else:
+            server.resume()
+        deadline = time.monotonic() + 20
+        while gov.metadata.get("b") is None:
+            assert gov.metadata.get("a") is None
+            assert time.monotonic() < deadline
+        assert gov.metadata.get("a") is None
+        assert gov.metadata._owed == set()
+
+
+def test_a_refusal_that_leaves_the_breaker_closed_is_owed_too(
+    two: tuple[GovRedis, GovRedis], mortal_redis: RedisServer
+) -> None:
+    """READONLY, as after a failover: PING succeeds, the invalidation does not."""
+    gov, other = two
+    mortal_redis.command("REPLICAOF", "127.0.0.1", "1")
+    with pytest.raises(BackendUnavailable):
+        gov.metadata.invalidate("a")
+    assert gov._redis is not None
+    assert gov._redis.breaker.closed
+    gov.metadata.invalidate_or_owe("a")
+    assert not gov._redis.breaker.closed
+    deadline = time.monotonic() + 0.6  # some probes, all of which get a PONG and then READONLY
+    while time.monotonic() < deadline:
+        assert gov.metadata.get("a") is None
+        assert gov.metadata.get_or_load("a", lambda _: "new") == "new"
+    assert other.metadata.get("a") == "old", "another process may serve it meanwhile: documented"
+    mortal_redis.command("REPLICAOF", "NO", "ONE")
+    back(gov)
+    for g in two:
+        assert g.metadata.get("a") is None
+    assert other.metadata.get("b") == "kept"
+    assert gov.metadata.get_or_load("a", lambda _: "new") == "new"
+
+
+def test_invalidations_of_every_cache_are_owed(two: tuple[GovRedis, GovRedis], mortal_redis: RedisServer) -> None:
+    gov, other = two
+    gov.cache("report").set("r", "old")
+    mortal_redis.command("REPLICAOF", "127.0.0.1", "1")
+    gov.metadata.invalidate_or_owe("a", version=3)
+    gov.cache("report").invalidate_or_owe("r")
+    mortal_redis.command("REPLICAOF", "NO", "ONE")
+    back(gov)
+    assert (other.metadata.get("a"), other.cache("report").get("r")) == (None, None)
+
+
+def test_a_child_does_not_owe_what_its_parent_does(two: tuple[GovRedis, GovRedis], mortal_redis: RedisServer) -> None:
+    gov, _ = two
+    mortal_redis.command("REPLICAOF", "127.0.0.1", "1")
+    gov.metadata.invalidate_or_owe("a")
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if gov.metadata._owed == set() else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert gov.metadata._owed == {"a"}

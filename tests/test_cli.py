@@ -1,0 +1,95 @@
+"""The command `govredis`, as a person runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psycopg2
+import pytest
+
+from govredis import Config
+from govredis.testing.servers import PostgresServer, RedisServer
+
+NOWHERE = "redis://127.0.0.1:1/0"
+
+
+def govredis(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run it with just these of our variables set."""
+    ours = {f.metadata["variable"] for f in Config.__dataclass_fields__.values()}
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | variables
+    command = [os.path.join(os.path.dirname(sys.executable), "govredis"), *args]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def empty_database(postgres_server: PostgresServer) -> Iterator[str]:
+    owner = psycopg2.connect(postgres_server.url)
+    owner.autocommit = True
+    with owner.cursor() as cursor:
+        cursor.execute("CREATE DATABASE cli_one")
+        yield postgres_server.url.removesuffix("/postgres") + "/cli_one"
+        cursor.execute("DROP DATABASE cli_one WITH (FORCE)")
+    owner.close()
+
+
+def test_help_and_version() -> None:
+    shown = govredis("--help")
+    assert shown.returncode == 0
+    for command in ("migrate", "health", "demo"):
+        assert command in shown.stdout
+    assert "0." in govredis("--version").stdout
+
+
+def test_migrate(empty_database: str) -> None:
+    first = govredis("migrate", REDIS_ENABLED="0", GOVREDIS_DATABASE_URL=empty_database)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[0] == "applied 0001_limits.sql"
+    again = govredis("migrate", REDIS_ENABLED="0", GOVREDIS_DATABASE_URL=empty_database)
+    assert (again.returncode, again.stdout, again.stderr) == (0, "up to date\n", "")
+
+
+def test_health_passes(redis_server: RedisServer, postgres_server: PostgresServer) -> None:
+    done = govredis("health", REDIS_URL=redis_server.url, GOVREDIS_DATABASE_URL=postgres_server.url)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["status"] == "pass"
+    assert set(report["checks"]) >= {"redis", "postgres"}
+
+
+def test_health_is_0_on_warn_and_1_on_fail(postgres_server: PostgresServer, empty_database: str) -> None:
+    warns = govredis("health", REDIS_URL=NOWHERE, GOVREDIS_DATABASE_URL=postgres_server.url)
+    assert (json.loads(warns.stdout)["status"], warns.returncode) == ("warn", 0)
+    fails = govredis("health", REDIS_URL=NOWHERE, GOVREDIS_DATABASE_URL=empty_database)
+    assert (json.loads(fails.stdout)["status"], fails.returncode) == ("fail", 1)
+    assert "Traceback" not in warns.stderr + fails.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "Error: GOVREDIS_DATABASE_URL is not set; it must be postgresql://"),
+        ({"REDIS_SESSION_TTL": "an hour"}, "Error: REDIS_SESSION_TTL is 'an hour'; it must be a number of seconds"),
+        ({"REDIS_URL": "redis://u:hunter2@h:x"}, "Error: REDIS_URL is 'redis://u:***@h:x'; it must be redis://"),
+        (
+            {"GOVREDIS_DATABASE_URL": "postgresql://u:hunter2@127.0.0.1:1/d"},
+            "Error: PostgreSQL at 127.0.0.1:1/d is away",
+        ),
+    ],
+)
+def test_an_error_is_one_sentence_without_a_traceback(variables: dict[str, str], said: str) -> None:
+    done = govredis("migrate", **variables)
+    assert done.returncode == 1
+    assert done.stderr.startswith(said)
+    assert "Traceback" not in done.stderr
+    assert "hunter2" not in done.stderr
+
+
+def test_without_its_extra_it_prints_the_install_line() -> None:
+    code = "import sys; sys.modules['click'] = None; from govredis.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "the govredis command needs its extra: pip install 'govredis[cli]'\n"

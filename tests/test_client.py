@@ -1,0 +1,900 @@
+"""RedisClient on real Redis: up, refused, hung, restarted, interrupted, forked."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from govredis import BackendError, BackendUnavailable, Config, ConfigurationError
+from govredis.client import RedisClient, Script
+from govredis.testing.servers import RedisServer
+
+MakeClient = Callable[..., RedisClient]
+
+#: A script of two reads and a write, with a name of its own per test: its SHA is unknown to the server.
+SOURCE = "redis.call('SET', KEYS[1], ARGV[1]) return redis.call('GET', KEYS[1])"
+
+
+@pytest.fixture
+def make_client() -> Iterator[MakeClient]:
+    made: list[RedisClient] = []
+
+    def make(server: RedisServer, **settings: Any) -> RedisClient:
+        client = RedisClient(Config(**{"redis_url": server.url, "socket_timeout": 5, "connect_timeout": 5, **settings}))
+        made.append(client)
+        return client
+
+    yield make
+    for client in made:
+        client.close()
+
+
+@pytest.fixture
+def client(redis_server: RedisServer, make_client: MakeClient) -> RedisClient:
+    return make_client(redis_server)
+
+
+def script(source: str = SOURCE) -> Script:
+    """A Script from its source: real ones come from files."""
+    made = Script("govredis.limits", "window.lua")
+    made.source = source
+    import hashlib
+
+    made.sha = hashlib.sha1(source.encode()).hexdigest()
+    return made
+
+
+def until(ready: Callable[[], Any], timeout: float = 20) -> None:
+    deadline = time.monotonic() + timeout
+    while not ready():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.005)
+
+
+def works(client: RedisClient) -> bool:
+    try:
+        return bool(client.call("PING") == b"PONG")
+    except BackendUnavailable:
+        return False
+
+
+def connections(server: RedisServer) -> list[dict[str, str]]:
+    """The clients that the server sees, the one asking excepted."""
+    lines = server.command("CLIENT", "LIST")
+    if isinstance(lines, str):
+        lines = [dict(word.split("=", 1) for word in line.split(" ")) for line in lines.splitlines()]
+    return [c for c in lines if c["cmd"] != "client" and not c["cmd"].startswith("client|")]
+
+
+def parallel(*calls: Callable[[], Any]) -> None:
+    """Run them in threads; raise the first error."""
+    errors: list[BaseException] = []
+
+    def run(call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 - for the test's own thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "it hangs"
+    if errors:
+        raise errors[0]
+
+
+# -- calls
+
+
+def test_replies_are_resp2_and_bytes(client: RedisClient) -> None:
+    assert client.call("SET", "k", "é") == b"OK"
+    assert client.call("GET", "k") == "é".encode()
+    assert client.call("GET", "nothing") is None
+    assert client.call("INCRBY", "n", 5) == 5
+    assert client.call("RPUSH", "l", "a", b"\xff", 3, 0.5) == 4
+    assert client.call("LRANGE", "l", 0, -1) == [b"a", b"\xff", b"3", b"0.5"]
+    assert client.call("CONFIG", "GET", "maxmemory") == [b"maxmemory", b"0"]  # RESP3 would make it a map
+
+
+def test_a_connection_costs_no_round_trips_of_its_own(redis_server: RedisServer, client: RedisClient) -> None:
+    before = redis_server.command("INFO", "stats")
+    client.call("PING")
+    client.call("PING")
+    after = redis_server.command("INFO", "stats")
+
+    def total(info: Any, name: str) -> int:
+        return int(info[name] if isinstance(info, dict) else re.search(rf"{name}:(\d+)", info)[1])  # type: ignore[index]
+
+    # The second INFO's connection sends what redis-py sends on connecting, before it asks.
+    commands = total(after, "total_commands_processed") - total(before, "total_commands_processed")
+    with_nothing = redis_server.command("INFO", "stats")
+    overhead = total(with_nothing, "total_commands_processed") - total(after, "total_commands_processed")
+    assert commands - overhead == 2
+
+
+def test_a_script_runs_and_comes_back_after_a_flush(redis_server: RedisServer, client: RedisClient) -> None:
+    ours = script()
+    assert client.run(ours, ("k",), "one") == b"one"
+    assert redis_server.command("SCRIPT", "EXISTS", ours.sha) in ([1], [True])
+    redis_server.command("SCRIPT", "FLUSH")
+    assert client.run(ours, ("k",), "two") == b"two"
+    assert client.run(ours, ("k",), "three") == b"three"
+    assert len(client._pool.live) == 1
+
+
+def test_scripts_in_a_pipeline_come_back_after_a_flush(redis_server: RedisServer, client: RedisClient) -> None:
+    one, other = script(), script("return redis.call('INCRBY', KEYS[1], ARGV[1])")
+    for n in range(1, 4):
+        redis_server.command("SCRIPT", "FLUSH")
+        replies = client.pipeline(
+            [("SET", "plain", n), one.call(("k",), (n,)), other.call((f"n{n}",), (5,)), ("GET", "plain")], (one, other)
+        )
+        assert replies == [b"OK", str(n).encode(), 5, str(n).encode()]
+
+
+def test_a_script_that_was_not_named_is_an_error_and_not_a_private_one(client: RedisClient) -> None:
+    with pytest.raises(BackendError):
+        client.pipeline([script("return 'never loaded'").call((), ())])
+
+
+def test_an_empty_pipeline_asks_nothing(client: RedisClient) -> None:
+    assert client.pipeline([]) == []
+    assert not client._pool.live
+
+
+def test_a_pipeline_reads_all_replies_before_it_raises(client: RedisClient) -> None:
+    client.call("SET", "text", "x")
+    for _ in range(3):
+        with pytest.raises(BackendError, match=r"WRONGTYPE"):
+            client.pipeline([("SET", "a", 1), ("LPUSH", "text", 1), ("NOSUCHCOMMAND",), ("INCR", "count")])
+        assert client.call("ECHO", "in step") == b"in step"
+    assert client.call("GET", "count") == b"3"
+    assert len(client._pool.live) == 1
+
+
+def test_a_script_file_is_read_with_its_sha() -> None:
+    ours = Script("govredis.limits", "window.lua")
+    assert len(ours.sha) == 40
+    assert ours.call(("k", "l"), (1, "a")) == ("EVALSHA", ours.sha, 2, "k", "l", 1, "a")
+
+
+# -- settings
+
+
+def test_unix_sockets_and_databases(redis_binary: str, make_client: MakeClient) -> None:
+    with RedisServer(binary=redis_binary, unix_socket=True) as server:
+        client = make_client(server, redis_url=server.url.replace("db=0", "db=3"))
+        client.call("SET", "k", "in 3")
+        assert make_client(server).call("GET", "k") is None
+        assert str(server.folder) in client.name
+        server.kill()
+        with pytest.raises(BackendUnavailable, match=r"is away"):
+            client.call("GET", "k")
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("redis://:hunter2@h/0?db=zero", "'db'"),
+        ("redis://:hunter2@h/0?foo=1", "'foo'"),
+        ("redis://:hunter2@h/0?max_connections=5", "'max_connections'"),
+        ("unix:///s?password=hunter2&foo=1", "'foo'"),
+    ],
+)
+def test_a_parameter_that_is_none_is_refused_before_anything_is_sent(url: str, problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"^REDIS_URL is .*{problem}") as caught:
+        RedisClient(Config(redis_url=url))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_our_settings_win_over_the_url(redis_server: RedisServer, make_client: MakeClient) -> None:
+    url = redis_server.url + "?protocol=3&decode_responses=True&socket_timeout=77&health_check_interval=1"
+    client = make_client(redis_server, redis_url=url, socket_timeout=3)
+    assert client.call("CONFIG", "GET", "maxmemory") == [b"maxmemory", b"0"]
+    assert client._pool.idle[0]._sock.gettimeout() == 3
+
+
+# -- error answers
+
+
+def test_an_error_answer_is_a_backend_error_and_the_connection_goes_on(client: RedisClient) -> None:
+    client.call("SET", "text", "x")
+    for _ in range(5):
+        with pytest.raises(BackendError, match=r"^Redis at 127.0.0.1:\d+ answered: WRONGTYPE ") as caught:
+            client.call("LPUSH", "text", 1)
+        assert not isinstance(caught.value, BackendUnavailable)
+        with pytest.raises(BackendError, match=r"answered: .*unknown command"):
+            client.call("NOSUCHCOMMAND")
+        with pytest.raises(BackendError, match=r"answered: "):
+            client.run(script("return redis.call('LPUSH', KEYS[1], 1)"), ("text",))
+    assert client.call("GET", "text") == b"x"
+    assert len(client._pool.live) == len(client._pool.idle) == 1
+    assert client.breaker.closed
+
+
+def refused_in_every_way(client: RedisClient, why: str) -> None:
+    """A write is BackendUnavailable, alone, in a pipeline and in a script; reads work; the breaker stays closed."""
+    writer = script("redis.call('SET', KEYS[1], ARGV[1])")
+    for _ in range(3):
+        with pytest.raises(BackendUnavailable, match=rf"cannot serve: .*{why}"):
+            client.call("SET", "k", "v" * 100)
+        with pytest.raises(BackendUnavailable, match=rf"cannot serve: .*{why}"):
+            client.pipeline([("GET", "k"), ("SET", "k", "v")])
+        with pytest.raises(BackendUnavailable, match=rf"cannot serve: .*{why}"):
+            client.run(writer, ("k",), "v")
+        assert client.call("GET", "k") is None
+    assert client.breaker.closed
+
+
+def test_out_of_memory(mortal_redis: RedisServer, make_client: MakeClient) -> None:
+    client = make_client(mortal_redis)
+    mortal_redis.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    mortal_redis.command("CONFIG", "SET", "maxmemory", 1)
+    refused_in_every_way(client, "maxmemory")
+    mortal_redis.command("CONFIG", "SET", "maxmemory", 0)
+    assert client.call("SET", "k", "v") == b"OK"
+
+
+def test_a_replica_and_one_promoted_again(mortal_redis: RedisServer, make_client: MakeClient) -> None:
+    client = make_client(mortal_redis)
+    client.call("PING")
+    mortal_redis.command("REPLICAOF", "127.0.0.1", 1)
+    refused_in_every_way(client, "read only replica")
+    before = {c["id"] for c in connections(mortal_redis)}
+    with pytest.raises(BackendUnavailable):
+        client.call("SET", "k", "v")
+    assert client.call("GET", "k") is None
+    assert {c["id"] for c in connections(mortal_redis)}.isdisjoint(before)  # the name may point elsewhere by now
+    mortal_redis.command("REPLICAOF", "NO", "ONE")
+    assert client.call("SET", "k", "v") == b"OK"
+
+
+def test_a_replica_that_may_not_serve_what_it_has(mortal_redis: RedisServer, make_client: MakeClient) -> None:
+    client = make_client(mortal_redis)
+    mortal_redis.command("CONFIG", "SET", "replica-serve-stale-data", "no")
+    mortal_redis.command("REPLICAOF", "127.0.0.1", 1)
+    with pytest.raises(BackendUnavailable, match=r"cannot serve: Link with MASTER is down"):
+        client.call("GET", "k")
+
+
+def test_a_failed_snapshot(mortal_redis: RedisServer, make_client: MakeClient) -> None:
+    client = make_client(mortal_redis)
+    mortal_redis.command("CONFIG", "SET", "save", "3600 1")
+    shutil.rmtree(mortal_redis.folder / "data")
+    mortal_redis.command("BGSAVE")
+    until(lambda: "rdb_last_bgsave_status:err" in client.call("INFO", "persistence").decode())
+    refused_in_every_way(client, "MISCONF")
+    mortal_redis.command("CONFIG", "SET", "stop-writes-on-bgsave-error", "no")
+    assert client.call("SET", "k", "v") == b"OK"
+
+
+def test_loading(redis_binary: str, make_client: MakeClient) -> None:
+    slow = ["key-load-delay 200000", "rdbcompression no"]  # it looks up from loading every 2 MB
+    with RedisServer(binary=redis_binary, config=slow) as server:
+        client = make_client(server)
+        value = "v" * 2_500_000
+        client.pipeline([("SET", f"k{n}", value) for n in range(8)])
+        server.command("SAVE")
+        server.kill()
+        server.start()
+        # What was pooled is dead, so this connects anew, and is told.
+        with pytest.raises(BackendUnavailable, match=r"loading"):
+            client.call("GET", "k1")
+        assert not client.breaker.closed  # at once: it answers PING in the same way
+        until(lambda: client.breaker.closed, 60)
+        assert client.call("GET", "k1") == value.encode()
+
+
+def test_a_wrong_password_is_a_mistake_and_not_an_outage(redis_binary: str, make_client: MakeClient) -> None:
+    with RedisServer(binary=redis_binary, config=["requirepass right"]) as server:
+        for url in (server.url, server.url.replace("//", "//:hunter2@"), server.url.replace("//", "//ann:hunter2@")):
+            client = make_client(server, redis_url=url)
+            for _ in range(3):
+                with pytest.raises(BackendError) as caught:
+                    client.call("GET", "k")
+                assert not isinstance(caught.value, BackendUnavailable)
+                assert "hunter2" not in str(caught.value)
+            assert client.breaker.closed
+        assert works(make_client(server, redis_url=server.url.replace("//", "//:right@")))
+
+
+def test_a_mistake_is_seen_after_an_outage_too(redis_binary: str, make_client: MakeClient) -> None:
+    """A Redis that comes back with another password, or with a user who may not PING, is back."""
+    rules = "user ann on >pw ~* +get +set"
+    with RedisServer(binary=redis_binary, config=["requirepass right", rules]) as server:
+        wrong = make_client(server, redis_url=server.url.replace("//", "//:hunter2@"))
+        no_ping = make_client(server, redis_url=server.url.replace("//", "//ann:pw@"))
+        assert no_ping.call("SET", "k", "v") == b"OK"
+        for client in (wrong, no_ping):
+            client.breaker.trip("a test")
+            until(lambda: client.breaker.closed)  # noqa: B023
+        with pytest.raises(BackendError, match=r"rejected our credentials"):
+            wrong.call("GET", "k")
+        assert no_ping.call("GET", "k") == b"v"
+
+
+def test_too_many_clients(mortal_redis: RedisServer, make_client: MakeClient) -> None:
+    holder, client = make_client(mortal_redis), make_client(mortal_redis)
+    holder.call("PING")
+    holder.call("CONFIG", "SET", "maxclients", 1)
+    with pytest.raises(BackendUnavailable, match=r"max number of clients"):
+        client.call("PING")
+    assert not client.breaker.closed
+    holder.call("CONFIG", "SET", "maxclients", 100)
+    until(lambda: works(client))
+
+
+def test_a_server_that_speaks_something_else(make_client: MakeClient) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            for _ in range(2):
+                with listener.accept()[0] as peer:
+                    peer.recv(1000)
+                    peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        client = RedisClient(Config(redis_url=f"redis://127.0.0.1:{listener.getsockname()[1]}/0", socket_timeout=5))
+
+        def ask() -> None:
+            for _ in range(2):
+                with pytest.raises(BackendError, match=r"does not speak Redis") as caught:
+                    client.call("PING")
+                assert not isinstance(caught.value, BackendUnavailable)
+
+        parallel(serve, ask)
+        assert not client._pool.idle
+
+
+def test_a_full_pool(redis_server: RedisServer, make_client: MakeClient) -> None:
+    client = make_client(redis_server, redis_connections=1, socket_timeout=0.5)
+    held = client._pool.take(1)
+    with pytest.raises(BackendUnavailable, match=r"all 1 connections to Redis at .* are in use"):
+        client.call("PING")
+    assert client.breaker.closed  # ours, not Redis's fault
+    client._pool.give(held)
+    assert works(client)
+
+
+# -- dead connections
+
+
+def test_a_killed_connection_is_invisible_to_the_caller(redis_server: RedisServer, client: RedisClient) -> None:
+    def kill() -> None:
+        redis_server.command("CLIENT", "KILL", "TYPE", "normal")
+
+    for n in range(1, 6):
+        kill()
+        assert client.call("INCR", "n") == n
+        kill()
+        assert client.pipeline([("ECHO", n), ("GET", "n")]) == [str(n).encode()] * 2
+        kill()
+        assert client.run(script(), ("k",), n) == str(n).encode()
+    assert client.breaker.closed
+    assert client.breaker._refusals == 0
+
+
+def test_all_pooled_connections_are_replaced_after_a_restart(
+    mortal_redis: RedisServer, make_client: MakeClient
+) -> None:
+    client = make_client(mortal_redis)
+    held = [client._pool.take(1) for _ in range(5)]
+    for connection in held:
+        connection.connect()
+        client._pool.give(connection)
+    mortal_redis.restart(data="empty")
+    assert client.call("INCR", "n") == 1
+    assert [c is None for c in (connection._sock for connection in held)] == [True] * 5
+    assert client.breaker.closed
+
+
+def test_what_timed_out_is_not_sent_again(mortal_redis: RedisServer, make_client: MakeClient) -> None:
+    client = make_client(mortal_redis, socket_timeout=0.1)
+    client.call("SET", "n", 0)
+    mortal_redis.pause()
+    with pytest.raises(BackendUnavailable, match=r"Timeout"):
+        client.call("INCR", "n")
+    mortal_redis.resume()
+    until(lambda: works(client))
+    assert client.call("GET", "n") == b"1"  # once: a hung server executes it on waking
+
+
+def test_what_timed_out_on_a_new_connection_is_not_sent_again(
+    mortal_redis: RedisServer, make_client: MakeClient
+) -> None:
+    client = make_client(mortal_redis, socket_timeout=0.1)
+    mortal_redis.pause()
+    with pytest.raises(BackendUnavailable):
+        client.pipeline([("INCR", "n"), ("INCR", "n")])
+    mortal_redis.resume()
+    until(lambda: works(client))
+    assert client.call("GET", "n") == b"2"
+
+
+# -- Redis away
+
+
+def test_refused(mortal_redis: RedisServer, make_client: MakeClient) -> None:
+    mortal_redis.kill()
+    client = make_client(mortal_redis, socket_timeout=5, connect_timeout=5)
+    began = time.monotonic()
+    with pytest.raises(BackendUnavailable, match=r"^Redis at 127.0.0.1:\d+ is away: "):
+        client.call("PING")
+    assert client.breaker.closed
+    with pytest.raises(BackendUnavailable):
+        client.call("PING")
+    assert not client.breaker.closed
+    assert time.monotonic() - began < 2.5  # neither retries nor waits: either timeout would be more
+    sent = client._pool
+    sent._connect = lambda _: pytest.fail("an open breaker does not connect")  # type: ignore[method-assign]
+    for _ in range(1000):
+        with pytest.raises(BackendUnavailable):
+            client.call("PING")
+
+
+def test_hung_no_call_started_after_the_first_timeout_pays_one(
+    mortal_redis: RedisServer, make_client: MakeClient
+) -> None:
+    client = make_client(mortal_redis, socket_timeout=2)
+    client.call("PING")
+    mortal_redis.pause()
+    opened_at: list[float] = []
+    calls: list[tuple[float, float]] = []
+
+    def use() -> None:
+        while not (opened_at and time.monotonic() > opened_at[0] + 1):
+            began = time.monotonic()
+            with pytest.raises(BackendUnavailable):
+                client.call("PING")
+            ended = time.monotonic()
+            calls.append((began, ended))
+            if not opened_at:
+                opened_at.append(ended)
+
+    parallel(*[use] * 4)
+    late = [ended - began for began, ended in calls if began > opened_at[0]]
+    assert len(late) > 100
+    assert max(late) < 1  # a timeout is 2
+    assert sum(ended - began >= 2 for began, ended in calls) <= 4  # those that were under way
+    assert client.breaker.times_opened == 1
+
+
+@pytest.mark.parametrize("how", ["killed", "paused"])
+def test_back_in_use_soon_after_it_is_back(how: str, mortal_redis: RedisServer, make_client: MakeClient) -> None:
+    client = make_client(mortal_redis, socket_timeout=0.2)
+    for _ in range(2):
+        client.call("PING")
+        mortal_redis.kill() if how == "killed" else mortal_redis.pause()
+        until(lambda: not works(client) and not client.breaker.closed)
+        mortal_redis.start() if how == "killed" else mortal_redis.resume()
+        until(lambda: works(client), 5)
+
+
+def test_one_warning_and_one_info_per_outage(
+    mortal_redis: RedisServer, make_client: MakeClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "govredis")
+    url = mortal_redis.url.replace("//", "//:hunter2@")
+    mortal_redis.command("CONFIG", "SET", "requirepass", "hunter2")
+    client = make_client(mortal_redis, redis_url=url)
+    client.call("PING")
+    mortal_redis.kill()
+    for _ in range(10):
+        assert not works(client)
+    mortal_redis.start()
+    until(lambda: client.breaker.closed)
+    assert [r.levelname for r in caplog.records] == ["WARNING", "INFO"]
+    assert "hunter2" not in caplog.text
+
+
+# -- recovery
+
+
+class Outage:
+    """A Redis that is away for a client that knows it."""
+
+    def __init__(self, server: RedisServer, client: RedisClient) -> None:
+        self.server, self.client = server, client
+        server.kill()
+        until(lambda: not works(client) and not client.breaker.closed)
+
+
+def test_replays_run_before_anybody_elses_command(mortal_redis: RedisServer, make_client: MakeClient) -> None:
+    client = make_client(mortal_redis, socket_timeout=0.5)
+    entered, go = threading.Event(), threading.Event()
+
+    def replay(redis: RedisClient) -> None:
+        redis.call("RPUSH", "order", "replay 1")
+        entered.set()
+        go.wait(20)
+        redis.pipeline([("RPUSH", "order", "replay 2")])
+        redis.run(script("return redis.call('RPUSH', KEYS[1], ARGV[1])"), ("order",), "replay 3")
+
+    client.on_recovery(replay)
+    Outage(mortal_redis, client)
+    stop = threading.Event()
+
+    def others() -> None:
+        while not stop.is_set():
+            try:
+                client.call("RPUSH", "order", "other")
+            except BackendUnavailable:
+                time.sleep(0.0005)
+
+    def direct() -> None:
+        try:
+            mortal_redis.start()
+            assert entered.wait(20)
+            time.sleep(0.3)  # time for the others to do wrong
+            go.set()
+            until(lambda: client.breaker.closed)
+            until(lambda: client.call("LLEN", "order") > 10)
+        finally:
+            stop.set()
+            go.set()
+
+    parallel(others, others, others, direct)
+    order = client.call("LRANGE", "order", 0, -1)
+    assert order[:3] == [b"replay 1", b"replay 2", b"replay 3"]
+    assert set(order[3:]) == {b"other"}
+
+
+def test_replay_soon_stops_use_until_the_replays_have_run(redis_server: RedisServer, client: RedisClient) -> None:
+    debts = ["one"]
+
+    def replay(redis: RedisClient) -> None:
+        while debts:
+            redis.call("RPUSH", "paid", debts[-1])
+            debts.pop()
+
+    client.on_recovery(replay)
+    client.call("PING")
+    client.replay_soon("debts are owed")
+    with pytest.raises(BackendUnavailable, match=r"debts are owed"):
+        client.call("PING")
+    until(lambda: works(client))
+    assert client.call("LRANGE", "paid", 0, -1) == [b"one"]
+    assert client.breaker.times_opened == 1
+
+
+def test_a_replay_that_finds_redis_unavailable_keeps_it_closed_to_all(client: RedisClient) -> None:
+    runs: list[bool] = []
+
+    def replay(redis: RedisClient) -> None:
+        runs.append(client.breaker.closed)
+        if len(runs) < 3:
+            raise BackendUnavailable("gone again")
+
+    client.on_recovery(replay)
+    client.breaker.trip("a test")
+    until(lambda: client.breaker.reason == "gone again")
+    until(lambda: works(client))
+    assert runs == [False] * 3
+
+
+def test_another_error_of_a_replay_is_logged_and_harms_nobody(
+    client: RedisClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran = []
+
+    def broken(redis: RedisClient) -> None:
+        redis.call("SET", "text", "x")
+        redis.call("LPUSH", "text", 1)
+
+    client.on_recovery(broken)
+    client.on_recovery(lambda redis: ran.append(redis))
+    client.breaker.trip("a test")
+    until(lambda: works(client))
+    assert ran == [client]
+    assert sum("a replay on Redis at" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_a_caller_that_was_under_way_does_not_overtake_the_replays(
+    mortal_redis: RedisServer, make_client: MakeClient
+) -> None:
+    """It finds its connection dead, and the breaker opened meanwhile: it is not sent again."""
+    client = make_client(mortal_redis)
+    client.call("PING")
+    connection = client._pool.idle[-1]
+    send = connection.send_packed_command
+
+    def overtaken(*args: Any) -> Any:
+        client.breaker._threads = False  # no probe before we look
+        client.breaker.trip("debts are owed")
+        mortal_redis.restart(data="empty")
+        return send(*args)
+
+    connection.send_packed_command = overtaken
+    with pytest.raises(BackendUnavailable, match=r"debts are owed"):
+        client.call("SET", "k", "v")
+    assert mortal_redis.command("GET", "k") is None
+
+
+# -- interruption
+
+
+class Struck(BaseException):
+    """What the signal handler raises, as KeyboardInterrupt or a soft time limit would be."""
+
+
+STRIKES = 10_000
+
+
+# What redis-py had opened and not noted yet when it was struck: Python closes it, and says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_at_any_point_gives_nobody_anothers_reply(redis_server: RedisServer, make_client: MakeClient) -> None:
+    """10,000 exceptions raised at random points of calls, while two threads use the same client."""
+    client = make_client(redis_server, redis_connections=8)
+    ours = script("return ARGV[1]")
+    client.run(ours, (), "loaded")
+    armed = False
+    stop = threading.Event()
+    served = itertools.count()
+
+    def strike(*_: Any) -> None:
+        nonlocal armed
+        if armed:
+            armed = False
+            raise Struck
+
+    def ask(text: str, way: int) -> None:
+        wanted = text.encode()
+        if way == 0:
+            assert client.call("ECHO", text) == wanted
+        elif way == 1:
+            assert client.pipeline([("ECHO", text), ("ECHO", text + "!")]) == [wanted, wanted + b"!"]
+        else:
+            assert client.run(ours, (), text) == wanted
+
+    def load(thread: int) -> None:
+        for n in itertools.count():
+            if stop.is_set():
+                return
+            ask(f"{thread}:{n}", n % 3)
+            next(served)
+            time.sleep(0.002)
+
+    def strikes() -> None:
+        nonlocal armed
+        struck = 0
+        for n in itertools.count():
+            if struck >= STRIKES:
+                return
+            try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 3e-4))
+                ask(f"main:{n}", n % 3)
+                armed = False
+            except Struck:
+                struck += 1
+
+    errors: list[BaseException] = []
+
+    def loading(thread: int) -> None:
+        try:
+            load(thread)
+        except BaseException as error:  # noqa: BLE001 - for the test's own thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=loading, args=(t,)) for t in range(2)]
+    previous = signal.signal(signal.SIGALRM, strike)
+    try:
+        for thread in threads:
+            thread.start()
+        strikes()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+    assert not errors, errors[0]
+    assert next(served) > 100
+    assert client.call("ECHO", "after") == b"after"
+    assert sum(1 for _ in client._pool.live) <= 8
+    # Every place is still there to be had.
+    held = [client._pool.take(5) for _ in range(8)]
+    for connection in held:
+        client._pool.give(connection)
+    until(lambda: len(connections(redis_server)) <= 8)
+    assert client.breaker.closed
+
+
+def test_an_exception_between_send_and_read_costs_the_connection(client: RedisClient) -> None:
+    client.call("SET", "k", "somebody's")
+    connection = client._pool.idle[-1]
+    read = connection.read_response
+
+    def interrupted() -> Any:
+        connection.read_response = read
+        raise Struck
+
+    connection.read_response = interrupted
+    with pytest.raises(Struck):
+        client.call("GET", "k")
+    assert connection._sock is None
+    assert client.call("ECHO", "mine") == b"mine"
+    assert client._pool.idle[-1] is not connection
+
+
+def test_an_exception_in_the_middle_of_a_pipelines_replies(client: RedisClient) -> None:
+    client.call("PING")
+    connection = client._pool.idle[-1]
+    read, replies = connection.read_response, itertools.count()
+
+    def interrupted() -> Any:
+        if next(replies) == 1:
+            raise Struck
+        return read()
+
+    connection.read_response = interrupted
+    with pytest.raises(Struck):
+        client.pipeline([("ECHO", n) for n in range(3)])
+    assert client.pipeline([("ECHO", n) for n in range(3)]) == [b"0", b"1", b"2"]
+    assert connection._sock is None
+
+
+# -- threads, processes, descriptors
+
+
+def test_fifty_threads_share_one_client(redis_server: RedisServer, make_client: MakeClient) -> None:
+    client = make_client(redis_server, redis_connections=20, socket_timeout=20)
+    barrier = threading.Barrier(50)
+
+    def use(thread: int) -> None:
+        barrier.wait(20)
+        for n in range(30):
+            text = f"{thread}:{n}".encode()
+            assert client.call("ECHO", text) == text
+            assert client.pipeline([("ECHO", text), ("INCR", "n")])[0] == text
+
+    parallel(*[lambda t=t: use(t) for t in range(50)])  # type: ignore[misc]
+    assert client.call("GET", "n") == b"1500"
+    assert len(connections(redis_server)) <= 20
+
+
+def hammer(client: RedisClient, who: str, rounds: int = 200) -> None:
+    ours = script("return ARGV[1]")
+    for n in range(rounds):
+        text = f"{who}:{n}".encode()
+        assert client.call("ECHO", text) == text
+        assert client.pipeline([("ECHO", text), ("INCR", "count"), ("ECHO", text)])[::2] == [text, text]
+        assert client.run(ours, (), text) == text
+
+
+def in_child(work: Callable[[], object]) -> Callable[[], None]:
+    """Run `work` in a forked child; the returned function waits for it, and fails if it did."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+
+    def join() -> None:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+    return join
+
+
+def test_parent_and_children_work_on_after_a_fork(redis_server: RedisServer, client: RedisClient) -> None:
+    parallel(*[lambda: client.call("PING")] * 4)
+    before = {c["id"] for c in connections(redis_server)}
+    joins = [in_child(lambda n=n: hammer(client, f"child {n}")) for n in range(3)]  # type: ignore[misc]
+    hammer(client, "parent")
+    for join in joins:
+        join()
+    hammer(client, "parent again")
+    assert client.call("GET", "count") == b"1000"
+    assert before == {c["id"] for c in connections(redis_server)}  # the parent's are the ones it had
+
+
+@pytest.mark.parametrize("ending", ["exits", "closes", "collects"])
+def test_a_child_does_not_disturb_the_parents_sockets(
+    ending: str, redis_server: RedisServer, client: RedisClient
+) -> None:
+    client.call("PING")
+    socket_before = client._pool.idle[-1]._sock
+    inherited = client._pool.idle[-1]
+
+    def child() -> None:
+        nonlocal inherited
+        if ending == "closes":
+            client.call("PING")
+            client.close()
+        elif ending == "collects":
+            del inherited
+
+    in_child(child)()
+    assert client.call("ECHO", "still") == b"still"
+    assert client._pool.idle[-1]._sock is socket_before
+
+
+def test_a_child_forked_by_multiprocessing_has_no_descriptor_of_its_parent(client: RedisClient) -> None:
+    used = client._pool.take(1)
+    used.connect()
+    client.call("PING")  # and an idle one
+    descriptors = [connection._sock.fileno() for connection in (used, *client._pool.idle)]
+    assert len(descriptors) == 2
+    context = multiprocessing.get_context("fork")
+    found = context.SimpleQueue()
+
+    def links() -> list[str]:
+        folder = Path("/proc/self/fd")
+        return [os.readlink(folder / str(d)) for d in descriptors if os.path.lexists(folder / str(d))]
+
+    process = context.Process(target=lambda: found.put(links()))
+    process.start()
+    assert not set(found.get()) & set(links())
+    process.join(20)
+    assert used._sock is not None
+
+
+def test_a_child_waits_for_nothing_of_its_parents(redis_server: RedisServer, make_client: MakeClient) -> None:
+    client = make_client(redis_server, redis_connections=1)
+    held = client._pool.take(1)
+    with client._pool._counting:  # another thread was taking one when we forked
+        child = in_child(lambda: client.call("PING"))
+    child()
+    client._pool.give(held)
+
+
+def test_a_child_forked_while_redis_is_away_finds_it_back(mortal_redis: RedisServer, make_client: MakeClient) -> None:
+    client = make_client(mortal_redis)
+    Outage(mortal_redis, client)
+    mortal_redis.start()
+    in_child(lambda: until(lambda: works(client)))()
+    until(lambda: works(client))
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_close_gives_everything_back(redis_server: RedisServer, make_client: MakeClient) -> None:
+    threads_before, before = threading.active_count(), descriptors()
+    for _ in range(20):
+        client = RedisClient(Config(redis_url=redis_server.url, socket_timeout=5))
+        parallel(*[lambda c=client: c.call("PING")] * 3)  # type: ignore[misc]
+        client.breaker.trip("a test")
+        client.close()
+        client.close()
+    assert descriptors() == before
+    assert threading.active_count() == threads_before
+    until(lambda: not connections(redis_server))
+
+
+def test_a_closed_client_reconnects_if_it_is_used_again(client: RedisClient) -> None:
+    client.call("PING")
+    client.close()
+    assert works(client)
+
+
+def test_a_client_dropped_without_close_leaves_nothing(redis_server: RedisServer) -> None:
+    import gc
+
+    gc.collect()
+    before = descriptors()
+    for _ in range(5):
+        RedisClient(Config(redis_url=redis_server.url, socket_timeout=5)).call("PING")
+    gc.collect()
+    assert descriptors() == before

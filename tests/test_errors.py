@@ -1,0 +1,116 @@
+"""The exception tree: who is what, what each carries, and that all of it survives pickling."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from datetime import datetime, timezone
+from decimal import Decimal
+
+import pytest
+
+from govredis import Limit, RateLimitResult, SessionBinding, errors
+from govredis.errors import (
+    BackendError,
+    BackendUnavailable,
+    ConfigurationError,
+    GovRedisError,
+    LockError,
+    LockLost,
+    LockTimeout,
+    LockUnavailable,
+    RateLimitExceeded,
+    SessionAlreadyBound,
+    SessionStoreUnavailable,
+    check_timeout,
+    check_ttl,
+    refuse,
+)
+
+PARENTS: dict[type[Exception], set[type[BaseException]]] = {
+    GovRedisError: {Exception},
+    ConfigurationError: {GovRedisError, ValueError},
+    BackendError: {GovRedisError},
+    BackendUnavailable: {BackendError},
+    LockError: {GovRedisError},
+    LockTimeout: {LockError, TimeoutError},
+    LockLost: {LockError},
+    LockUnavailable: {LockError, BackendUnavailable},
+    RateLimitExceeded: {GovRedisError},
+    SessionAlreadyBound: {GovRedisError},
+    SessionStoreUnavailable: {BackendUnavailable},
+}
+BINDING = SessionBinding("s1", "agent-1", datetime(2026, 1, 2, tzinfo=timezone.utc), None, 3, {"a": 1}, "redis")
+RESULT = RateLimitResult(False, Limit(20, 3600), 0, 12.5, 3600.0, Limit(20, 3600), "redis", False)
+
+
+def test_the_tree() -> None:
+    assert {getattr(errors, name) for name in errors.__all__} == set(PARENTS)
+    for error, parents in PARENTS.items():
+        assert set(error.__bases__) == parents, error
+
+
+def test_contention_is_not_unavailability_and_neither_is_the_other() -> None:
+    for contention in (LockTimeout, LockLost, RateLimitExceeded, SessionAlreadyBound):
+        assert not issubclass(contention, BackendError)
+    for away in (LockUnavailable, SessionStoreUnavailable):
+        assert issubclass(away, BackendUnavailable)
+        assert not issubclass(away, TimeoutError)
+
+
+@pytest.mark.parametrize("kind", [k for k in PARENTS if k not in {RateLimitExceeded, SessionAlreadyBound}])
+def test_those_with_a_message_pickle(kind: type[Exception]) -> None:
+    copy = pickle.loads(pickle.dumps(kind("what happened")))
+    assert type(copy) is kind
+    assert str(copy) == "what happened"
+
+
+def test_rate_limit_exceeded_carries_its_result_through_pickle() -> None:
+    copy = pickle.loads(pickle.dumps(RateLimitExceeded(RESULT)))
+    assert type(copy) is RateLimitExceeded
+    assert (copy.result.limit, copy.result.retry_after, copy.result.backend) == (Limit(20, 3600), 12.5, "redis")
+    assert str(copy) == str(RateLimitExceeded(RESULT))
+    assert "retry after 12.500 s" in str(copy)
+    assert str(Limit(20, 3600)) in str(copy)
+
+
+def test_rate_limit_exceeded_without_a_result() -> None:
+    copy = pickle.loads(pickle.dumps(RateLimitExceeded()))
+    assert copy.result is None
+    assert str(copy) == "rate limit exceeded"
+
+
+def test_session_already_bound_carries_the_existing_binding_through_pickle() -> None:
+    copy = pickle.loads(pickle.dumps(SessionAlreadyBound(BINDING)))
+    assert type(copy) is SessionAlreadyBound
+    assert copy.existing == BINDING
+    assert str(copy) == "session is already bound to agent 'agent-1'"
+
+
+def test_refuse_says_what_was_wrong_and_what_is_right() -> None:
+    assert str(refuse("cost", -1, "1 or more")) == "cost is -1; it must be 1 or more"
+    long = str(refuse("id", "x" * 5000, "shorter"))
+    assert len(long) < 120
+    assert long.startswith("id is 'xxx") and long.endswith("...; it must be shorter")
+
+
+@pytest.mark.parametrize("value", [0.001, 1, 30, 3600.0])
+def test_check_ttl_and_check_timeout_take_seconds(value: float) -> None:
+    assert check_ttl(value) == value
+    assert check_timeout(value) == value
+
+
+@pytest.mark.parametrize("value", [-1, -0.1, math.nan, math.inf, 1e9, None, "5", True, Decimal(5), [5]])
+def test_check_ttl_and_check_timeout_refuse_what_is_no_time(value: object) -> None:
+    with pytest.raises(ValueError, match=r"^ttl is .*; it must be seconds"):
+        check_ttl(value)
+    with pytest.raises(ValueError, match=r"^timeout is .*; it must be seconds"):
+        check_timeout(value)
+
+
+def test_nobody_may_wait_for_no_time_but_nothing_is_kept_for_none() -> None:
+    assert check_timeout(0) == 0
+    with pytest.raises(ValueError, match=r"^ttl is 0;"):
+        check_ttl(0)
+    with pytest.raises(ValueError, match=r"^ttl is 0.0009;"):
+        check_ttl(0.0009)

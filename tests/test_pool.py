@@ -1,0 +1,263 @@
+"""Pool: last in first out, bounded, and whole again whatever an exception cut short."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from govredis._pool import Pool
+from govredis.errors import BackendUnavailable
+
+
+class Connection:
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.closed = False
+
+
+class Server:
+    """Makes the connections and notes what became of them."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.open = 0
+        self.most_open = 0
+        self.deadlines: list[float] = []
+        self.connecting: Callable[[], None] = lambda: None
+        self.lock = threading.Lock()
+
+    def connect(self, deadline: float) -> Connection:
+        with self.lock:
+            self.made += 1
+            self.open += 1
+            self.most_open = max(self.most_open, self.open)
+            self.deadlines.append(deadline)
+            connection = Connection(self.made)
+        try:
+            self.connecting()
+        except BaseException:
+            with self.lock:
+                self.open -= 1
+            raise
+        return connection
+
+    def disconnect(self, connection: Connection) -> None:
+        with self.lock:
+            self.open -= not connection.closed
+        connection.closed = True
+
+    def pool(self, bound: int) -> Pool[Connection]:
+        return Pool(self.connect, self.disconnect, bound, "the server")
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture
+def no_gc() -> Iterator[None]:
+    """Reference counts must do."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def in_thread(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Start `call`; the returned function waits for it, and returns or raises what it did."""
+    done: list[Any] = []
+
+    def run() -> None:
+        try:
+            done.append((call(), None))
+        except BaseException as error:  # noqa: BLE001 - for the test's own thread
+            done.append((None, error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def join() -> Any:
+        thread.join(20)
+        assert done, "it hangs"
+        value, error = done[0]
+        if error is not None:
+            raise error
+        return value
+
+    return join
+
+
+def until(ready: Callable[[], Any], timeout: float = 20) -> None:
+    deadline = time.monotonic() + timeout
+    while not ready():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.001)
+
+
+def test_last_in_first_out(server: Server) -> None:
+    pool = server.pool(5)
+    one, two, three = (pool.take(0) for _ in range(3))
+    for connection in (one, three, two):
+        pool.give(connection)
+    assert [pool.take(0) for _ in range(3)] == [two, three, one]
+    assert server.made == 3
+
+
+def test_full(server: Server) -> None:
+    pool = server.pool(2)
+    held = [pool.take(0), pool.take(0)]
+    began = time.monotonic()
+    with pytest.raises(BackendUnavailable, match=r"^all 2 connections to the server are in use by this process$"):
+        pool.take(0.1)
+    assert time.monotonic() - began >= 0.1
+    assert server.made == len(held)
+
+
+def test_connecting_gets_the_deadline_of_the_caller(server: Server) -> None:
+    pool = server.pool(1)
+    before = time.monotonic()
+    pool.take(7)
+    assert before + 7 <= server.deadlines[0] <= time.monotonic() + 7
+
+
+def test_a_waiter_gets_what_is_given_back(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("govredis._pool._SLICE", 1000.0)  # only being woken helps
+    pool = server.pool(1)
+    held = pool.take(0)
+    waiting = in_thread(lambda: pool.take(1000))
+    until(lambda: pool._bells)
+    pool.give(held)
+    assert waiting() is held
+
+
+def test_a_waiter_gets_the_place_of_a_dropped_one(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("govredis._pool._SLICE", 1000.0)
+    pool = server.pool(1)
+    held = pool.take(0)
+    waiting = in_thread(lambda: pool.take(1000))
+    until(lambda: pool._bells)
+    pool.drop(held)
+    assert held.closed
+    assert waiting() is not held
+    assert server.made == 2
+
+
+def test_a_waiter_gets_the_place_of_one_lost_to_an_exception(server: Server, no_gc: None) -> None:
+    pool = server.pool(1)
+    waiting = []
+
+    def interrupted() -> None:
+        connection = pool.take(0)
+        waiting.append(in_thread(lambda: pool.take(1000)))
+        until(lambda: pool._bells)
+        raise KeyboardInterrupt(connection.number)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert waiting[0]().number == 2
+
+
+def test_one_lost_to_an_exception_frees_its_place(server: Server, no_gc: None) -> None:
+    pool = server.pool(1)
+
+    def interrupted() -> None:
+        connection = pool.take(0)
+        raise KeyboardInterrupt(connection.number)
+
+    for _ in range(10):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+    pool.take(0)
+
+
+def test_a_failed_connect_frees_its_place_even_while_its_error_is_kept(server: Server, no_gc: None) -> None:
+    pool = server.pool(1)
+
+    def refuse() -> None:
+        raise BackendUnavailable("refused")
+
+    server.connecting = refuse
+    kept = []
+    for _ in range(3):
+        with pytest.raises(BackendUnavailable, match=r"refused") as caught:
+            pool.take(0)
+        kept.append(caught)
+    server.connecting = lambda: None
+    pool.take(0)
+
+
+def test_never_more_than_the_bound_though_connecting_takes_time(server: Server) -> None:
+    pool = server.pool(3)
+    gate = threading.Event()
+    server.connecting = lambda: gate.wait(20) and None
+
+    def use() -> None:
+        connection = pool.take(20)
+        time.sleep(0.001)
+        pool.give(connection)
+
+    joins = [in_thread(use) for _ in range(12)]
+    until(lambda: server.made == 3 and len(pool._bells) == 9)
+    gate.set()
+    for join in joins:
+        join()
+    assert server.most_open == server.made == 3
+
+
+def test_under_load_with_drops_and_losses(server: Server) -> None:
+    pool = server.pool(4)
+    owners: dict[int, int] = {}
+
+    def use(thread: int) -> None:
+        for n in range(300):
+            connection = pool.take(30)
+            assert owners.setdefault(connection.number, thread) == thread, "two owners"
+            if n % 7 == 0:
+                time.sleep(0.0002)
+            del owners[connection.number]
+            if n % 50 == 20:
+                pool.drop(connection)
+            elif n % 50 == 40:
+                server.disconnect(connection)  # its destructor
+                del connection
+            else:
+                pool.give(connection)
+
+    for join in [in_thread(lambda t=t: use(t)) for t in range(12)]:  # type: ignore[misc]
+        join()
+    assert server.most_open <= 4
+    assert len(pool.live) == len(pool.idle) <= 4
+    assert not pool._bells
+
+
+def test_drop_idle_leaves_those_in_use(server: Server) -> None:
+    pool = server.pool(5)
+    used, *others = (pool.take(0) for _ in range(3))
+    for connection in others:
+        pool.give(connection)
+    pool.drop_idle()
+    assert [c.closed for c in (used, *others)] == [False, True, True]
+    pool.give(used)
+    assert pool.take(0) is used
+
+
+def test_renewed_after_a_fork(server: Server) -> None:
+    pool = server.pool(1)
+    held = pool.take(0)
+    with pool._counting:  # another thread was taking when we forked
+        pid = os.fork()
+        if not pid:
+            try:
+                pool.renew()
+                os._exit(0 if pool.take(0) is not held and not held.closed else 1)
+            finally:
+                os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    with pytest.raises(BackendUnavailable):
+        pool.take(0)
