@@ -7,8 +7,8 @@
 -- ARGV[3]  floor: the last fencing token that the caller's host knows of
 -- ARGV[4]  how long the fence is kept after the lease, in milliseconds
 --
--- Reply: {1, fencing token} if granted (also if it was granted to this owner before: its reply was lost),
--- {0, milliseconds until the holder's lease ends, -1 where it has no end} if held.
+-- Reply: {1, fencing token} if granted (also if it was granted to this owner before: its reply was lost; then the same
+-- token), {0, milliseconds until the holder's lease ends, -1 where it has no end} if held.
 
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then
@@ -17,7 +17,7 @@ end
 
 local last = tonumber(redis.call('GET', KEYS[2])) or 0
 local fence = last
-if not holder then
+if not holder or last == 0 then
   -- Above all earlier ones, also where the fence was lost or the clock was set back (but not both).
   local time = redis.call('TIME')
   fence = math.max(last + 1, tonumber(time[1]) * 1000000 + tonumber(time[2]), tonumber(ARGV[3]) + 1)

@@ -21,9 +21,11 @@ import time
 import zlib
 from typing import NamedTuple
 
+from .._fork import renew_in_child
 from ..errors import ConfigurationError
 
 _RECORD_BYTES = 128
+_OPEN_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 if hasattr(time, "CLOCK_BOOTTIME"):
 
@@ -93,17 +95,29 @@ class LockFolder:
 class HostGuard:
     """One opening of a resource's lock file. Not inside until `enter` says so; `leave` closes it for good."""
 
-    __slots__ = ("__weakref__", "_boot", "_expired", "_fd", "_flocked", "_owner", "_path", "_record_deadline", "inside")
+    __slots__ = (
+        "__weakref__",
+        "_boot",
+        "_expired",
+        "_files",
+        "_flocked",
+        "_owner",
+        "_path",
+        "_record_deadline",
+        "inside",
+    )
 
     def __init__(self, path: str, boot: str) -> None:
         self._path = path
         self._boot = boot
-        self._fd = _open(path)
+        self._files: list[int] = []
+        self._open()
         self._flocked = False
         self._owner = ""
         self._record_deadline = 0.0
         self._expired: tuple[Record, float] | None = None
         self.inside = False
+        renew_in_child(self)
 
     def last_token(self) -> int:
         """The last fencing token that was let in on this host; 0 for none."""
@@ -111,22 +125,22 @@ class HostGuard:
         return record.token if record is not None else 0
 
     def enter(self, token: int, owner: str, deadline: float, *, may_pass: bool) -> bool:
-        """Go in if nobody else is. Never waits, but for 20 ms where it passes.
+        """Go in if nobody else is, and nobody with a higher token has been. Never waits, but for 20 ms where it passes.
 
         Args:
             token, owner, deadline: of the record to write; `deadline` is of `clock`.
             may_pass: go in past somebody whose record has run out. Only for whom Redis has granted the lock.
         """
+        self._owner = owner
         if self._try_flock():
             record = self._read()
-            if record is not None and record.passer and record.owner != owner and self._is_fresh(record):
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-                self._flocked = False
+            if record is not None and (record.token >= token or (record.passer and self._is_fresh(record))):
+                self._unlock()
                 return False
             self._write(Record(token, owner, deadline, False, self._boot))
         elif not may_pass or not self._pass(Record(token, owner, deadline, True, self._boot)):
             return False
-        self._owner = owner
+        self._record_deadline = deadline
         self.inside = True
         return True
 
@@ -138,7 +152,7 @@ class HostGuard:
         the last to write stays.
         """
         record = self._read()
-        if record is None or self._is_fresh(record):
+        if record is None or self._is_fresh(record) or record.token >= mine.token:
             self._expired = None
             return False
         now = clock()
@@ -149,74 +163,94 @@ class HostGuard:
             return False
         self._write(mine)
         time.sleep(0.02)
-        return self._read() == mine
+        last = self._read()
+        return last is not None and last.owner == mine.owner
 
     def refresh(self, token: int, deadline: float) -> bool:
-        """Vouch for this process until `deadline`. False, and nothing is written, once that would come too late."""
-        if clock() >= self._record_deadline:
+        """Vouch for this process until `deadline`, or longer if it has before.
+
+        False once that would come too late: the record ran out, and somebody may have passed, or has.
+        """
+        vouched_until = self._record_deadline
+        if not self.inside or clock() >= vouched_until:
             return False
         record = self._read()
-        if record is None or record.owner != self._owner:
+        if record is not None and record.token > token and self._is_fresh(record):
             return False
+        # Over a lower token's: one who was passed, and stopped just before his own writing, has written since.
+        deadline = max(deadline, vouched_until)
         self._write(Record(token, self._owner, deadline, not self._flocked, self._boot))
+        if clock() >= vouched_until:
+            return False
+        self._record_deadline = deadline
         return True
 
     def leave(self) -> None:
-        """Go out and close. Harmless a second time."""
-        fd, self._fd = self._fd, -1
-        if fd < 0:
+        """Go out and close. Harmless a second time, and that is what one does whom an exception struck in it."""
+        if not self._files:
             return
         try:
-            if self.inside and not self._flocked:
-                record = _parse(os.pread(fd, _RECORD_BYTES, 0))
+            if self._flocked:
+                self._unlock()
+            elif self._owner:
+                # A passer's, or a would-be one's: nobody could get in before it ran out.
+                record = self._read()
                 if record is not None and record.owner == self._owner:
-                    os.pwrite(fd, _format(record._replace(deadline=0.0)), 0)
-            elif self._flocked:
-                # Not by closing alone: a child forked outside of Python's sight may hold the descriptor too.
-                fcntl.flock(fd, fcntl.LOCK_UN)
+                    self._write(record._replace(deadline=0.0))
         finally:
-            self.inside = self._flocked = False
-            os.close(fd)
+            self.inside = False
+            self._close()
 
-    def close_in_child(self) -> None:
+    def renew_after_fork(self) -> None:
         # Close, never unlock: unlocking a shared description would let others in past the parent.
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
         self.inside = self._flocked = False
+        self._close()
 
     def _try_flock(self) -> bool:
         while True:
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     return False
                 raise
-            if os.fstat(self._fd).st_nlink:
+            if os.fstat(self._files[0]).st_nlink:
                 self._flocked = True
                 return True
             # Somebody's clean-up of the folder removed the file: others lock the new one.
-            os.close(self._fd)
-            self._fd = _open(self._path)
+            self._close()
+            self._open()
+
+    def _unlock(self) -> None:
+        # Not by closing alone: a child forked outside of Python's sight may hold the descriptor too.
+        fcntl.flock(self._files[0], fcntl.LOCK_UN)
+        self._flocked = False
 
     def _is_fresh(self, record: Record) -> bool:
         return record.boot == self._boot and clock() < record.deadline
 
     def _read(self) -> Record | None:
-        return _parse(os.pread(self._fd, _RECORD_BYTES, 0))
+        raw = os.pread(self._files[0], _RECORD_BYTES, 0)
+        # Once more where it was being written.
+        return _parse(raw) or (_parse(os.pread(self._files[0], _RECORD_BYTES, 0)) if raw else None)
 
     def _write(self, record: Record) -> None:
-        os.pwrite(self._fd, _format(record), 0)
-        self._record_deadline = record.deadline
+        os.pwrite(self._files[0], _format(record), 0)
+
+    def _open(self) -> None:
+        # Through map, that the descriptor is in the list when the interpreter next looks for signals: an exception
+        # raised by a handler would else lose it, open, and perhaps locked, until this process ends.
+        self._files.extend(map(os.open, (self._path,), (_OPEN_FLAGS,), (0o600,)))
+
+    def _close(self) -> None:
+        if self._files:
+            fd = self._files[0]
+            del self._files[0]  # not pop: no call, so no look for signals, between this and the closing
+            os.close(fd)
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            os.close(self._fd)
-
-
-def _open(path: str) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        if hasattr(self, "_files"):
+            self._close()
 
 
 def _format(record: Record) -> bytes:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import BackendUnavailable, LockLost, check_ttl
+from .._fork import renew_in_child
+from ..errors import BackendError, BackendUnavailable, LockLost, check_ttl
 from .guard import HostGuard, clock
 from .renewal import renewer
 
@@ -61,16 +62,17 @@ class Lease:
         self._mutex = threading.RLock()
         self._abandoned = False
         self.due = deadline - (ttl * 2 / 3 if renew else 0)
+        renew_in_child(self)
 
     def start(self) -> None:
         renewer.add(self)
 
-    def belongs_to_parent(self) -> None:
-        """This is a forked child: the lock stays with the process that acquired it."""
+    def renew_after_fork(self) -> None:
+        # The lock stays with the process that acquired it.
         self._mutex = threading.RLock()
         self.over = True
         self.lost = "it belongs to the parent process"
-        self.guard.close_in_child()
+        self.callbacks = []
 
     def tick(self) -> None:
         """Renew, if it is still to be renewed; declare the loss when its time has come."""
@@ -81,13 +83,16 @@ class Lease:
             if self.over:
                 renewer.discard(self)
                 return
-            was_lost = self.lost is not None
             now = clock()
             renewing = now < self._renew_until
-            if not was_lost and now >= self.deadline:
+            if self.lost is None and now >= self.deadline:
                 self._lose("its lease ran out before it could be renewed")
             if self.lost is None:
-                extended = renewing and self._extend(self.ttl)
+                try:
+                    extended = renewing and self._extend(self.ttl)
+                except BackendError as error:
+                    log.warning("lock %s could not be renewed: %s", self.key, error)
+                    extended = False
                 again = self.ttl / (3 if extended else 10)
                 self.due = min(now + again, self.deadline) if renewing else self.deadline
             if self.lost is not None:
@@ -96,7 +101,9 @@ class Lease:
                     self.due = now + self.ttl / 3
                 else:
                     renewer.discard(self)
-            callbacks = self.callbacks if self.lost is not None and not was_lost else []
+                callbacks, self.callbacks = self.callbacks, []
+            else:
+                callbacks = []
         for callback in callbacks:
             try:
                 callback()
@@ -109,48 +116,65 @@ class Lease:
         log.warning("lock %s was lost: %s", self.key, why)
 
     def _extend(self, ttl: float) -> bool:
-        """Lengthen the lease to `ttl` from now. False if Redis was away (the lease stands) or the lock is lost."""
+        """Make the lease end `ttl` from now. False if Redis was away (the lease stands) or the lock is lost."""
         sent = clock()
+        if sent >= self.deadline:
+            self._lose("its lease ran out")
+            return False
         # The record vouches for this process, whatever Redis says.
-        self.guard.refresh(self.token, sent + ttl)
-        if not self.degraded:
+        vouched = self.guard.refresh(self.token, sent + ttl)
+        if self.degraded:
+            if not vouched:
+                self._lose("its record ran out")
+                return False
+        else:
             try:
                 if not self._arbiter.send_extend(self.key, self.owner, self.token, ttl):
                     self._lose("somebody else holds it, or has held it")
                     return False
             except BackendUnavailable:
                 self._arbiter.counters.add("locks.renewals_missed")
+                # It may have been carried out all the same, which matters where it shortens the lease.
+                self.deadline = min(self.deadline, sent + ttl)
                 return False
         self.deadline = sent + ttl
         return True
 
     def extend(self, ttl: float) -> None:
         with self._mutex:
-            if self.lost is None and clock() >= self.deadline:
-                self._lose("its lease ran out")
-            if self.lost is not None:
-                raise LockLost(f"lock {self.key} was lost: {self.lost}")
             if self.over:
-                raise LockLost(f"lock {self.key} was released")
-            if not self._extend(ttl):
-                if self.lost is not None:
-                    raise LockLost(f"lock {self.key} was lost: {self.lost}")
-                raise BackendUnavailable(f"Redis is away: lock {self.key} keeps the lease that it has")
-            self.due = self.deadline - (ttl * 2 / 3 if clock() < self._renew_until else 0)
+                raise LockLost(f"lock {self.key} is not held: {self.lost or 'it was released'}")
+            extended = self.lost is None and self._extend(ttl)
+            if self.lost is not None:
+                self.due = 0.0  # for the callbacks
+            else:
+                self.due = self.deadline - (ttl * 2 / 3 if clock() < self._renew_until else 0)
         renewer.add(self)
+        if self.lost is not None:
+            raise LockLost(f"lock {self.key} was lost: {self.lost}")
+        if not extended:
+            raise BackendUnavailable(f"Redis is away: lock {self.key} keeps the lease that it has")
 
     def end(self) -> bool:
         with self._mutex:
             if self.over:
                 return False
-            self.over = True
-            renewer.discard(self)
             held = self.lost is None and clock() < self.deadline
-            # The guard first: while anybody on this host could get in through Redis, it has been left already.
-            self.guard.leave()
-            if self.degraded:
-                return held
-            return self._arbiter.send_release(self.key, self.owner) and held
+            self.over = True
+            try:
+                return self._let_go() and held
+            except BackendError:
+                raise
+            except BaseException:
+                # A signal handler's exception struck somewhere in there: all of it is harmless the second time.
+                self._let_go()
+                raise
+
+    def _let_go(self) -> bool:
+        renewer.discard(self)
+        # The guard first: while anybody on this host could get in through Redis, it has been left already.
+        self.guard.leave()
+        return self.degraded or self._arbiter.send_release(self.key, self.owner, self.token)
 
     def abandon(self) -> None:
         """Stop renewing, without a word to Redis: the lease runs out by itself.
@@ -200,7 +224,8 @@ class HeldLock:
     def extend(self, ttl: float | None = None) -> None:
         """Make the lease end `ttl` seconds from now (None: its own ttl), once.
 
-        Raises LockLost if it is not held any more; BackendUnavailable when Redis is away: the lease stays as it was.
+        Raises LockLost if it is not held any more; BackendUnavailable when Redis is away: the lease ends when it would
+        have, or after `ttl` if that is sooner.
         """
         self._lease.extend(self._lease.ttl if ttl is None else check_ttl(ttl))
 
@@ -211,7 +236,10 @@ class HeldLock:
         return self._lease.end()
 
     def on_lost(self, callback: Callable[[], object]) -> None:
-        """Have `callback()` called, in the renewal thread, when the lock is lost. At once if it is lost already."""
+        """Have `callback()` called, in the renewal thread, when the lock is lost. At once if it is lost already.
+
+        It holds up the renewal of all locks of this process, so it should set an Event, say, and not more.
+        """
         lease = self._lease
         with lease._mutex:
             if lease.lost is None:
@@ -228,7 +256,13 @@ class HeldLock:
         """Release. Raises LockLost if the lock was lost and the body succeeded; never hides the body's own error."""
         lease = self._lease
         was_over = lease.over
-        held = self.release()
+        try:
+            held = self.release()
+        except BackendError:
+            if error is None:
+                raise
+            log.exception("lock %s could not be released", lease.key)
+            return False
         if not held and not was_over and error is None:
             raise LockLost(f"lock {self.name!r} was lost: {lease.lost or 'its lease ran out'}")
         return False

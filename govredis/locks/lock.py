@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
-import threading
 import time
 
 from .._counters import Counters
@@ -34,7 +34,7 @@ class DistributedLock:
       restarted, flushed. Every holder also holds `flock` on the resource's file;
     - when Redis has been away for a second: GOVREDIS_LOCK_FALLBACK "file" (the default) grants by `flock` alone, one
       holder per *host*, and says so in `held.degraded`; "fail" raises LockUnavailable. Within that second, callers wait
-      for it, and raise LockUnavailable if their timeout ends first;
+      for it, and raise LockUnavailable if their timeout ends first. With REDIS_ENABLED=0 there is no such second;
     - `held.token` rises with every grant. What no lease can promise: see HeldLock.
 
     Waiting polls, every 2 to 50 ms, in no particular order. Every method raises ValueError for a bad name, ttl or
@@ -68,9 +68,9 @@ class DistributedLock:
     def renew_after_fork(self) -> None:
         self._nonce = f"{os.getpid()}-{os.urandom(6).hex()}"
         self._owners = itertools.count()
-        self._owed_lock = threading.Lock()
-        #: Grants that may be nobody's: (key, owner) of releases and lost acquires that Redis has not answered.
-        self._owed: set[tuple[str, str]] = set()
+        #: Grants that may be nobody's: (key, owner, token) of releases and lost acquires that Redis has not answered.
+        #: Without a lock, which a signal handler or a destructor that releases could find taken by what it interrupts.
+        self._owed: set[tuple[str, str, int]] = set()
 
     def acquire(
         self,
@@ -111,15 +111,15 @@ class DistributedLock:
     def send_extend(self, key: str, owner: str, token: int, ttl: float) -> bool:
         """True if extended, False if lost. Raises BackendUnavailable."""
         assert self._redis is not None
-        return bool(self._redis.run(self._extend, self._cells(key), owner, int(ttl * 1000), token, _FENCE_KEPT_MS))
+        return bool(self._redis.run(self._extend, self._cells(key), owner, _ms(ttl), token, _FENCE_KEPT_MS))
 
-    def send_release(self, key: str, owner: str) -> bool:
+    def send_release(self, key: str, owner: str, token: int) -> bool:
         """Whether it was still the owner's; where Redis is away, it is released on recovery, and True."""
         assert self._redis is not None
         try:
-            return bool(self._redis.run(self._release, self._cells(key), owner, _FENCE_KEPT_MS))
+            return bool(self._redis.run(self._release, self._cells(key), owner, token, _FENCE_KEPT_MS))
         except BackendUnavailable:
-            self._owe(key, owner)
+            self._owe(key, owner, token)
             return True
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -135,37 +135,44 @@ class DistributedLock:
         if max_hold is not None:
             check_ttl(max_hold)
         attempt = _Attempt(self, key, ttl, self._folder.guard(key), f"{self._nonce}-{next(self._owners)}")
+        lease: Lease | None = None
         try:
             token, deadline, degraded = attempt.run(timeout)
             self.counters.add("locks.degraded_grants" if degraded else "locks.grants")
             if degraded and attempt.granted:
-                self._owe(key, attempt.owner)
+                self._owe(key, attempt.owner, 0)
             lease = Lease(self, key, attempt.owner, token, ttl, deadline, attempt.guard, degraded, renew, max_hold)
             held = HeldLock(name, lease)
             # Last, when there is a handle whose collection would end it.
             lease.start()
             return held
         except BaseException as error:
-            attempt.give_up()
+            if lease is not None:
+                lease.end()
+            else:
+                attempt.give_up()
             if isinstance(error, LockTimeout):
                 self.counters.add("locks.timeouts")
             raise
 
-    def _owe(self, key: str, owner: str) -> None:
-        with self._owed_lock:
-            self._owed.add((key, owner))
+    def _owe(self, key: str, owner: str, token: int) -> None:
+        self._owed.add((key, owner, token))
         if self._redis is not None:
             self._redis.replay_soon("locks are to be released on it")
 
     def _replay(self, redis: RedisClient) -> None:
         """Release what may have been granted to nobody: a hung server executes what timed out when it wakes."""
-        with self._owed_lock:
-            owed = list(self._owed)
+        owed = list(self._owed)
         if not owed:
             return
-        redis.pipeline([self._release.call(self._cells(k), (o, _FENCE_KEPT_MS)) for k, o in owed], (self._release,))
-        with self._owed_lock:
-            self._owed.difference_update(owed)
+        calls = [self._release.call(self._cells(key), (owner, token, _FENCE_KEPT_MS)) for key, owner, token in owed]
+        redis.pipeline(calls, (self._release,))
+        self._owed.difference_update(owed)
+
+
+def _ms(ttl: float) -> int:
+    # One more: Redis counts from the start of the current millisecond, and shall not forget before we do.
+    return math.ceil(ttl * 1000) + 1
 
 
 class _Attempt:
@@ -178,8 +185,9 @@ class _Attempt:
         self._ttl = ttl
         self.guard = guard
         self.owner = owner
-        #: Redis has granted it to us, or may have.
+        #: Redis has granted it to us, or may have: some try of ours got no answer.
         self.granted = False
+        self._token = 0
         self._away_since: float | None = None
 
     def run(self, timeout: float | None) -> tuple[int, float, bool]:
@@ -188,7 +196,7 @@ class _Attempt:
         deadline = None if timeout is None else started + timeout
         wait = _SHORTEST_WAIT
         while True:
-            won = self._try_redis() if self._redis is not None else self._try_file()
+            won = self._try_redis() if self._redis is not None else self._fall_back("Redis is disabled")
             if won is not None:
                 return won
             left = _LONGEST_WAIT if deadline is None else deadline - clock()
@@ -209,7 +217,7 @@ class _Attempt:
                 lock._acquire,
                 lock._cells(self._key),
                 self.owner,
-                int(self._ttl * 1000),
+                _ms(self._ttl),
                 self.guard.last_token(),
                 _FENCE_KEPT_MS,
             )
@@ -219,13 +227,14 @@ class _Attempt:
             return self._without_redis(error)
         self._away_since = None
         if not granted:
-            self.granted = False
+            self.granted = before
             return None
+        self._token = token
         if self.guard.enter(token, self.owner, sent + self._ttl, may_pass=True):
             return token, sent + self._ttl, False
         # Somebody on this host is still inside, whatever Redis says. Other hosts need not wait for us meanwhile.
-        lock.send_release(self._key, self.owner)
-        self.granted = False
+        lock.send_release(self._key, self.owner, token)
+        self.granted = before
         return None
 
     def _without_redis(self, error: BackendUnavailable) -> tuple[int, float, bool] | None:
@@ -234,14 +243,14 @@ class _Attempt:
             self._away_since = clock() - self._redis.breaker.away_for()
         if not self._grace_is_over():
             return None
-        if self._lock._fallback == "fail":
-            raise LockUnavailable(f"lock {self._key}: {error}") from error
-        return self._try_file()
+        return self._fall_back(error)
 
     def _grace_is_over(self) -> bool:
         return self._away_since is not None and clock() - self._away_since >= GRACE
 
-    def _try_file(self) -> tuple[int, float, bool] | None:
+    def _fall_back(self, why: object) -> tuple[int, float, bool] | None:
+        if self._lock._fallback == "fail":
+            raise LockUnavailable(f"lock {self._key}: {why}")
         now = clock()
         token = max(self.guard.last_token() + 1, time.time_ns() // 1000)
         if self.guard.enter(token, self.owner, now + self._ttl, may_pass=False):
@@ -252,4 +261,4 @@ class _Attempt:
         """Leave nothing behind: not held, or an exception struck."""
         self.guard.leave()
         if self.granted:
-            self._lock.send_release(self._key, self.owner)
+            self._lock.send_release(self._key, self.owner, self._token)

@@ -21,8 +21,6 @@ class Renewable(Protocol):
 
     def tick(self) -> None: ...
 
-    def belongs_to_parent(self) -> None: ...
-
 
 class Renewer:
     """Calls each lease's `tick` when it is due. The thread starts with the first lease and ends when idle."""
@@ -33,54 +31,62 @@ class Renewer:
         renew_in_child(self)
 
     def renew_after_fork(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
-        inherited, self._leases = self._leases, set()
-        for lease in inherited:
-            lease.belongs_to_parent()
+        # Reentrant: a destructor or a signal handler, which run within any call, may release a lock. Taken as itself,
+        # not through the Condition, whose __enter__ is Python: an exception in there would leave it taken for ever.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._leases = set()  # the parent's: they renew themselves
         self._thread: threading.Thread | None = None
         self._wakes_at = 0.0
 
     def add(self, lease: Renewable) -> None:
-        with self._changed:
+        with self._lock:
             self._leases.add(lease)
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="govredis-renewal", daemon=True)
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = thread = threading.Thread(target=self._run, name="govredis-renewal", daemon=True)
                 try:
                     thread.start()
                 except RuntimeError as error:
                     log.warning("locks are not renewed: %s", error)
-                    return
-                self._thread = thread
             elif lease.due < self._wakes_at:
                 self._changed.notify()
 
     def discard(self, lease: Renewable) -> None:
-        with self._changed:
+        with self._lock:
             self._leases.discard(lease)
 
     def _run(self) -> None:
-        changed = self._changed
-        while True:
-            with changed:
+        # Between two rounds no frame here refers to a lease: one that was lost and forgotten goes, and closes its file.
+        while (due := self._wait()) is not None:
+            while due:
+                self._tick(due.pop())
+
+    def _wait(self) -> list[Renewable] | None:
+        """Those that are due, once some are; None when this thread is to end."""
+        with self._lock:
+            while True:
+                if self._thread is not threading.current_thread():
+                    return None  # an exception struck `add` just when it had started this one: there is another
                 if not self._leases:
                     self._wakes_at = clock() + _IDLE
-                    changed.wait(_IDLE)
+                    self._changed.wait(_IDLE)
                     if not self._leases:
                         self._thread = None
-                        return
+                        return None
                 now = clock()
-                first = min(lease.due for lease in self._leases)
-                if first > now:
-                    self._wakes_at = first
-                    changed.wait(first - now)
-                    continue
-                due = [lease for lease in self._leases if lease.due <= now]
-            for lease in due:
-                try:
-                    lease.tick()
-                except Exception:
-                    log.exception("a lock could not be renewed")
-                    self.discard(lease)
+                first = min([lease.due for lease in list(self._leases)], default=now)
+                if first <= now:
+                    return [lease for lease in list(self._leases) if lease.due <= now]
+                # It may be released before, which wakes nobody.
+                self._wakes_at = min(first, now + _IDLE)
+                self._changed.wait(self._wakes_at - now)
+
+    def _tick(self, lease: Renewable) -> None:
+        try:
+            lease.tick()
+        except Exception:
+            log.exception("a lock could not be renewed")
+            self.discard(lease)
 
 
 renewer = Renewer()

@@ -1,0 +1,105 @@
+"""Processes that hold locks, and waiting for what they do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from govredis.locks import renewal
+
+
+class Worker:
+    """Another process on this host with a GovRedis: `locks` there is what `gov.locks` is here."""
+
+    def __init__(self, **settings: Any) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("lock_worker.py")), json.dumps(settings)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.pid = self.process.pid
+        assert self.answer() == "ready"
+
+    def begin(self, expression: str) -> None:
+        """Have it evaluated; `answer` waits for the value."""
+        self._send("eval", expression)
+
+    def answer(self) -> Any:
+        assert self.process.stdout
+        answer = json.loads(self.process.stdout.readline() or '{"error": "it has ended"}')
+        return answer["value"] if "value" in answer else answer["error"]
+
+    def eval(self, expression: str) -> Any:
+        """Its value; the class name of what it raised."""
+        self._send("eval", expression)
+        return self.answer()
+
+    def run(self, statements: str) -> None:
+        self._send("exec", statements)
+        assert self.answer() is None
+
+    def _send(self, how: str, code: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps([how, code]) + "\n")
+        self.process.stdin.flush()
+
+    def stop(self) -> None:
+        """SIGSTOP; it stands still on return."""
+        os.kill(self.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        """kill -9; it is gone on return."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        for pipe in self.process.stdin, self.process.stdout:
+            assert pipe
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                pass
+
+
+@pytest.fixture
+def make_worker(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+    """Starts processes that share the lock folder of `make_gov`; ends them."""
+    made: list[Worker] = []
+
+    def make(**settings: Any) -> Worker:
+        made.append(Worker(**{"lock_folder": str(tmp_path / "locks"), **settings}))
+        return made[-1]
+
+    yield make
+    for worker in made:
+        worker.close()
+
+
+@pytest.fixture
+def eventually() -> Callable[..., Any]:
+    """Polls until a call returns something true, and returns it; fails after `within` seconds."""
+
+    def wait(condition: Callable[[], Any], within: float = 10.0) -> Any:
+        deadline = time.monotonic() + within
+        while not (found := condition()):
+            assert time.monotonic() < deadline, f"not within {within:g} s"
+            time.sleep(0.005)
+        return found
+
+    return wait
+
+
+@pytest.fixture(autouse=True)
+def renewal_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renewal, "_IDLE", 0.2)

@@ -1,0 +1,167 @@
+"""Exceptions raised by signal handlers at any line of acquire and release: Ctrl-C, Celery's soft time limit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from govredis import GovRedis, LockTimeout
+from govredis.locks.renewal import renewer
+from govredis.testing.servers import RedisServer
+
+
+class Struck(BaseException):
+    pass
+
+
+@pytest.fixture
+def strike() -> Iterator[Callable[[float], None]]:
+    """Has Struck raised in this thread, once, after so many seconds; 0: not any more."""
+
+    def raise_it(*_: object) -> None:
+        raise Struck
+
+    before = signal.signal(signal.SIGALRM, raise_it)
+    yield lambda after: signal.setitimer(signal.ITIMER_REAL, after) and None
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def descriptors(folder: str) -> list[str]:
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:
+            pass
+    return [path for path in found if path.startswith(folder)]
+
+
+@pytest.mark.filterwarnings("ignore:lock .* was collected while held:ResourceWarning")
+@pytest.mark.parametrize("contended", [False, True])
+def test_nothing_is_left_by_exceptions_that_strike_anywhere(
+    make_gov: Callable[..., GovRedis],
+    redis_server: RedisServer,
+    plain_redis: Any,
+    strike: Callable[[float], None],
+    eventually: Callable[..., Any],
+    contended: bool,
+) -> None:
+    locks = make_gov(redis_url=redis_server.url).locks
+    locks.acquire("warm").release()
+    other = locks.acquire("x", ttl=1000) if contended else None
+    struck = 0
+    before = len(os.listdir("/proc/self/fd"))
+    for n in range(300 if contended else 1500):
+        held = None
+        try:
+            try:
+                strike(random.uniform(0.00001, 0.005 if contended else 0.0006))
+                try:
+                    held = locks.acquire("x", ttl=1000, timeout=1000 if contended else 0.5)
+                    held.release()
+                finally:
+                    strike(0)
+            except Struck:
+                struck += 1
+                if held is not None:
+                    held.release()
+        except Struck:  # between two lines of this test's own
+            struck += 1
+            if held is not None:
+                held.release()
+        except LockTimeout:
+            pytest.fail(f"round {n}: the one before has left it locked")
+    assert struck > 150
+    if other is not None:
+        assert plain_redis.get("lock:x") == other._lease.owner
+        assert other.release()
+    # No key is left; not even for its ttl, and nothing renews it.
+    eventually(lambda: not plain_redis.keys("lock:*"))
+    assert not descriptors(locks._folder.path)
+    assert len(os.listdir("/proc/self/fd")) <= before + 1  # a connection anew
+    assert not renewer._leases
+    assert locks.acquire("x", timeout=0).release()
+    eventually(lambda: not [t for t in threading.enumerate() if t.name == "govredis-renewal"])
+
+
+def test_an_exception_in_the_middle_of_a_release_does_not_stop_it(
+    make_gov: Callable[..., GovRedis], redis_server: RedisServer, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks = make_gov(redis_url=redis_server.url).locks
+    held = locks.acquire("x", ttl=1000)
+    real, strikes = renewer.discard, [Struck]
+
+    def discard(lease: Any) -> None:
+        if strikes:
+            raise strikes.pop()
+        real(lease)
+
+    monkeypatch.setattr(renewer, "discard", discard)
+    with pytest.raises(Struck):
+        held.release()
+    assert not plain_redis.exists("lock:x")
+    assert not descriptors(locks._folder.path)
+    assert locks.acquire("x", timeout=0).release()
+
+
+def test_an_exception_just_after_the_renewal_began_gives_it_back_without_a_warning(
+    make_gov: Callable[..., GovRedis], redis_server: RedisServer, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks = make_gov(redis_url=redis_server.url).locks
+    real = renewer.add
+
+    def add(lease: Any) -> None:
+        real(lease)
+        raise Struck
+
+    monkeypatch.setattr(renewer, "add", add)
+    with pytest.raises(Struck):
+        locks.acquire("x", ttl=1000)
+    monkeypatch.undo()
+    assert not plain_redis.exists("lock:x")
+    assert not renewer._leases
+    assert locks.acquire("x", timeout=0).release()
+
+
+def test_a_renewal_thread_that_was_struck_while_starting_is_started_again(
+    make_gov: Callable[..., GovRedis],
+    redis_server: RedisServer,
+    monkeypatch: pytest.MonkeyPatch,
+    eventually: Callable[..., Any],
+) -> None:
+    locks = make_gov(redis_url=redis_server.url).locks
+    eventually(lambda: renewer._thread is None)
+
+    def start(self: threading.Thread) -> None:
+        raise Struck
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        with pytest.raises(Struck):
+            locks.acquire("x")
+    with locks.acquire("x", ttl=0.3, timeout=0) as held:
+        first = held._lease.deadline
+        eventually(lambda: held._lease.deadline > first + 0.3)
+
+
+def test_a_release_in_a_signal_handler_does_not_wait_for_what_it_interrupted(
+    make_gov: Callable[..., GovRedis], redis_server: RedisServer, strike: Callable[[float], None]
+) -> None:
+    locks = make_gov(redis_url=redis_server.url).locks
+    released = []
+    with renewer._lock:  # as in `add`, say
+        held = locks.acquire("x")
+
+        def release(*_: object) -> None:
+            released.append(held.release())
+
+        signal.signal(signal.SIGALRM, release)
+        os.kill(os.getpid(), signal.SIGALRM)
+        assert released == [True]
