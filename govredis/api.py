@@ -101,7 +101,7 @@ class GovRedis:
         return cache
 
     def close(self) -> None:
-        """Close the connections and end the probe threads. Locks still held are not released: they expire."""
+        """Close the connections and end the probe threads. Locks still held are not released."""
         if self._redis is not None:
             self._redis.close()
         if self._postgres is not None:

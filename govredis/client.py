@@ -29,19 +29,13 @@ from .errors import BackendError, BackendUnavailable, ConfigurationError
 
 log = logging.getLogger("govredis")
 
-Arg: TypeAlias = str | bytes | int | float
+# No numbers: where a signal handler raises just while hiredis (3.5) makes one text, the process ends with a
+# segmentation fault.
+Arg: TypeAlias = str | bytes
 Command: TypeAlias = tuple[Arg, ...]
 
 # Its stub says a tuple of one.
-_pack: Callable[[Command], bytes] = hiredis.pack_command  # type: ignore[assignment]
-_NUMBERS = (int, float)
-
-
-def pack_command(command: Command) -> bytes:
-    """A command's bytes. Numbers are made text here: where a signal handler raises just while hiredis (3.5) does it,
-    the process ends with a segmentation fault."""
-    return _pack(tuple([str(arg) if arg.__class__ in _NUMBERS else arg for arg in command]))
-
+pack_command: Callable[[Command], bytes] = hiredis.pack_command  # type: ignore[assignment]
 
 # Answers of a server that is up but cannot serve now. Redis 6.2 wraps what a script's own commands answered in
 # "ERR Error running script ... -READONLY ..."; 7.0 and newer pass it through.
@@ -83,7 +77,7 @@ class Script:
 
     def call(self, keys: Sequence[str], args: Sequence[Arg]) -> Command:
         """The EVALSHA command."""
-        return ("EVALSHA", self.sha, len(keys), *keys, *args)
+        return ("EVALSHA", self.sha, str(len(keys)), *keys, *args)
 
 
 class RedisClient:
@@ -143,9 +137,9 @@ class RedisClient:
         One round trip; one more after a SCRIPT FLUSH or a restart. Raises BackendUnavailable, BackendError.
         """
         try:
-            return self._round_trip(pack_command(("EVALSHA", script.sha, len(keys), *keys, *args)))
+            return self._round_trip(pack_command(("EVALSHA", script.sha, str(len(keys)), *keys, *args)))
         except _NoScript:
-            return self._round_trip(pack_command(("EVAL", script.source, len(keys), *keys, *args)))
+            return self._round_trip(pack_command(("EVAL", script.source, str(len(keys)), *keys, *args)))
 
     def pipeline(self, commands: Sequence[Command], scripts: Sequence[Script] = ()) -> list[Any]:
         """Run several commands, in order, in one round trip. Not a transaction: others may come between.

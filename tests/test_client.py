@@ -171,7 +171,7 @@ def test_a_pipeline_reads_all_replies_before_it_raises(client: RedisClient) -> N
 def test_a_script_file_is_read_with_its_sha() -> None:
     ours = Script("govredis.limits", "window.lua")
     assert len(ours.sha) == 40
-    assert ours.call(("k", "l"), (1, "a")) == ("EVALSHA", ours.sha, 2, "k", "l", 1, "a")
+    assert ours.call(("k", "l"), ("1", "a")) == ("EVALSHA", ours.sha, "2", "k", "l", "1", "a")
 
 
 # -- settings
@@ -897,4 +897,4 @@ def test_a_client_dropped_without_close_leaves_nothing(redis_server: RedisServer
     for _ in range(5):
         RedisClient(Config(redis_url=redis_server.url, socket_timeout=5)).call("PING")
     gc.collect()
-    assert descriptors() == before
+    assert descriptors() <= before  # fewer: some other test's garbage went too

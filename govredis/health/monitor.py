@@ -25,7 +25,7 @@ Status = Literal["pass", "warn", "fail"]
 
 _CACHED_FOR = 1.0
 _POSTGRES_DEADLINE = 0.5
-_HISTORY_ENTRIES = 10_000
+_HISTORY_ENTRIES = "10000"
 _HISTORY_DAYS = 30
 _SEVERITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
 #: What redis-cli INFO shows and a person asks for first.

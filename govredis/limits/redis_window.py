@@ -33,16 +33,16 @@ class RedisWindow:
 
     def decide(self, key: str, limits: Sequence[Limit], cost: int, mode: Mode) -> Outcome:
         member = f"{time.time_ns() // 1000}-{self._nonce}{next(self._calls)}"
-        pairs: list[int] = []
+        pairs: list[str] = []
         for limit in limits:
-            pairs += (limit.count, limit.window_us)
+            pairs += (str(limit.count), str(limit.window_us))
         admitted, deciding, remaining, retry_after, reset_after = self._client.run(
-            self._script, (key, sibling(key, "window")), mode, cost, member, "", *pairs
+            self._script, (key, sibling(key, "window")), mode, str(cost), member, "", *pairs
         )
         return Outcome(admitted == 1, deciding - 1, remaining, retry_after, reset_after)
 
     def count(self, key: str, window_us: int) -> int:
-        return int(self._client.run(self._count, (key,), window_us, ""))
+        return int(self._client.run(self._count, (key,), str(window_us), ""))
 
     def reset(self, key: str) -> None:
         self._client.call("DEL", key, sibling(key, "window"))

@@ -17,14 +17,17 @@ import fcntl
 import hashlib
 import os
 import stat
+import struct
 import time
 import zlib
 from typing import NamedTuple
 
 from .._fork import renew_in_child
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, LockUnavailable
 
-_RECORD_BYTES = 128
+#: Token, deadline, passer, owner, boot; then a CRC, by which a half-written one is told.
+_RECORD = struct.Struct("<Qd?60p47p")
+_RECORD_BYTES = _RECORD.size + 4
 _OPEN_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 if hasattr(time, "CLOCK_BOOTTIME"):
@@ -67,16 +70,23 @@ class LockFolder:
         self.boot = ""
 
     def guard(self, key: str) -> HostGuard:
-        """Open the file of a key. Raises ConfigurationError for a folder that another user controls, or no folder."""
+        """Open the file of a key.
+
+        Raises ConfigurationError for a folder that another user controls, or no folder; LockUnavailable where the
+        system has no descriptor or no space left.
+        """
         if not self.boot:
             self._prepare()
         # A hash: keys may hold slashes and be longer than a file name.
         path = f"{self.path}/{hashlib.sha256(key.encode()).hexdigest()[:40]}"
         try:
-            return HostGuard(path, self.boot)
-        except FileNotFoundError:  # the folder was removed under us
-            self._prepare()
-            return HostGuard(path, self.boot)
+            try:
+                return HostGuard(path, self.boot)
+            except FileNotFoundError:  # the folder was removed under us
+                self._prepare()
+                return HostGuard(path, self.boot)
+        except OSError as error:  # no descriptor left, no space left
+            raise LockUnavailable(f"lock file {path} cannot be opened: {error.strerror}") from error
 
     def _prepare(self) -> None:
         try:
@@ -254,17 +264,15 @@ class HostGuard:
 
 
 def _format(record: Record) -> bytes:
-    text = f"{record.token} {record.owner} {record.deadline:.6f} {int(record.passer)} {record.boot}".encode()
-    return b"%s %08x" % (text, zlib.crc32(text)) + b" " * (_RECORD_BYTES - len(text) - 10) + b"\n"
+    owner, boot = record.owner.encode(), record.boot.encode()
+    packed = _RECORD.pack(record.token, record.deadline, record.passer, owner, boot)
+    return packed + zlib.crc32(packed).to_bytes(4, "little")
 
 
 def _parse(raw: bytes) -> Record | None:
     """The record, or None for an empty or half-written one."""
-    text, _, crc = raw.rstrip().rpartition(b" ")
-    try:
-        if zlib.crc32(text) != int(crc, 16):
-            return None
-        token, owner, deadline, passer, boot = text.decode().split(" ")
-        return Record(int(token), owner, float(deadline), passer == "1", boot)
-    except ValueError:
+    packed = raw[:-4]
+    if len(raw) != _RECORD_BYTES or zlib.crc32(packed) != int.from_bytes(raw[-4:], "little"):
         return None
+    token, deadline, passer, owner, boot = _RECORD.unpack(packed)
+    return Record(token, owner.decode(), deadline, passer, boot.decode())

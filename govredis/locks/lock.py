@@ -20,7 +20,7 @@ from .held import HeldLock, Lease
 GRACE = 1.0
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.002, 0.05
 #: The fence outlives the lease by a day; after that the server's clock, being the larger, takes its place.
-_FENCE_KEPT_MS = 86_400_000
+_FENCE_KEPT_MS = "86400000"
 
 
 class DistributedLock:
@@ -111,13 +111,13 @@ class DistributedLock:
     def send_extend(self, key: str, owner: str, token: int, ttl: float) -> bool:
         """True if extended, False if lost. Raises BackendUnavailable."""
         assert self._redis is not None
-        return bool(self._redis.run(self._extend, self._cells(key), owner, _ms(ttl), token, _FENCE_KEPT_MS))
+        return bool(self._redis.run(self._extend, self._cells(key), owner, _ms(ttl), str(token), _FENCE_KEPT_MS))
 
     def send_release(self, key: str, owner: str, token: int) -> bool:
         """Whether it was still the owner's; where Redis is away, it is released on recovery, and True."""
         assert self._redis is not None
         try:
-            return bool(self._redis.run(self._release, self._cells(key), owner, token, _FENCE_KEPT_MS))
+            return bool(self._redis.run(self._release, self._cells(key), owner, str(token), _FENCE_KEPT_MS))
         except BackendUnavailable:
             self._owe(key, owner, token)
             return True
@@ -133,7 +133,7 @@ class DistributedLock:
         key = self._keys.lock(name)
         ttl = self._ttl if ttl is None else check_ttl(ttl)
         if max_hold is not None:
-            check_ttl(max_hold)
+            check_ttl(max_hold, "max_hold")
         attempt = _Attempt(self, key, ttl, self._folder.guard(key), f"{self._nonce}-{next(self._owners)}")
         lease: Lease | None = None
         try:
@@ -165,14 +165,16 @@ class DistributedLock:
         owed = list(self._owed)
         if not owed:
             return
-        calls = [self._release.call(self._cells(key), (owner, token, _FENCE_KEPT_MS)) for key, owner, token in owed]
+        calls = [
+            self._release.call(self._cells(key), (owner, str(token), _FENCE_KEPT_MS)) for key, owner, token in owed
+        ]
         redis.pipeline(calls, (self._release,))
         self._owed.difference_update(owed)
 
 
-def _ms(ttl: float) -> int:
+def _ms(ttl: float) -> str:
     # One more: Redis counts from the start of the current millisecond, and shall not forget before we do.
-    return math.ceil(ttl * 1000) + 1
+    return str(math.ceil(ttl * 1000) + 1)
 
 
 class _Attempt:
@@ -188,7 +190,10 @@ class _Attempt:
         #: Redis has granted it to us, or may have: some try of ours got no answer.
         self.granted = False
         self._token = 0
+        #: The last token that this host is known to have let in: asked for only where it turned out to matter.
+        self._floor = 0
         self._away_since: float | None = None
+        self._unanswered: BackendUnavailable | None = None
 
     def run(self, timeout: float | None) -> tuple[int, float, bool]:
         """Returns the token, the deadline of the lease, and whether it is degraded."""
@@ -201,8 +206,10 @@ class _Attempt:
                 return won
             left = _LONGEST_WAIT if deadline is None else deadline - clock()
             if left <= 0:
-                if self._away_since is not None and not self._grace_is_over():
-                    raise LockUnavailable(f"lock {self._key}: Redis is away, and has not been for {GRACE:g} s yet")
+                if self._unanswered is not None and not self._grace_is_over():
+                    raise LockUnavailable(
+                        f"lock {self._key}: {self._unanswered}; the grace of {GRACE:g} s is not over"
+                    ) from self._unanswered
                 raise LockTimeout(f"lock {self._key} was held by others for all of {timeout:g} s")
             time.sleep(min(left, wait * random.uniform(0.5, 1.0)))
             wait = min(_LONGEST_WAIT, wait * 2)
@@ -218,27 +225,32 @@ class _Attempt:
                 lock._cells(self._key),
                 self.owner,
                 _ms(self._ttl),
-                self.guard.last_token(),
+                str(self._floor),
                 _FENCE_KEPT_MS,
             )
         except BackendUnavailable as error:
             # Without a cause it was our breaker or our pool that said no: nothing was sent.
             self.granted = before or error.__cause__ is not None
             return self._without_redis(error)
-        self._away_since = None
+        self._away_since = self._unanswered = None
         if not granted:
             self.granted = before
             return None
         self._token = token
         if self.guard.enter(token, self.owner, sent + self._ttl, may_pass=True):
             return token, sent + self._ttl, False
-        # Somebody on this host is still inside, whatever Redis says. Other hosts need not wait for us meanwhile.
+        # Other hosts need not wait for us meanwhile.
         lock.send_release(self._key, self.owner, token)
         self.granted = before
-        return None
+        self._floor = self.guard.last_token()
+        # Somebody on this host is still inside, whatever Redis says; or was, with a token of a clock ahead of Redis's.
+        return self._try_redis() if self._floor >= token else None
 
     def _without_redis(self, error: BackendUnavailable) -> tuple[int, float, bool] | None:
         assert self._redis is not None
+        self._unanswered = error
+        if error.__cause__ is None and self._redis.breaker.closed:
+            return None  # our own pool is full: Redis is there, and may have granted the lock to others
         if self._away_since is None:
             self._away_since = clock() - self._redis.breaker.away_for()
         if not self._grace_is_over():

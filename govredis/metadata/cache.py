@@ -18,9 +18,9 @@ from .values import decode, encode
 __all__ = ["MetadataCache"]
 
 #: A load that takes longer than this is not stored.
-_LEASE_MS = 30_000
+_LEASE_MS = "30000"
 #: How long `set` is refused after an invalidation: the longest that a get-load-set without a lease is expected to take.
-_TOMBSTONE_MS = 10_000
+_TOMBSTONE_MS = "10000"
 
 
 class MetadataCache:
@@ -137,7 +137,7 @@ class MetadataCache:
         key = self._keys.cached(self.namespace, identity)
         if self._redis is None:
             return
-        tombstone = "" if version is None else version
+        tombstone = "" if version is None else str(version)
         self._redis.run(self._invalidate, self._cells(key), tombstone, _TOMBSTONE_MS)
         self._counters.add(f"{self.namespace}.invalidated")
 
@@ -163,8 +163,8 @@ class MetadataCache:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _ttl_ms(self, ttl: float | None) -> int:
-        return int((self.ttl if ttl is None else check_ttl(ttl)) * 1000)
+    def _ttl_ms(self, ttl: float | None) -> str:
+        return str(int((self.ttl if ttl is None else check_ttl(ttl)) * 1000))
 
     def _cells(self, key: str) -> tuple[str, str, str]:
         return key, sibling(key, "lease"), sibling(key, "tombstone")
@@ -218,7 +218,7 @@ class MetadataCache:
             return None
         return {key: lease.decode() for key, lease in zip(keys, replies, strict=True)}
 
-    def _store(self, key: str, text: str, lease: str, ttl_ms: int) -> bool:
+    def _store(self, key: str, text: str, lease: str, ttl_ms: str) -> bool:
         if self._redis is None:
             return False
         try:

@@ -95,8 +95,8 @@ class SessionCache:
             try:
                 _, (_, raw, left_ms) = self._redis.pipeline(
                     (
-                        self._index.call((index,), (session_id, ttl_ms)),
-                        self._bind.call((key,), (head, agent_id, bound_at, ttl_ms, int(if_absent))),
+                        self._index.call((index,), (session_id, str(ttl_ms))),
+                        self._bind.call((key,), (head, agent_id, bound_at, str(ttl_ms), str(int(if_absent)))),
                     ),
                     (self._index, self._bind),
                 )
@@ -241,8 +241,8 @@ class SessionCache:
         try:
             _, existed = self._redis.pipeline(
                 (
-                    self._index.call((self._keys.agent_sessions(binding.agent_id),), (binding.session_id, ttl_ms)),
-                    self._touch.call((self._keys.session(binding.session_id),), (ttl_ms,)),
+                    self._index.call((self._keys.agent_sessions(binding.agent_id),), (binding.session_id, str(ttl_ms))),
+                    self._touch.call((self._keys.session(binding.session_id),), (str(ttl_ms),)),
                 ),
                 (self._index, self._touch),
             )
@@ -252,7 +252,7 @@ class SessionCache:
         return bool(existed)
 
     def _sessions_of(self, redis: RedisClient, agent_id: str, index: str) -> list[str]:
-        named = [sid.decode() for sid in redis.call("ZRANGE", index, 0, -1)]
+        named = [sid.decode() for sid in redis.call("ZRANGE", index, "0", "-1")]
         if not named:
             return []
         records = redis.pipeline([("GET", self._keys.session(sid)) for sid in named])
@@ -263,7 +263,7 @@ class SessionCache:
         ]
 
     def _unbind_all(self, redis: RedisClient, agent_id: str, index: str) -> int:
-        named = [sid.decode() for sid in redis.call("ZRANGE", index, 0, -1)]
+        named = [sid.decode() for sid in redis.call("ZRANGE", index, "0", "-1")]
         if not named:
             return 0
         return sum(
@@ -287,12 +287,12 @@ class SessionCache:
             commands = []
             for _, b in few:
                 left = (b.expires_at - self._now()) if b.expires_at is not None else timedelta(seconds=self._ttl)
-                ttl_ms = max(1, int(left.total_seconds() * 1000))
+                ttl_ms = str(max(1, int(left.total_seconds() * 1000)))
                 bound_at = b.bound_at.isoformat(timespec="microseconds")
                 head = encode(b.agent_id, bound_at, b.data)
                 commands += [
                     self._index.call((self._keys.agent_sessions(b.agent_id),), (b.session_id, ttl_ms)),
-                    self._bind.call((self._keys.session(b.session_id),), (head, b.agent_id, bound_at, ttl_ms, 1)),
+                    self._bind.call((self._keys.session(b.session_id),), (head, b.agent_id, bound_at, ttl_ms, "1")),
                 ]
             replies: list[Any] = []
             with self._telling([debt for debt, _ in few]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from govredis import ConfigurationError
+from govredis import ConfigurationError, LockUnavailable
 from govredis.locks import guard as guard_module
 from govredis.locks.guard import HostGuard, LockFolder, Record, clock
 
@@ -93,7 +94,7 @@ def test_a_link_in_place_of_a_lock_file_is_not_followed(folder: LockFolder, tmp_
     folder.guard("lock:x").leave()
     file_of(folder).rename(tmp_path / "elsewhere")
     (Path(folder.path) / guard_module.hashlib.sha256(b"lock:x").hexdigest()[:40]).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(LockUnavailable, match="symbolic links"):
         folder.guard("lock:x")
 
 
@@ -405,3 +406,14 @@ def test_flock_not_posix_locks(opened: Callable[[], HostGuard], folder: LockFold
     with file_of(folder).open() as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert not enter(opened(), 2)
+
+
+def test_no_descriptor_left_is_unavailability(folder: LockFolder) -> None:
+    folder.guard("k").leave()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(LockUnavailable, match="Too many open files"):
+            folder.guard("k")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

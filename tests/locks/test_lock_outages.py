@@ -13,6 +13,7 @@ import pytest
 from govredis import BackendUnavailable, GovRedis, LockLost, LockTimeout, LockUnavailable
 from govredis.keys import sibling
 from govredis.locks import DistributedLock
+from govredis.locks import lock as lock_module
 from govredis.testing.servers import RedisServer
 
 KEY = "lock:x"
@@ -295,3 +296,14 @@ def test_no_two_on_this_host_through_everything_that_befalls_redis(
     total = {name: sum(tally[name] for tally in tallies) for name in tallies[0]}
     assert (total["overlaps"], total["stale"]) == (0, 0)
     assert total["done"] == count()
+
+
+def test_a_full_pool_is_no_outage(make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> None:
+    gov = make_gov(redis_url=redis_server.url, redis_connections=1, socket_timeout=0.02)
+    gov._redis.call("PING")  # type: ignore[union-attr]
+    taken = gov._redis._pool.take(1)  # type: ignore[union-attr]
+    with pytest.raises(LockUnavailable, match="all 1 connections"):
+        gov.locks.acquire("full", timeout=lock_module.GRACE + 0.5)
+    gov._redis._pool.give(taken)  # type: ignore[union-attr]
+    with gov.locks.acquire("full") as held:
+        assert not held.degraded
