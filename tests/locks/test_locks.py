@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FuturesTimeout  # not the built-in one before Python 3.11
 from typing import Any
 
 import pytest
@@ -152,7 +153,7 @@ def test_a_waiter_gets_it_when_it_is_released(locks: DistributedLock, timeout: f
     held = locks.acquire("x")
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(locks.acquire, "x", timeout=timeout)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(FuturesTimeout):
             waiting.result(timeout=0.1)
         held.release()
         assert waiting.result(timeout=10).release()
@@ -188,7 +189,7 @@ def test_an_outsiders_set_nx_is_honoured_and_its_end_noticed(locks: DistributedL
     assert plain_redis.get(KEY) == "async"
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(locks.acquire, "x", timeout=20)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(FuturesTimeout):
             waiting.result(timeout=0.1)
         plain_redis.delete(KEY)
         assert waiting.result(timeout=10).release()
