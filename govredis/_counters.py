@@ -13,7 +13,7 @@ class Counters:
 
     def __init__(self) -> None:
         self._values: defaultdict[str, int] = defaultdict(int)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may count too
         renew_in_child(self)
 
     def add(self, name: str, n: int = 1) -> None:
@@ -28,5 +28,5 @@ class Counters:
             return dict(self._values)
 
     def renew_after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._values = defaultdict(int)

@@ -50,7 +50,7 @@ class Pool(Generic[C]):
         self.idle: deque[C] = deque()
         self.live: WeakSet[C] = WeakSet()
         self._opening: WeakSet[_Place] = WeakSet()
-        self._counting = threading.Lock()
+        self._counting = threading.RLock()  # a signal handler may make calls of its own
         self._bells: deque[threading.Lock] = deque()
 
     def take(self, wait: float) -> C:

@@ -76,7 +76,7 @@ class GovRedis:
     @property
     def agents(self) -> AgentStore:
         """The AgentStore. Raises ConfigurationError where no PostgreSQL is configured."""
-        return AgentStore(self.postgres, self.metadata)
+        return AgentStore(self._keys, self.postgres, self.metadata)
 
     @property
     def postgres(self) -> Postgres:
@@ -101,7 +101,11 @@ class GovRedis:
         return cache
 
     def close(self) -> None:
-        """Close the connections and end the probe threads. Locks still held are not released."""
+        """Close the connections and end the probe threads.
+
+        Locks still held are not released, and what this process owes Redis (revocations and invalidations made while it
+        was away) is lost: close when Redis is back.
+        """
         if self._redis is not None:
             self._redis.close()
         if self._postgres is not None:

@@ -22,6 +22,8 @@ _SLOWEST_PROBE = 0.4
 #: A probe this late was not run: threads do not start here (uWSGI without --enable-threads, a stopping interpreter).
 _OVERDUE = 0.5
 _REFUSALS_TO_OPEN = 2
+#: How long, at most, a caller waits for a probe that is about to close the breaker.
+_DRAIN = 0.25
 
 
 class CircuitBreaker:
@@ -66,9 +68,11 @@ class CircuitBreaker:
         renew_in_child(self)
 
     def _renew(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may make calls of its own
         self._probing = threading.Lock()
         self._stopped = threading.Event()
+        self._drained = threading.Event()
+        self._drained.set()
         self._thread: threading.Thread | None = None
 
     def renew_after_fork(self) -> None:
@@ -115,7 +119,11 @@ class CircuitBreaker:
         self._opened(reason)
 
     def trip(self, reason: str) -> None:
-        """Open now, or, if open already, do not close before a whole new probe: something was noted for it to do."""
+        """Open now, or, if open already, do not close before a whole new probe: something was noted for it to do.
+
+        Once a probe has succeeded and must be repeated only for what was noted meanwhile, callers with more of it wait
+        here for a moment: they would else keep the breaker open for as long as they come.
+        """
         with self._lock:
             self._again = True
             opened = self.closed
@@ -123,6 +131,8 @@ class CircuitBreaker:
                 self._open(reason)
         if opened:
             self._opened(reason)
+        elif threading.current_thread() is not self._thread:
+            self._drained.wait(_DRAIN)
 
     def _open(self, reason: str) -> None:
         self.closed = False
@@ -142,8 +152,9 @@ class CircuitBreaker:
         if not self._threads:
             return
         with self._lock:
-            if self.closed or self._stopped.is_set() or self._thread is not None:
+            if self.closed or self._thread is not None:
                 return
+            self._stopped = threading.Event()  # after `close` too: who goes on using it shall not pay for the probes
             thread = threading.Thread(target=self._run, name="govredis-probe", daemon=True)
             try:
                 thread.start()
@@ -169,6 +180,7 @@ class CircuitBreaker:
         try:
             self._probe()
         except Exception as error:  # noqa: BLE001 - whatever it is, the server is not usable; it stands in `reason`
+            self._drained.set()
             with self._lock:
                 self.reason = str(error)
                 self._wait = min(_SLOWEST_PROBE, self._wait * 2)
@@ -179,11 +191,13 @@ class CircuitBreaker:
                 return
             if self._again:
                 self._next_probe = self._clock()
+                self._drained.clear()
                 return
             away = self._clock() - (self.opened_at or 0.0)
             self._refusals = 0
             self.opened_at = None
             self.closed = True
+        self._drained.set()
         log.info("%s is back after %.1f s", self.name, away)
 
     def away_for(self) -> float:

@@ -60,6 +60,11 @@ _NO_SETINFO = (
 )
 
 
+# A deadline is for one exchange: more than this in one would need longer than any that suits a single command.
+_AT_ONCE = 500
+_BYTES_AT_ONCE = 1_000_000
+
+
 class Script:
     """A Lua script that lies beside the Python that runs it.
 
@@ -142,7 +147,7 @@ class RedisClient:
             return self._round_trip(pack_command(("EVAL", script.source, str(len(keys)), *keys, *args)))
 
     def pipeline(self, commands: Sequence[Command], scripts: Sequence[Script] = ()) -> list[Any]:
-        """Run several commands, in order, in one round trip. Not a transaction: others may come between.
+        """Run several commands, in order, in one round trip for each 500 or MB. Others may come between.
 
         Args:
             commands: each a tuple; a script's is `script.call(keys, args)`.
@@ -150,16 +155,27 @@ class RedisClient:
 
         Returns the replies in order. Raises BackendUnavailable, or the BackendError of the first that failed.
         """
-        if not commands:
-            return []
-        packed = b"".join([pack_command(c) for c in commands])
+        replies: list[Any] = []
+        pending: list[bytes] = []
+        size = 0
+        for command in commands:
+            pending.append(pack_command(command))
+            size += len(pending[-1])
+            if len(pending) == _AT_ONCE or size > _BYTES_AT_ONCE:
+                replies += self._exchange_many(pending, scripts)
+                pending, size = [], 0
+        if pending:
+            replies += self._exchange_many(pending, scripts)
+        return replies
+
+    def _exchange_many(self, packed: list[bytes], scripts: Sequence[Script]) -> list[Any]:
         try:
-            found: list[Any] = self._round_trip(packed, len(commands))
+            found: list[Any] = self._round_trip(b"".join(packed), len(packed))
             return found
         except _NoScript:
-            loads = b"".join([pack_command(("SCRIPT", "LOAD", s.source)) for s in scripts])
-            replies: list[Any] = self._round_trip(loads + packed, len(scripts) + len(commands))
-            return replies[len(scripts) :]
+            loads = [pack_command(("SCRIPT", "LOAD", s.source)) for s in scripts]
+            replies: list[Any] = self._round_trip(b"".join(loads + packed), len(loads) + len(packed))
+            return replies[len(loads) :]
 
     def _round_trip(self, packed: bytes, replies: int = 0) -> Any:
         breaker = self.breaker
@@ -246,7 +262,7 @@ class RedisClient:
         """No answer, or a connection-level one, in our words; tells the breaker."""
         text = redact(str(error))
         if isinstance(error, _REJECTED):
-            return BackendError(f"{self.name} rejected our credentials: {text}")
+            return Rejected(f"{self.name} rejected our credentials: {text}")
         if isinstance(error, redis.InvalidResponse):
             return BackendError(f"{self.name} does not speak Redis: {text}")
         timed_out = isinstance(error, redis.TimeoutError) or _answered(error)
@@ -258,8 +274,8 @@ class RedisClient:
     def on_recovery(self, replay: Callable[[RedisClient], None]) -> None:
         """Have `replay(client)` called when Redis is back, before anybody else in this process uses it again.
 
-        If Redis goes away meanwhile, the breaker stays open, and `replay` is called again after the next good PING.
-        Any other error of `replay` is logged: one feature's mistake must not keep Redis away from all.
+        If Redis goes away meanwhile, or rejects our credentials, the breaker stays open, and `replay` is called again
+        after the next probe. Any other error of `replay` is logged: one feature's mistake must not keep Redis from all.
         """
         self._recoveries.append(replay)
 
@@ -288,7 +304,7 @@ class RedisClient:
             for replay in list(self._recoveries):
                 try:
                     replay(self)
-                except BackendUnavailable:
+                except (BackendUnavailable, Rejected):
                     raise
                 except Exception:
                     log.exception("a replay on %s failed", self.name)
@@ -299,7 +315,12 @@ class RedisClient:
 
     def _connect(self) -> Any:
         """A connection that connects at its first send."""
-        return self._connection_class(**self._options)
+        try:
+            return self._connection_class(**self._options)
+        except UnboundLocalError as error:
+            if error.__context__ is None:
+                raise
+            raise error.__context__ from None  # redis-py 6.4 hides a signal handler's exception in its constructor so
 
     def renew_after_fork(self) -> None:
         inherited = list(self._pool.live)
@@ -312,6 +333,10 @@ class RedisClient:
         """Close the idle connections and end the probe. The client reconnects if it is used again."""
         self.breaker.close()
         self._pool.drop_idle()
+
+
+class Rejected(BackendError):
+    """Redis does not take our credentials: a BackendError to callers; a replay must not take it for an answer."""
 
 
 class _NoScript(BackendError):

@@ -11,20 +11,22 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from . import keys
 from .errors import ConfigurationError
 
 __all__ = ["Config"]
 
-_PASSWORD_IN_URL = re.compile(r"(//[^:@]*:).*(@)", re.DOTALL)
-_PASSWORD_BY_NAME = re.compile(r"""(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^&\s'"]*)""", re.IGNORECASE | re.DOTALL)
+# user:PASSWORD@host; PASSWORD@host, where the colon was forgotten; user:PASSWORD, where the host was.
+_PASSWORD_IN_URL = re.compile(r"(//[^:@]*:).*(@)|(//)[^:@/?#]*(@)|(//[^:@/?#\[]*:)(?!\d*(?:[/?#]|$)).*$", re.DOTALL)
+_PASSWORD_BY_NAME = re.compile(r"""(pass\w*\s*=\s*)('(?:[^'\\]|\\.)*'|[^&\s'"]*)""", re.IGNORECASE | re.DOTALL)
 
 
 def redact(text: str) -> str:
     """`text` with every password of a URL or of a libpq string replaced by ***."""
-    return _PASSWORD_BY_NAME.sub(r"\1***", _PASSWORD_IN_URL.sub(r"\1***\2", text))
+    shown = _PASSWORD_IN_URL.sub(lambda m: f"{m[1] or m[3] or m[5]}***{m[2] or m[4] or ''}", text)
+    return _PASSWORD_BY_NAME.sub(r"\1***", shown)
 
 
 class _Bad(Exception):
@@ -71,16 +73,28 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
     return parse
 
 
-def _redis_url(value: Any) -> str:
-    wanted = "redis://[user:password@]host[:port][/db], rediss://... or unix:///path/to/socket[?db=0]"
-    if not isinstance(value, str):
-        raise _Bad(wanted)
+def _split(url: str) -> SplitResult | None:
+    """The parts of a URL; None for what is none. What urlsplit raises may quote a password: it ends here."""
     try:
-        parts = urlsplit(value)
+        parts = urlsplit(url)
         _ = parts.port  # raises ValueError when it is no port
         (parts.hostname or "").encode("idna")  # and this when it is no host
     except ValueError:
-        raise _Bad(wanted) from None
+        return None
+    # Of an unescaped @ in a password, what follows it would pass for the host, and be shown.
+    return parts if parts.netloc.count("@") <= 1 else None
+
+
+def _redis_url(value: Any) -> str:
+    wanted = (
+        "redis://[user:password@]host[:port][/db], rediss://... or unix:///path/to/socket[?db=0],"
+        " with @ : / ? # in a password written as %40 %3A %2F %3F %23"
+    )
+    if not isinstance(value, str):
+        raise _Bad(wanted)
+    parts = _split(value)
+    if parts is None:
+        raise _Bad(wanted)
     if parts.scheme == "unix":
         if not parts.path:
             raise _Bad(wanted)
@@ -92,15 +106,14 @@ def _redis_url(value: Any) -> str:
 def _database_url(value: Any) -> str | None:
     if value is None or value == "":
         return None
-    wanted = "postgresql://[user[:password]@][host][:port]/database"
+    wanted = (
+        "postgresql://[user[:password]@][host][:port]/database,"
+        " with @ : / ? # in a password written as %40 %3A %2F %3F %23"
+    )
     if not isinstance(value, str):
         raise _Bad(wanted)
-    try:
-        parts = urlsplit(value)
-        _ = parts.port
-    except ValueError:
-        raise _Bad(wanted) from None
-    if parts.scheme not in {"postgresql", "postgres"} or not parts.netloc + parts.path.strip("/"):
+    parts = _split(value)
+    if parts is None or parts.scheme not in {"postgresql", "postgres"} or not parts.netloc + parts.path.strip("/"):
         raise _Bad(wanted)
     return value
 
@@ -184,7 +197,7 @@ class Config:
 
     # Read so that an async service's environment is understood; a value is refused until the client has them.
     sentinel_hosts: str | None = _setting(None, "REDIS_SENTINEL_HOSTS", _not_yet(_text_or_none))
-    sentinel_master: str | None = _setting(None, "REDIS_SENTINEL_MASTER", _text_or_none)
+    sentinel_master: str | None = _setting(None, "REDIS_SENTINEL_MASTER", _not_yet(_text_or_none))
     cluster: bool = _setting(False, "REDIS_CLUSTER", _not_yet(_flag))
 
     def __post_init__(self) -> None:

@@ -70,6 +70,10 @@ class Keys:
         """`namespace` has passed check_namespace once, when its cache was made."""
         return f"{self.prefix}{namespace}:{check_id(identity)}"
 
+    def agent_row(self, agent_id: str) -> str:
+        """The agent's primary key in PostgreSQL."""
+        return f"{self.prefix}{check_id(agent_id, 'agent_id')}"
+
     def health_history(self) -> str:
         return f"{self.prefix}govredis:health"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import time
 from collections.abc import Iterator, Sequence
@@ -32,8 +33,9 @@ __all__ = ["Json", "Postgres", "Transaction"]
 
 Row = tuple[Any, ...]
 
+# A living server gives up a slow statement a little before we would: it has answered then, and is not "away".
+_SERVER_SHARE = 0.9
 _SET_STATEMENT_TIMEOUT = "SELECT set_config('statement_timeout', %s, false)"
-_PROBE_TIMEOUT = 0.5
 _MIGRATION_TIMEOUT = 60.0
 #: Serialises migrations of all processes; any constant that no other program uses. ("govredis" in ASCII.)
 _MIGRATION_LOCK = 0x676F767265646973
@@ -44,6 +46,13 @@ _UNAVAILABLE_CLASSES = {
     errorcodes.CLASS_CONNECTION_EXCEPTION,
     errorcodes.CLASS_INSUFFICIENT_RESOURCES,
 }
+# It has answered all the same: a lock not had or a statement not done in time, a standby. Others may well be served.
+_ANSWERED_UNAVAILABLE = {errorcodes.QUERY_CANCELED, errorcodes.READ_ONLY_SQL_TRANSACTION, errorcodes.LOCK_NOT_AVAILABLE}
+# What a server says, in English at least, to a connection that it will never accept; libpq gives no code for these.
+_REJECTED = re.compile(
+    r"authentication failed|(?:role|database) .* does not exist|no pg_hba.conf entry|no password supplied"
+    r"|invalid sslmode"
+)
 _MISSING = {
     errorcodes.UNDEFINED_TABLE,
     errorcodes.UNDEFINED_FUNCTION,
@@ -72,17 +81,16 @@ class Postgres:
     """
 
     def __init__(self, config: Config) -> None:
-        if config.database_url is None:
-            raise ConfigurationError("GOVREDIS_DATABASE_URL is not set; it must be postgresql://...")
+        assert config.database_url is not None
         self._dsn = config.database_url
         self._timeout = config.postgres_timeout
-        try:
-            self.name = f"PostgreSQL at {_address(self._dsn)}"
-        except psycopg2.Error:  # its text may quote the password
+        address = _address(self._dsn)
+        if address is None:
             raise ConfigurationError(
                 f"GOVREDIS_DATABASE_URL is {redact(self._dsn)!r}; it must be a URL that libpq takes: only parameters"
                 " that it knows, and % only before two hex digits"
-            ) from None
+            )
+        self.name = f"PostgreSQL at {address}"
         self._pool: Pool[extensions.connection] = Pool(
             self._connect, _disconnect, config.postgres_connections, self.name
         )
@@ -146,7 +154,9 @@ class Postgres:
                 self._pool.drop_idle()
                 connection = self._pool.take(deadline - time.monotonic())
             if longer:
-                self._execute(connection, _SET_STATEMENT_TIMEOUT, (_milliseconds(timeout),), deadline, counted=False)
+                self._execute(
+                    connection, _SET_STATEMENT_TIMEOUT, (_statement_timeout(timeout),), deadline, counted=False
+                )
             yield connection, deadline
         except _NoAnswer as error:
             if connection is not None:
@@ -190,8 +200,8 @@ class Postgres:
             raise BackendUnavailable(f"no time was left to ask {self.name}")
         if counted:
             self.statements += 1
-        cursor = connection.cursor()
         try:
+            cursor = connection.cursor()
             cursor.execute(sql, params or None)
             self._wait(connection, deadline)
             return cursor.fetchall() if cursor.description is not None else []
@@ -217,9 +227,17 @@ class Postgres:
             return ConfigurationError(f"{self.name}: {text.splitlines()[0]}. Run `govredis migrate` to make our tables")
         # Without a code it comes from libpq, which lost the server, or from psycopg2, which cannot send that.
         lost = not code and not isinstance(error, psycopg2.ProgrammingError)
+        if not connection.closed and code in _ANSWERED_UNAVAILABLE:
+            return BackendUnavailable(f"{self.name} cannot serve: {text}")
         if connection.closed or lost or code[:2] in _UNAVAILABLE_CLASSES:
-            return self._no_answer(text, timed_out=code == errorcodes.QUERY_CANCELED)
+            return self._no_answer(text)
         return BackendError(f"{self.name} answered: {text}")
+
+    def _not_connected(self, error: psycopg2.Error) -> BackendError:
+        text = redact(str(error).strip())
+        if _REJECTED.search(text):
+            return BackendError(f"{self.name} rejects us: {text}")
+        return self._no_answer(text)
 
     def _no_answer(self, reason: str, timed_out: bool = False) -> _NoAnswer:
         return _NoAnswer(f"{self.name} is away: {reason}", reason, timed_out)
@@ -260,7 +278,7 @@ class Postgres:
         try:
             connection = psycopg2.connect(self._dsn, async_=1, application_name="govredis")
         except psycopg2.Error as error:
-            raise self._no_answer(redact(str(error).strip())) from error
+            raise self._not_connected(error) from error
         try:
             self._wait(connection, deadline)
             # A statement that outlives its caller shall not go on waiting for locks on a living server; and our
@@ -268,12 +286,12 @@ class Postgres:
             cursor = connection.cursor()
             cursor.execute(
                 _SET_STATEMENT_TIMEOUT + ", set_config('default_transaction_isolation', 'read committed', false)",
-                (_milliseconds(self._timeout),),
+                (_statement_timeout(self._timeout),),
             )
             self._wait(connection, deadline)
         except psycopg2.Error as error:
             connection.close()
-            raise self._no_answer(redact(str(error).strip())) from error
+            raise self._not_connected(error) from error
         except BaseException:
             connection.close()
             raise
@@ -281,9 +299,12 @@ class Postgres:
 
     def _probe(self) -> None:
         try:
-            self._connect(time.monotonic() + _PROBE_TIMEOUT).close()
+            # With the timeout of every call: a shorter one would never let a distant server back in.
+            self._connect(time.monotonic() + self._timeout).close()
         except _NoAnswer as error:
             raise BackendUnavailable(error.reason) from error
+        except BackendError:
+            pass  # it is back, and callers shall see that mistake
         self._pool.drop_idle()
 
     def renew_after_fork(self) -> None:
@@ -323,8 +344,8 @@ def _server_hung_up(connection: extensions.connection) -> bool:
     return bool(poller.poll(0))
 
 
-def _milliseconds(seconds: float) -> str:
-    return str(max(1, int(seconds * 1000)))
+def _statement_timeout(seconds: float) -> str:
+    return str(max(1, int(seconds * _SERVER_SHARE * 1000)))
 
 
 def _disconnect(connection: extensions.connection) -> None:
@@ -334,8 +355,12 @@ def _disconnect(connection: extensions.connection) -> None:
         pass
 
 
-def _address(dsn: str) -> str:
-    parts = extensions.parse_dsn(dsn)
+def _address(dsn: str) -> str | None:
+    """Host, port and database; None where libpq does not take the URL: its error, which may quote it, ends here."""
+    try:
+        parts = extensions.parse_dsn(dsn)
+    except psycopg2.Error:
+        return None
     return f"{parts.get('host', 'localhost')}:{parts.get('port', '5432')}/{parts.get('dbname', '')}"
 
 

@@ -73,8 +73,9 @@ class HealthReport:
 class HealthMonitor:
     """Looks at Redis, PostgreSQL and this process's counters, within a deadline for each.
 
-    Redis away is "warn" while a fallback covers every feature, PostgreSQL away likewise; both away is "fail": then
-    limits are per process, and metadata has no source. A Redis that is disabled (REDIS_ENABLED=0) passes, and says so.
+    Redis away is "warn" while a fallback covers every feature, PostgreSQL away likewise. Redis away with PostgreSQL
+    away too, or not configured, is "fail": limits are per process then, and metadata has no source. A Redis that is
+    disabled (REDIS_ENABLED=0) passes, and says so.
 
     Args:
         uncovered: the features that the settings leave without a fallback: with any, Redis away is "fail".
@@ -100,7 +101,7 @@ class HealthMonitor:
         renew_in_child(self)
 
     def renew_after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may make calls of its own
         self._last: tuple[float, HealthReport] | None = None
         self._ratios_from: dict[str, int] = {}
 
@@ -116,7 +117,7 @@ class HealthMonitor:
             redis, postgres = self._check_redis(), self._check_postgres()
             checks = [redis, postgres, self._check_counters()]
             status: Status = max((c.status for c in checks), key=_SEVERITY.__getitem__)
-            if redis.status == "warn" and postgres.status == "warn":
+            if redis.status == "warn" and (self._postgres is None or postgres.status == "warn"):
                 status = "fail"
             report = HealthReport(status, tuple(checks), datetime.now(timezone.utc))
             self._last = (self._clock(), report)
@@ -142,9 +143,9 @@ class HealthMonitor:
             try:
                 self._postgres.fetch(
                     "WITH old AS (DELETE FROM govredis_health_snapshots WHERE at < now() - %s * interval '1 day')"
-                    " INSERT INTO govredis_health_snapshots (at, report) VALUES (now(), %s::jsonb)"
+                    " INSERT INTO govredis_health_snapshots (key, at, report) VALUES (%s, now(), %s::jsonb)"
                     " ON CONFLICT DO NOTHING",
-                    (_HISTORY_DAYS, text),
+                    (_HISTORY_DAYS, self._keys.health_history(), text),
                 )
                 return _stored(report, "postgres")
             except (BackendError, ConfigurationError):

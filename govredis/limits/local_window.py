@@ -32,7 +32,7 @@ class LocalWindow:
         renew_in_child(self)
 
     def renew_after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may make calls of its own
         #: key -> its entries' times in ascending order, and the longest window used; both in microseconds.
         self._logs: OrderedDict[str, tuple[list[int], int]] = OrderedDict()
 

@@ -17,7 +17,7 @@ _UNITS = {
     "day": 86400, "days": 86400, "d": 86400,
     "week": 604800, "weeks": 604800, "w": 604800,
 }  # fmt: skip
-_RATE = re.compile(r"\s*(\d+)\s*(?:/|per)\s*(\d+(?:\.\d+)?)?\s*([a-z]+)\s*", re.IGNORECASE)
+_RATE = re.compile(r"\s*(\d{1,9})\s*(?:/|per)\s*(\d{1,9}(?:\.\d{1,9})?)?\s*([a-z]+)\s*", re.IGNORECASE)
 _WANTED = '"N/unit" or "N/K units", several joined by ";", N >= 1, units second, minute, hour, day, week'
 
 MAX_COUNT = 1_000_000

@@ -29,7 +29,7 @@ class DistributedLock:
     What it promises:
 
     - on one living Redis, one holder at a time among all hosts, for as long as the holder's lease lasts (`ttl`, renewed
-      at a third of it); a holder that dies frees it within the ttl, on its own host at once;
+      at a third of it); a holder that dies frees it within the ttl (a degraded one at once);
     - on one host (processes that share a lock folder) holders do not overlap whatever Redis does: killed, hung,
       restarted, flushed. Every holder also holds `flock` on the resource's file;
     - when Redis has been away for a second: GOVREDIS_LOCK_FALLBACK "file" (the default) grants by `flock` alone, one

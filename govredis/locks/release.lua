@@ -6,11 +6,14 @@
 -- ARGV[2]  fencing token of the caller; 0 if it does not know, its acquire having got no reply
 -- ARGV[3]  how long the fence is kept, in milliseconds
 --
--- Reply: 1 if released, 0 if it was not the caller's (any more). Unless it is somebody else's, the fence is raised, so
--- that an extension of this holder's that is still on its way finds that its lock is over, whatever was lost meanwhile.
+-- Reply: 1 if released, now or by the same call arriving before, 0 if it was not the caller's (any more). Unless it is
+-- somebody else's, the fence is raised, so that an extension of this holder's that is still on its way finds that its
+-- lock is over, whatever was lost meanwhile.
 
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
-local fence = math.max(tonumber(redis.call('GET', KEYS[2])) or 0, tonumber(ARGV[2]))
+local last, token = tonumber(redis.call('GET', KEYS[2])) or 0, tonumber(ARGV[2])
+if not holder and token > 0 and last == token + 1 then return 1 end
+local fence = math.max(last, token)
 if fence > 0 then redis.call('SET', KEYS[2], string.format('%d', fence + 1), 'PX', ARGV[3]) end
 return redis.call('DEL', KEYS[1])

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..errors import BackendUnavailable, GovRedisError, refuse
-from ..keys import check_id
+from ..keys import Keys
 from .cache import MetadataCache
 from .values import encode
 
@@ -47,18 +47,18 @@ class AgentStore:
     is sent.
     """
 
-    def __init__(self, postgres: Postgres, cache: MetadataCache) -> None:
+    def __init__(self, keys: Keys, postgres: Postgres, cache: MetadataCache) -> None:
+        self._keys = keys
         self._postgres = postgres
         self._cache = cache
 
     def create(self, agent_id: str, metadata: Mapping[str, Any] | None = None) -> AgentRecord:
         """Make an active agent. Returns its record. Raises ValueError if there is one of that id."""
-        check_id(agent_id, "agent_id")
         record = self._write(
             agent_id,
             f"INSERT INTO govredis_agents (agent_id, metadata) VALUES (%s, %s)"
             f" ON CONFLICT DO NOTHING RETURNING {_COLUMNS}",
-            (agent_id, _json({} if metadata is None else metadata)),
+            (self._keys.agent_row(agent_id), _json({} if metadata is None else metadata)),
         )
         if record is None:
             raise ValueError(f"agent {agent_id!r} exists already; update_metadata changes it")
@@ -70,56 +70,56 @@ class AgentStore:
 
     def get_many(self, agent_ids: Iterable[str]) -> dict[str, AgentRecord]:
         """The records of those that exist, by id, in one statement."""
-        ids = [check_id(agent_id, "agent_id") for agent_id in agent_ids]
+        ids = [self._keys.agent_row(agent_id) for agent_id in agent_ids]
         rows = self._postgres.fetch(f"SELECT {_COLUMNS} FROM govredis_agents WHERE agent_id = ANY(%s)", (ids,))
-        return {row[0]: _record(row) for row in rows}
+        records = map(self._record, rows)
+        return {record["agent_id"]: record for record in records}
 
     def update_metadata(self, agent_id: str, /, **fields: Any) -> AgentRecord | None:
         """Set fields of the agent's metadata; the others stay. Returns the new record, or None if no such agent."""
-        check_id(agent_id, "agent_id")
         return self._write(
             agent_id,
             f"UPDATE govredis_agents SET metadata = metadata || %s::jsonb WHERE agent_id = %s RETURNING {_COLUMNS}",
-            (_json(fields), agent_id),
+            (_json(fields), self._keys.agent_row(agent_id)),
         )
 
     def archive(self, agent_id: str) -> AgentRecord | None:
         """Mark the agent archived. Returns the new record; None if there is no such agent."""
-        check_id(agent_id, "agent_id")
         return self._write(
             agent_id,
             f"UPDATE govredis_agents SET status = 'archived' WHERE agent_id = %s RETURNING {_COLUMNS}",
-            (agent_id,),
+            (self._keys.agent_row(agent_id),),
         )
 
     def delete(self, agent_id: str) -> bool:
         """Delete the agent. True if there was one."""
-        check_id(agent_id, "agent_id")
-        return (
-            self._write(agent_id, f"DELETE FROM govredis_agents WHERE agent_id = %s RETURNING {_COLUMNS}", (agent_id,))
-            is not None
+        deleted = self._write(
+            agent_id,
+            f"DELETE FROM govredis_agents WHERE agent_id = %s RETURNING {_COLUMNS}",
+            (self._keys.agent_row(agent_id),),
         )
+        return deleted is not None
 
     def _write(self, agent_id: str, sql: str, params: tuple[Any, ...]) -> AgentRecord | None:
         try:
             # One statement outside of a transaction block: when it has answered, it is committed.
             rows = self._postgres.fetch(sql, params)
+            if not rows:
+                return None
+            record = self._record(rows[0])
+            self._cache.invalidate_or_owe(agent_id, version=record["version"])
+            return record
         except BaseException as error:
             # Without an answer (a deadline, a signal handler's exception) it may have been committed: an invalidation
             # too many is harmless, one too few is not.
             if isinstance(error, BackendUnavailable) or not isinstance(error, GovRedisError):
                 self._cache.invalidate_or_owe(agent_id)
             raise
-        if not rows:
-            return None
-        record = _record(rows[0])
-        self._cache.invalidate_or_owe(agent_id, version=record["version"])
-        return record
 
-
-def _record(row: Row) -> AgentRecord:
-    agent_id, metadata, status, version = row
-    return {"agent_id": agent_id, "metadata": metadata, "status": status, "version": version}
+    def _record(self, row: Row) -> AgentRecord:
+        key, metadata, status, version = row
+        agent_id = key[len(self._keys.prefix) :]
+        return {"agent_id": agent_id, "metadata": metadata, "status": status, "version": version}
 
 
 def _json(metadata: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from .._counters import Counters
 from .._fork import renew_in_child
 from ..client import RedisClient, Script
-from ..errors import BackendUnavailable, check_ttl, refuse
+from ..errors import BackendError, BackendUnavailable, check_ttl, refuse
 from ..keys import Keys, check_namespace, sibling
 from .values import decode, encode
 
@@ -21,14 +21,17 @@ __all__ = ["MetadataCache"]
 _LEASE_MS = "30000"
 #: How long `set` is refused after an invalidation: the longest that a get-load-set without a lease is expected to take.
 _TOMBSTONE_MS = "10000"
+#: Owed invalidations told, and noted as told, at once.
+_AT_ONCE = 500
 
 
 class MetadataCache:
     """Values by id, at `{namespace}:{id}`, for `ttl` seconds or until invalidated. A hit is one GET.
 
     `get_or_load` takes a lease before it loads and stores only if no invalidation came between: once `invalidate` has
-    returned, no later hit is older than the write it followed. `get` and `set` are two steps without a lease; `set` is
-    refused for 10 s after an invalidation, and a reader slower than that can put a stale value back: prefer
+    returned, no later hit is older than the write it followed, on a Redis that keeps its data (one restarted or failed
+    over to with older data serves what that had, at most until its TTL). `get` and `set` are two steps without a lease;
+    `set` is refused for 10 s after an invalidation, and a reader slower than that can put a stale value back: prefer
     `get_or_load`.
 
     When Redis is away: `get_or_load` and `get_many` call their loader, `get` is a miss, `set` returns False, and
@@ -60,9 +63,10 @@ class MetadataCache:
     def renew_after_fork(self) -> None:
         self._nonce = os.urandom(8).hex()
         self._leases = itertools.count()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may make calls of its own
         #: Invalidations that could not be carried out; they are the parent's to carry out.
-        self._owed: set[str] = set()
+        #: By id, with a token: one owed anew while it is told of is owed still.
+        self._owed: dict[str, object] = {}
 
     def get(self, identity: str) -> Any | None:
         """The cached value, or None for a miss, which Redis being away is too."""
@@ -147,14 +151,26 @@ class MetadataCache:
         Private to AgentStore. Until then this process does not read from Redis; another process may serve the old value
         for as long as it can reach Redis and this one cannot, at most until the value's TTL.
         """
+        token = object()
+        with self._lock:
+            self._owed[identity] = token  # before trying: an exception may strike (a signal's, a soft time limit's)
         try:
             self.invalidate(identity, version=version)
-        except BackendUnavailable:
+        except BackendError as error:
+            if not isinstance(error, BackendUnavailable):
+                self._paid(identity, token)
+                raise
             self._counters.add(f"{self.namespace}.invalidations_owed")
-            with self._lock:
-                self._owed.add(identity)
-            if self._redis is not None:
-                self._redis.replay_soon("invalidations are owed to it")
+            self._replay_soon()
+        except BaseException:
+            self._replay_soon()
+            raise
+        else:
+            self._paid(identity, token)
+
+    def _replay_soon(self) -> None:
+        if self._redis is not None:
+            self._redis.replay_soon("invalidations are owed to it")
 
     def stats(self) -> dict[str, int]:
         """Counts of this process for this namespace: hits, misses, loads, fills, fills_refused, invalidated, ..."""
@@ -244,15 +260,15 @@ class MetadataCache:
 
     def _replay(self, redis: RedisClient) -> None:
         with self._lock:
-            owed = list(self._owed)
-        if not owed:
-            return
-        redis.pipeline(
-            [
-                self._invalidate.call(self._cells(self._keys.cached(self.namespace, i)), ("", _TOMBSTONE_MS))
-                for i in owed
-            ],
-            (self._invalidate,),
-        )
+            owed = list(self._owed.items())
+        for i in range(0, len(owed), _AT_ONCE):
+            some = owed[i : i + _AT_ONCE]
+            cells = [self._cells(self._keys.cached(self.namespace, identity)) for identity, _ in some]
+            redis.pipeline([self._invalidate.call(c, ("", _TOMBSTONE_MS)) for c in cells], (self._invalidate,))
+            for identity, token in some:
+                self._paid(identity, token)
+
+    def _paid(self, identity: str, token: object) -> None:
         with self._lock:
-            self._owed.difference_update(owed)
+            if self._owed.get(identity) is token:
+                del self._owed[identity]

@@ -29,7 +29,7 @@ def decode(raw: bytes | str) -> Any | None:
     """The value of a stored record; None for one that is foreign: not JSON, or without the reserved member."""
     try:
         record = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     ours = record.pop(MEMBER, None) if isinstance(record, dict) else None
     if not isinstance(ours, dict):

@@ -1,7 +1,7 @@
 CREATE SEQUENCE govredis_versions;
 
 CREATE TABLE govredis_agents (
-    agent_id text PRIMARY KEY,
+    agent_id text PRIMARY KEY,      -- after GOVREDIS_KEY_PREFIX
     metadata jsonb NOT NULL,
     status text NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'archived')),
     version bigint NOT NULL DEFAULT nextval('govredis_versions'),

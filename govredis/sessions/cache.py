@@ -10,7 +10,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, TypeVar
 
 from .._counters import Counters
-from ..client import RedisClient, Script
+from ..client import RedisClient, Rejected, Script
 from ..errors import BackendError, BackendUnavailable, SessionAlreadyBound, SessionStoreUnavailable, check_ttl
 from ..keys import Keys
 from .binding import SessionBinding, decode, encode
@@ -39,6 +39,7 @@ class SessionCache:
     - a session bound or seen here before is found, until its TTL. One that another process revoked meanwhile is found
       too: this process cannot know. Where that matters, look at `backend`;
     - an unknown one raises SessionStoreUnavailable: unknown is not the same as logged out;
+    - `touch` lengthens it here only, and is not told to Redis;
     - `bind` and `unbind` work, here only, and are told to Redis when it is back, before this process uses it again:
       revocations first, then bindings where the session is still unbound. They are lost if the process ends before.
 
@@ -130,6 +131,7 @@ class SessionCache:
         key = self._keys.session(session_id)
         if self._redis is not None:
             try:
+                changes = self._local.changes
                 raw, left_ms = self._redis.pipeline((("GET", key), ("PTTL", key)))
             except BackendUnavailable as error:
                 return self._get_local(session_id, touch, error)
@@ -141,7 +143,7 @@ class SessionCache:
             binding = decode(session_id, raw, left_ms, self._now())
             if touch and self._extend(binding, left_ms):
                 binding = replace(binding, expires_at=self._now() + timedelta(seconds=self._ttl))
-            self._local.remember(binding)
+            self._local.remember(binding, since=changes)
             return binding
         return self._get_local(session_id, touch, None)
 
@@ -309,7 +311,7 @@ class SessionCache:
         were carried out, and one that never can be must not keep the rest from being told."""
         try:
             yield
-        except BackendUnavailable:
+        except (BackendUnavailable, Rejected):
             raise
         except BackendError as error:
             self._counters.add("sessions.replays_failed")

@@ -34,21 +34,29 @@ class LocalSessions:
         self._owing = owing
         self._now = now
         self._known: OrderedDict[str, SessionBinding] = OrderedDict()
+        #: Counts the ends of sessions noted here.
+        self.changes = 0
         #: Sessions whose revocation Redis has been told of, and in which outage: it may not be over yet.
         self._ended: OrderedDict[str, int] = OrderedDict()
         self.renew_after_fork()
         renew_in_child(self)
 
     def renew_after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may make calls of its own
         # The debts are the parent's: a child that paid one again, later, could undo what came between.
         self._to_unbind: dict[str, object] = {}
         self._to_unbind_agents: dict[str, object] = {}
         self._to_bind: dict[str, object] = {}
 
-    def remember(self, binding: SessionBinding) -> None:
-        """Note what Redis said, unless it has still to be told what happened since."""
+    def remember(self, binding: SessionBinding, since: int | None = None) -> None:
+        """Note what Redis said, unless it has still to be told what happened since.
+
+        Args:
+            since: `changes` as it was before Redis was asked: an end noted meanwhile is newer than what was read.
+        """
         with self._lock:
+            if since is not None and since != self.changes:
+                return
             if not self._owes(binding.session_id) and binding.agent_id not in self._to_unbind_agents:
                 self._put(replace(binding, backend="local"))
                 self._ended.pop(binding.session_id, None)
@@ -56,12 +64,14 @@ class LocalSessions:
     def forget(self, session_id: str) -> None:
         """Redis said that it is gone; but what it has still to be told stands."""
         with self._lock:
+            self.changes += 1
             if not self._owes(session_id):
                 self._known.pop(session_id, None)
 
     def forget_agent(self, agent_id: str) -> None:
         """As forget, for all sessions of an agent."""
         with self._lock:
+            self.changes += 1
             for sid in self._of(agent_id):
                 if not self._owes(sid):
                     del self._known[sid]
@@ -98,7 +108,8 @@ class LocalSessions:
             binding = self._live(session_id)
             if binding is None:
                 return False
-            self._put(replace(binding, expires_at=self._now() + timedelta(seconds=ttl)))
+            if binding.expires_at is not None:
+                self._put(replace(binding, expires_at=max(binding.expires_at, self._now() + timedelta(seconds=ttl))))
             return True
 
     def unbind(self, session_id: str) -> bool:
@@ -143,7 +154,7 @@ class LocalSessions:
         return session_id in self._to_unbind or session_id in self._to_bind
 
     def _of(self, agent_id: str) -> list[str]:
-        return [sid for sid, b in self._known.items() if b.agent_id == agent_id]
+        return [sid for sid, b in list(self._known.items()) if b.agent_id == agent_id]
 
     def _live(self, session_id: str) -> SessionBinding | None:
         binding = self._known.get(session_id)

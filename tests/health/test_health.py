@@ -62,7 +62,6 @@ class TestStatus:
         assert "is away" in redis.output
         assert "fallbacks are in use" in redis.output
         assert redis.data["away_for"] >= 0
-        assert make_gov(redis_url=AWAY).health.check().status == "warn"
 
     def test_postgres_away_is_a_warning(self, make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> None:
         report = make_gov(redis_url=redis_server.url, database_url=PG_AWAY).health.check()
@@ -74,6 +73,9 @@ class TestStatus:
         report = make_gov(redis_url=AWAY, database_url=PG_AWAY).health.check()
         assert report.status == "fail"
         assert {check.status for check in report.checks} == {"warn", "pass"}
+
+    def test_redis_away_without_a_postgres_fails(self, make_gov: Callable[..., GovRedis]) -> None:
+        assert make_gov(redis_url=AWAY).health.check().status == "fail"
 
     def test_redis_away_fails_what_has_no_fallback(self, make_gov: Callable[..., GovRedis]) -> None:
         report = make_gov(redis_url=AWAY, lock_fallback="fail", limit_fallback="deny").health.check()
@@ -217,7 +219,7 @@ class TestSnapshots:
         gov = make_gov(redis_url=AWAY, database_url=postgres_server.url)
         gov.postgres.fetch(
             "INSERT INTO govredis_health_snapshots"
-            " SELECT now() - n * interval '1 day', '{}' FROM generate_series(29, 33, 2) n"
+            " SELECT 'x', now() - n * interval '1 day', '{}' FROM generate_series(29, 33, 2) n"
         )
         assert gov.health.snapshot().stored == "postgres"
         days = gov.postgres.fetch("SELECT extract(day FROM now() - at)::int FROM govredis_health_snapshots ORDER BY 1")

@@ -14,6 +14,7 @@ from concurrent.futures import TimeoutError as FuturesTimeout  # not the built-i
 from typing import Any
 
 import pytest
+import redis as redis_py
 
 from govredis import BackendError, GovRedis, HeldLock, LockLost, LockTimeout, LockUnavailable
 from govredis.keys import sibling
@@ -468,6 +469,17 @@ def test_an_extension_that_arrives_after_the_release_brings_no_ghost(
     assert run(locks, "_release", "me", token, DAY) == (loss == "none")
     assert run(locks, "_extend", "me", 5000, token, DAY) == 0
     assert not plain_redis.exists(KEY)
+
+
+def test_a_release_that_arrives_twice_was_one(locks: DistributedLock, plain_redis: Any) -> None:
+    """Its reply was lost with the connection, and it was sent again: the lock was held until then all the same."""
+    _, token = run(locks, "_acquire", "me", 5000, 0, DAY)
+    assert run(locks, "_release", "me", token, DAY) == 1
+    assert run(locks, "_release", "me", token, DAY) == 1
+    _, later = run(locks, "_acquire", "another", 5000, 0, DAY)
+    assert later > token + 1
+    assert run(locks, "_release", "me", token, DAY) == 0
+    assert run(locks, "_release", "another", later, DAY) == 1
     assert run(locks, "_release", "me", token, DAY) == 0
 
 
@@ -733,3 +745,18 @@ def test_a_repr_says_what_it_is(locks: DistributedLock, caplog: pytest.LogCaptur
         assert repr(held).startswith(f"<HeldLock 'x' token={held.token} ")
     assert repr(held).endswith("over>")
     assert not caplog.records
+
+
+def test_a_release_whose_reply_was_lost_is_no_loss(locks: DistributedLock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is cut after the script ran; the client sends it again on another."""
+    assert locks._redis
+    exchange = locks._redis._exchange
+
+    def cut_after(connection: Any, packed: bytes, replies: int) -> Any:
+        exchange(connection, packed, replies)
+        monkeypatch.undo()
+        raise redis_py.ConnectionError("cut")
+
+    with locks.acquire("x"):
+        monkeypatch.setattr(locks._redis, "_exchange", cut_after)
+    assert locks.counters.get("locks.lost") == 0

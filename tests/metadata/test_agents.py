@@ -295,3 +295,17 @@ class TestAway:
         gov = make_gov(redis_enabled=False, database_url=postgres_server.url.rsplit("/", 1)[0] + "/template1")
         with pytest.raises(ConfigurationError, match="govredis migrate"):
             gov.agents.get("a")
+
+
+def test_two_prefixes_share_a_database_but_no_agent(
+    make_gov: Callable[..., GovRedis], redis_server: RedisServer, postgres_server: PostgresServer
+) -> None:
+    urls = {"redis_url": redis_server.url, "database_url": postgres_server.url}
+    one, two = make_gov(**urls, key_prefix="one:"), make_gov(**urls, key_prefix="two:")
+    one.agents.create("a", {"of": 1})
+    two.agents.create("a", {"of": 2})
+    assert (one.agents.get("a") or {})["agent_id"] == "a"
+    one.agents.update_metadata("a", of=11)
+    assert two.metadata.get_or_load("a", two.agents.get)["metadata"] == {"of": 2}
+    assert one.agents.delete("a")
+    assert two.agents.get_many(["a"])["a"]["metadata"] == {"of": 2}

@@ -345,3 +345,96 @@ def _usable(gov: GovRedis) -> bool:
     except SessionStoreUnavailable:
         return False
     return True
+
+
+class TestUnderTraffic:
+    def test_redis_comes_back_while_sessions_are_being_bound(self, cut: GovRedis, keeping_redis: RedisServer) -> None:
+        """Each bind owes Redis something, and must not hold up its own telling for ever."""
+        keeping_redis.kill()
+        done = threading.Event()
+
+        def bind_on(k: int) -> None:
+            n = 0
+            while not done.is_set():
+                n += 1
+                cut.sessions.bind(f"s{k}-{n % 500}", "agent")
+                sum(range(20_000))  # what a request does besides
+
+        threads = [threading.Thread(target=bind_on, args=(k,)) for k in range(8)]
+        for thread in threads:
+            thread.start()
+        try:
+            until(lambda: not cut._redis.breaker.closed)  # type: ignore[union-attr]
+            keeping_redis.restart("empty")
+            back(cut)
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
+        until(lambda: cut.sessions.get("s0-1").backend == "redis")  # type: ignore[union-attr]
+
+    def test_ten_thousand_sessions_of_one_agent_end_in_one_call(
+        self, make_gov: Callable[..., GovRedis], redis_server: RedisServer
+    ) -> None:
+        gov = make_gov(redis_url=redis_server.url, socket_timeout=5)
+        assert gov._redis is not None
+        sessions = [f"s{n}" for n in range(10_000)]
+        index = gov._keys.agent_sessions("agent")
+        for few in range(0, 10_000, 1000):
+            some = sessions[few : few + 1000]
+            gov._redis.pipeline([("SET", gov._keys.session(s), '{"agent_id": "agent"}') for s in some])
+            gov._redis.call("ZADD", index, *[x for s in some for x in ("9999999999", s)])
+        assert gov.sessions.unbind_agent("agent") == 10_000
+
+
+def test_rejected_credentials_at_recovery_pay_no_debt(
+    make_gov: Callable[..., GovRedis], keeping_redis: RedisServer
+) -> None:
+    gov = make_gov(redis_url=keeping_redis.url)
+    gov.sessions.bind("s", "alice")
+    gov.metadata.set("x", "old")
+    keeping_redis.pause()
+    gov.sessions.unbind("s")
+    gov.metadata.invalidate_or_owe("x")
+    keeping_redis.resume()
+    # Nobody knows whether it has been told by now; what follows owes anew, while Redis wants a password.
+    back(gov)
+    keeping_redis.command("CONFIG", "SET", "requirepass", "secret")
+    gov._redis._pool.drop_idle()  # type: ignore[union-attr]
+    gov.sessions._local.unbind("t")
+    gov.metadata._owed["y"] = object()
+    gov._redis.replay_soon("a test")  # type: ignore[union-attr]
+    until(lambda: "credentials" in gov._redis.breaker.reason)  # type: ignore[union-attr]
+    assert not gov._redis.breaker.closed  # type: ignore[union-attr]
+    assert list(gov.sessions._local._to_unbind) == ["t"]
+    assert list(gov.metadata._owed) == ["y"]
+
+
+def test_a_touch_never_shortens(make_gov: Callable[..., GovRedis], keeping_redis: RedisServer) -> None:
+    gov = make_gov(redis_url=keeping_redis.url, session_ttl=60)
+    bound = gov.sessions.bind("long", "agent", ttl=3600)
+    keeping_redis.pause()
+    touched = gov.sessions.get("long", touch=True)
+    assert touched is not None
+    assert touched.expires_at == bound.expires_at
+
+
+def test_what_was_read_before_a_revocation_here_is_not_remembered(
+    cut: GovRedis, keeping_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut.sessions.bind("s", "agent")
+    pipeline = cut._redis.pipeline  # type: ignore[union-attr]
+
+    def read_then_revoke(*args: Any) -> Any:
+        replies = pipeline(*args)
+        monkeypatch.undo()
+        worker = threading.Thread(target=cut.sessions.unbind, args=("s",))
+        worker.start()
+        worker.join()
+        return replies
+
+    monkeypatch.setattr(cut._redis, "pipeline", read_then_revoke)
+    assert cut.sessions.get("s") is not None, "it was read before"
+    keeping_redis.kill()
+    with pytest.raises(SessionStoreUnavailable):
+        cut.sessions.get("s")
