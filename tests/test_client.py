@@ -898,3 +898,20 @@ def test_a_client_dropped_without_close_leaves_nothing(redis_server: RedisServer
         RedisClient(Config(redis_url=redis_server.url, socket_timeout=5)).call("PING")
     gc.collect()
     assert descriptors() <= before  # fewer: some other test's garbage went too
+
+
+def test_a_long_pipeline_goes_in_pieces(client: RedisClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One deadline is for one exchange, and must not have to do for any number of commands."""
+    pieces = []
+    round_trip = client._round_trip
+
+    def noted(packed: bytes, replies: int = 0) -> Any:
+        pieces.append(replies)
+        return round_trip(packed, replies)
+
+    monkeypatch.setattr(client, "_round_trip", noted)
+    assert client.pipeline([("ECHO", str(n)) for n in range(1200)]) == [str(n).encode() for n in range(1200)]
+    assert pieces == [500, 500, 200]
+    pieces.clear()
+    assert client.pipeline([("SET", "k", "x" * 600_000)] * 3) == [b"OK"] * 3
+    assert pieces == [2, 1]
