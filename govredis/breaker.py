@@ -17,6 +17,9 @@ from .errors import BackendUnavailable
 
 log = logging.getLogger("govredis")
 
+# Not the module's own generator: an application that has seeded it shall get its numbers, and forked children theirs.
+_random = random.SystemRandom()
+
 _FIRST_PROBE = 0.05
 _SLOWEST_PROBE = 0.4
 #: A probe this late was not run: threads do not start here (uWSGI without --enable-threads, a stopping interpreter).
@@ -184,7 +187,7 @@ class CircuitBreaker:
             with self._lock:
                 self.reason = str(error)
                 self._wait = min(_SLOWEST_PROBE, self._wait * 2)
-                self._next_probe = self._clock() + self._wait * random.uniform(0.75, 1.0)
+                self._next_probe = self._clock() + self._wait * _random.uniform(0.75, 1.0)
             return
         with self._lock:
             if self.closed:

@@ -5,6 +5,7 @@ A missing server is an error of the fixture, so the test fails: nothing here ski
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ import redis as redis_py
 
 from govredis import Config, GovRedis, configure
 from govredis.testing.servers import PostgresServer, RedisServer, redis_binaries
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A shell's background job starts with SIGINT ignored, and hands that on to the processes whose Ctrl-C is tested.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,6 +16,8 @@ from ..keys import Keys, sibling
 from .guard import HostGuard, LockFolder, clock
 from .held import HeldLock, Lease
 
+_random = random.SystemRandom()  # leaves the application's alone, and differs in forked children
+
 #: How long Redis must have been away before anybody goes on without it: a stall must not split the holders.
 GRACE = 1.0
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.002, 0.05
@@ -211,7 +213,7 @@ class _Attempt:
                         f"lock {self._key}: {self._unanswered}; the grace of {GRACE:g} s is not over"
                     ) from self._unanswered
                 raise LockTimeout(f"lock {self._key} was held by others for all of {timeout:g} s")
-            time.sleep(min(left, wait * random.uniform(0.5, 1.0)))
+            time.sleep(min(left, wait * _random.uniform(0.5, 1.0)))
             wait = min(_LONGEST_WAIT, wait * 2)
 
     def _try_redis(self) -> tuple[int, float, bool] | None:
