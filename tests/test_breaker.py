@@ -461,3 +461,17 @@ def test_a_log_handler_may_use_what_the_breaker_guards(breaker: CircuitBreaker) 
     finally:
         logging.getLogger("govredis").removeHandler(handler)
     assert len(seen) == 1
+
+
+def test_the_applications_random_numbers_are_left_alone(probe: Probe, clock: Clock) -> None:
+    import random
+
+    random.seed(7)
+    before = random.getstate()
+    breaker = CircuitBreaker("Redis at h:1", probe, clock=clock, threads=False)
+    breaker.failed(0, "gone", timed_out=True)
+    clock.now += 10
+    with pytest.raises(BackendUnavailable):
+        breaker.check()
+    assert probe.calls == 1
+    assert random.getstate() == before
