@@ -211,6 +211,7 @@ class CircuitBreaker:
     def close(self) -> None:
         """End the probe thread, waiting for it. The breaker keeps its state."""
         self._stopped.set()
+        self._drained.set()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout=5)
