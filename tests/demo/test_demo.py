@@ -125,7 +125,7 @@ class TestAsAProcess:
 
     def test_no_server(self) -> None:
         program = (
-            "from govredis.testing import servers; servers.redis_binaries = dict; from govredis.demo import run;"
+            "from govredis.testing import _find; _find.redis_binaries = dict; from govredis.demo import run;"
             "raise SystemExit(run())"
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
