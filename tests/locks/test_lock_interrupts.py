@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,6 +44,17 @@ def descriptors(folder: str) -> list[str]:
     return [path for path in found if path.startswith(folder)]
 
 
+def end_what_was_never_given() -> None:
+    """Python 3.10 may strike between the return of `acquire` and the assignment of what it returned.
+
+    Nobody has the handle then: it is collected while held, and ends with its lease, as promised; here, at once.
+    """
+    for lease in list(renewer._leases):
+        if lease._abandoned:  # type: ignore[attr-defined]
+            assert sys.version_info < (3, 11)
+            assert lease.end()  # type: ignore[attr-defined]
+
+
 @pytest.mark.filterwarnings("ignore:lock .* was collected while held:ResourceWarning")
 @pytest.mark.parametrize("contended", [False, True])
 def test_nothing_is_left_by_exceptions_that_strike_anywhere(
@@ -78,6 +90,8 @@ def test_nothing_is_left_by_exceptions_that_strike_anywhere(
                 held.release()
         except LockTimeout:
             pytest.fail(f"round {n}: the one before has left it locked")
+        finally:
+            end_what_was_never_given()
     assert struck > 150
     if other is not None:
         assert plain_redis.get("lock:x") == other._lease.owner
