@@ -50,3 +50,7 @@ def test_every_setting_is_in_the_readme() -> None:
     text = README.read_text()
     variables = [f.metadata["variable"] for f in Config.__dataclass_fields__.values()]
     assert [variable for variable in variables if variable not in text] == []
+
+
+def test_nothing_is_left_to_be_filled_in() -> None:
+    assert not re.search(r"^[A-Z_]+$", README.read_text(), re.MULTILINE)
