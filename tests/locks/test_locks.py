@@ -760,3 +760,16 @@ def test_a_release_whose_reply_was_lost_is_no_loss(locks: DistributedLock, monke
     with locks.acquire("x"):
         monkeypatch.setattr(locks._redis, "_exchange", cut_after)
     assert locks.counters.get("locks.lost") == 0
+
+
+def test_a_host_whose_last_token_is_ahead_of_rediss_clock_is_granted_a_higher_one_at_once(
+    locks: DistributedLock,
+) -> None:
+    ahead = time.time_ns() // 1000 + 10**9
+    guard = locks._folder.guard(KEY)
+    assert guard.enter(ahead, "a degraded holder on a fast clock", 0.0, may_pass=False)
+    guard.leave()
+    held = locks.try_acquire("x")
+    assert held is not None
+    assert held.token > ahead
+    held.release()
