@@ -224,4 +224,4 @@ def main() -> None:
                 )
             table.add_section()
         gov.close()
-        Console().print(table)
+        Console(width=100).print(table)
