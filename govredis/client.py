@@ -1,7 +1,8 @@
 """RedisClient: runs commands and scripts on Redis, one round trip each, and says when Redis is away.
 
 The only module that catches redis-py's exceptions. Everything it sends must be harmless the second time: a command
-whose pooled connection turned out dead is sent once more on a new one. What timed out is never sent again.
+whose pooled connection turned out dead is sent once more on a new one, whose answer is then that of a second arrival.
+What timed out is never sent again.
 """
 
 from __future__ import annotations

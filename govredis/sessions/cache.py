@@ -160,7 +160,8 @@ class SessionCache:
         return self.get(session_id, touch=True) is not None
 
     def unbind(self, session_id: str) -> bool:
-        """End a session. True if it was bound.
+        """End a session. True if it was bound (False also where a first answer was lost with its connection, and the
+        session had ended by the time of the second).
 
         While Redis is away: it is ended in this process and, once Redis is back, everywhere; True if this process knew
         it. Raises SessionStoreUnavailable if this process's memory of what it owes Redis is full.
