@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -211,7 +211,7 @@ class Config:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Config:
-        """The settings of a mapping whose keys are the variables' names (os.environ, a Flask config).
+        """The settings of a mapping whose keys are the variables' names (os.environ).
 
         Values may be strings or already typed; a name that is not a setting is ignored; an absent or empty one is the
         default. Raises ConfigurationError naming the variable.
@@ -223,6 +223,20 @@ class Config:
             if held is not None and held != "":
                 values[f.name] = _parse(f, held, variable)
         return cls(**values)
+
+    @classmethod
+    def from_app(cls, settings: Mapping[str, Any], prefix: str) -> Config:
+        """The environment's settings, with those of an application's own configuration put over them.
+
+        An application names a setting by its field: `prefix` + "redis_url"; in capitals if the prefix is. Raises
+        ConfigurationError as `from_mapping`.
+        """
+        values = {}
+        for f in fields(cls):
+            name = prefix + (f.name.upper() if prefix.isupper() else f.name)
+            if settings.get(name) is not None:
+                values[f.name] = _parse(f, settings[name], name)
+        return replace(cls.from_env(), **values)
 
     def __repr__(self) -> str:
         shown = []

@@ -2,7 +2,7 @@
 
 Contention is never unavailability, and unavailability is never contention: `LockTimeout` says that somebody else
 holds the lock, `LockUnavailable` that nobody could be asked. Bad arguments raise `ValueError` before anything is sent.
-All of these pickle, with the data they carry, so that they cross a Celery result backend.
+All of these pickle, with the data they carry; over a JSON result backend of Celery they keep type and message.
 """
 
 from __future__ import annotations
@@ -61,27 +61,37 @@ class LockUnavailable(LockError, BackendUnavailable):
 
 
 class RateLimitExceeded(GovRedisError):
-    """A limit said no. `result` is the RateLimitResult, or None where there is none."""
+    """A limit said no. `result` is the RateLimitResult, or None where there is none.
 
-    def __init__(self, result: RateLimitResult | None = None) -> None:
+    A str in its place is the message of one that came over a JSON result backend, where `result` cannot come along.
+    """
+
+    def __init__(self, result: RateLimitResult | str | None = None) -> None:
+        self.result = None if isinstance(result, str) else result
+        if result is None:
+            result = "rate limit exceeded"
+        elif not isinstance(result, str):
+            result = f"rate limit exceeded: {result.limit}, retry after {result.retry_after:.3f} s"
         super().__init__(result)
-        self.result = result
 
-    def __str__(self) -> str:
-        if self.result is None:
-            return "rate limit exceeded"
-        return f"rate limit exceeded: {self.result.limit}, retry after {self.result.retry_after:.3f} s"
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0] if self.result is None else self.result,)
 
 
 class SessionAlreadyBound(GovRedisError):
-    """`bind(if_absent=True)` found the session bound to another agent: `existing` is that SessionBinding."""
+    """`bind(if_absent=True)` found the session bound to another agent: `existing` is that SessionBinding.
 
-    def __init__(self, existing: SessionBinding) -> None:
+    Over a JSON result backend comes its message, a str, and `existing` is None.
+    """
+
+    def __init__(self, existing: SessionBinding | str) -> None:
+        self.existing = None if isinstance(existing, str) else existing
+        if not isinstance(existing, str):
+            existing = f"session is already bound to agent {existing.agent_id!r}"
         super().__init__(existing)
-        self.existing = existing
 
-    def __str__(self) -> str:
-        return f"session is already bound to agent {self.existing.agent_id!r}"
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0] if self.existing is None else self.existing,)
 
 
 class SessionStoreUnavailable(BackendUnavailable):

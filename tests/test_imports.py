@@ -21,6 +21,7 @@ LEVELS = [
     {"sessions", "locks", "limits", "metadata", "events"},
     {"health"},
     {"api"},
+    {"_commands"},
     {"contrib", "testing", "__init__"},
     {"demo"},
     {"cli"},

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .._counters import Counters
 from .._fork import renew_in_child
 from ..client import RedisClient
-from ..errors import BackendError, BackendUnavailable, ConfigurationError
+from ..errors import BackendError, BackendUnavailable, ConfigurationError, check_ttl
 from ..keys import Keys
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ _CACHED_FOR = 1.0
 _POSTGRES_DEADLINE = 0.5
 _HISTORY_ENTRIES = "10000"
 _HISTORY_DAYS = 30
+#: How long a heartbeat is remembered, and so a dead beat is warned of: a day. Its age is this less what is left.
+_HEARTBEAT_KEPT = 86_400.0
+_HEARTBEATS_MISSED = 3
 _SEVERITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
 #: What redis-cli INFO shows and a person asks for first.
 _INFO = ("redis_version", "uptime_in_seconds", "used_memory", "maxmemory", "connected_clients", "evicted_keys")
@@ -37,7 +40,7 @@ class Check:
     """One thing looked at.
 
     Attributes:
-        name: "redis", "postgres", "counters".
+        name: "redis", "postgres", "counters"; "beat" where a heartbeat was ever seen.
         status: "pass", "warn" (a fallback covers it) or "fail".
         output: why, in words; "" if it passes.
         data: what was observed. Durations are seconds.
@@ -114,8 +117,8 @@ class HealthMonitor:
         with self._lock:
             if self._last is not None and self._clock() - self._last[0] < _CACHED_FOR:
                 return self._last[1]
-            redis, postgres = self._check_redis(), self._check_postgres()
-            checks = [redis, postgres, self._check_counters()]
+            (redis, *beat), postgres = self._check_redis(), self._check_postgres()
+            checks = [redis, postgres, self._check_counters(), *beat]
             status: Status = max((c.status for c in checks), key=_SEVERITY.__getitem__)
             if redis.status == "warn" and (self._postgres is None or postgres.status == "warn"):
                 status = "fail"
@@ -152,28 +155,64 @@ class HealthMonitor:
                 self._counters.add("health.degraded.snapshots")
         return report
 
+    def beat(self, every: float) -> bool:
+        """Note that whoever calls this is alive, and will call again `every` seconds from now.
+
+        For the next day `check` has an entry "beat", which warns where three in a row did not come. Ages are counted by
+        Redis's clock. Returns False where Redis is away: nothing is noted then.
+        """
+        check_ttl(every, "every")
+        if self._redis is not None:
+            try:
+                self._redis.call("SET", self._keys.heartbeat(), f"{every:g}", "PX", f"{_HEARTBEAT_KEPT * 1000:.0f}")
+                return True
+            except BackendUnavailable:
+                self._counters.add("health.degraded.heartbeats")
+        return False
+
+    def purge(self) -> int:
+        """Delete the stored reports of more than 30 days ago from PostgreSQL. Returns how many.
+
+        Raises BackendUnavailable, ConfigurationError.
+        """
+        if self._postgres is None:
+            return 0
+        rows = self._postgres.fetch(
+            "WITH old AS (DELETE FROM govredis_health_snapshots WHERE at < now() - %s * interval '1 day' RETURNING 1)"
+            " SELECT count(*) FROM old",
+            (_HISTORY_DAYS,),
+        )
+        return int(rows[0][0])
+
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _check_redis(self) -> Check:
+    def _check_redis(self) -> list[Check]:
+        """Redis, and the heartbeat if there is one in it."""
         if self._redis is None:
-            return Check("redis", "pass", "disabled", {"enabled": False})
+            return [Check("redis", "pass", "disabled", {"enabled": False})]
         breaker = self._redis.breaker
         data: dict[str, Any] = {"enabled": True, "times_away": breaker.times_opened}
         try:
             began = time.perf_counter()
-            info, keys = self._redis.pipeline((("INFO",), ("DBSIZE",)))
+            heartbeat = self._keys.heartbeat()
+            info, keys, every, left_ms = self._redis.pipeline(
+                (("INFO",), ("DBSIZE",), ("GET", heartbeat), ("PTTL", heartbeat))
+            )
             data["seconds"] = round(time.perf_counter() - began, 6)
         except BackendUnavailable as error:
             data["away_for"] = round(breaker.away_for(), 3)
             if self._uncovered:
-                return Check("redis", "fail", f"{error}; no fallback for {' and '.join(self._uncovered)}", data)
-            return Check("redis", "warn", f"{error}; fallbacks are in use", data)
+                return [Check("redis", "fail", f"{error}; no fallback for {' and '.join(self._uncovered)}", data)]
+            return [Check("redis", "warn", f"{error}; fallbacks are in use", data)]
         except BackendError as error:
-            return Check("redis", "fail", str(error), data)
+            return [Check("redis", "fail", str(error), data)]
         seen = dict(line.split(":", 1) for line in info.decode(errors="replace").split("\r\n") if ":" in line)
         data.update({name: _number(seen[name]) for name in _INFO if name in seen})
         data["keys"] = keys
-        return Check("redis", "pass", "", data)
+        checks = [Check("redis", "pass", "", data)]
+        if every is not None:
+            checks.append(_beat(float(every), _HEARTBEAT_KEPT - left_ms / 1000))
+        return checks
 
     def _check_postgres(self) -> Check:
         if self._postgres is None:
@@ -211,6 +250,13 @@ class HealthMonitor:
                     ratios[feature] = round(hits / (hits + misses), 4)
         self._ratios_from = now
         return Check("counters", "pass", "", {"counts": now, "hit_ratios": ratios})
+
+
+def _beat(every: float, age: float) -> Check:
+    data = {"seconds_since": round(age, 3), "every": every}
+    if age > every * _HEARTBEATS_MISSED:
+        return Check("beat", "warn", f"no heartbeat for {age:.0f} s: beat is gone, or every worker", data)
+    return Check("beat", "pass", "", data)
 
 
 def _stored(report: HealthReport, where: str) -> HealthReport:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 from .._counters import Counters
-from .._templates import KeyTemplate
 from ..errors import BackendUnavailable, RateLimitExceeded, check_timeout, refuse
-from ..keys import Keys, check_name
+from ..keys import Keys
+from .calls import LimitedCalls
 from .local_window import LocalWindow
 from .rates import Limit, Rate, parse_rate
 from .redis_window import RedisWindow
@@ -20,6 +20,7 @@ from .windows import Mode, Outcome, Window
 if TYPE_CHECKING:
     from ..client import RedisClient
     from ..postgres import Postgres
+    from .postgres_window import PostgresWindow
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,10 +91,12 @@ class RateLimiter:
         self._windows: list[Window] = []
         if redis is not None:
             self._windows.append(RedisWindow(redis))
+        self._postgres_window: PostgresWindow | None = None
         if postgres is not None:
             from .postgres_window import PostgresWindow
 
-            self._windows.append(PostgresWindow(postgres))
+            self._postgres_window = PostgresWindow(postgres)
+            self._windows.append(self._postgres_window)
         if fallback == "local":
             self._windows.append(LocalWindow(local_entries, clock))
 
@@ -176,6 +179,13 @@ class RateLimiter:
         if failed is not None:
             raise failed
 
+    def purge(self) -> int:
+        """Delete the windows that have ended from PostgreSQL. Returns how many. The other stores forget by themselves.
+
+        Raises BackendUnavailable, ConfigurationError.
+        """
+        return self._postgres_window.purge() if self._postgres_window is not None else 0
+
     # -- decorator -----------------------------------------------------------------------------------------------
 
     def rate_limited(
@@ -202,19 +212,14 @@ class RateLimiter:
         if on_limit not in {"raise", "wait"}:
             raise refuse("on_limit", on_limit, '"raise" or "wait"')
         check_timeout(timeout)
-        check_name(operation, "operation")
-        if not isinstance(key, str) and not callable(key):
-            raise refuse("key", key, 'a template such as "{agent_id}", or a callable')
-        if not callable(rate):
-            parse_rate(rate)
+        calls = LimitedCalls(rate, key, operation)
 
         def decorate(function: Callable[P, R]) -> Callable[P, R]:
-            identify = key if callable(key) else _filler(KeyTemplate(key, function))
+            look = calls.of(function)
 
             @functools.wraps(function)
             def limited(*args: P.args, **kwargs: P.kwargs) -> R:
-                identity = identify(*args, **kwargs)
-                now = rate(*args, **kwargs) if callable(rate) else rate
+                identity, now = look(args, kwargs)
                 if on_limit == "wait":
                     result = self.wait(identity, now, operation=operation, timeout=timeout)
                     if not result.allowed:
@@ -281,7 +286,3 @@ class RateLimiter:
             backend,
             degraded,
         )
-
-
-def _filler(template: KeyTemplate) -> Callable[..., str]:
-    return lambda *args, **kwargs: template.fill(args, kwargs)

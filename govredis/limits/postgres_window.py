@@ -11,6 +11,8 @@ from .windows import Mode, Outcome
 if TYPE_CHECKING:
     from ..postgres import Postgres
 
+_PURGED_AT_ONCE = 1000
+
 
 class PostgresWindow:
     """See windows.Window. Exact among all processes that use this database."""
@@ -38,3 +40,18 @@ class PostgresWindow:
 
     def reset(self, key: str) -> None:
         self._postgres.fetch("DELETE FROM govredis_limit_windows WHERE key = %s", (key,))
+
+    def purge(self) -> int:
+        """Delete every window that has ended, a few at a time: none is held up. Returns how many."""
+        deleted = 0
+        while True:
+            rows = self._postgres.fetch(
+                "WITH ended AS (DELETE FROM govredis_limit_windows WHERE key IN ("
+                " SELECT key FROM govredis_limit_windows"
+                " WHERE expires < (extract(epoch FROM clock_timestamp()) / 600)::bigint"
+                " LIMIT %s FOR UPDATE SKIP LOCKED) RETURNING 1) SELECT count(*) FROM ended",
+                (_PURGED_AT_ONCE,),
+            )
+            deleted += int(rows[0][0])
+            if rows[0][0] < _PURGED_AT_ONCE:
+                return deleted

@@ -1,0 +1,1 @@
+"""The features inside other frameworks: `govredis.contrib.celery`, `govredis.contrib.flask`."""

@@ -1,0 +1,178 @@
+"""rate_limited and exclusive, for the functions of tasks."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar, overload
+
+from celery import Task, current_task
+from celery.local import Proxy
+
+from ..._templates import KeyTemplate
+from ...errors import LockTimeout, LockUnavailable, RateLimitExceeded, check_ttl, refuse
+from ...limits.calls import LimitedCalls
+from ...limits.rates import Rate
+from ._gov import current_gov
+from ._republish import can_republish, jittered, republish
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Seconds before a task that met its key taken comes again: at first, doubled each time, and at most.
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
+_CONFLICTS = "govredis_conflicts"
+
+
+@overload
+def rate_limited(
+    rate: Rate | Callable[..., Rate],
+    *,
+    key: str | Callable[..., str],
+    operation: str = ...,
+    on_limit: Literal["retry", "raise"] = ...,
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+@overload
+def rate_limited(
+    rate: Rate | Callable[..., Rate],
+    *,
+    key: str | Callable[..., str],
+    operation: str = ...,
+    on_limit: Literal["skip"],
+) -> Callable[[Callable[P, R]], Callable[P, R | None]]: ...
+def rate_limited(
+    rate: Rate | Callable[..., Rate],
+    *,
+    key: str | Callable[..., str],
+    operation: str = "default",
+    on_limit: Literal["retry", "raise", "skip"] = "retry",
+) -> Callable[[Callable[P, R]], Callable[P, R | None]]:
+    """Limit the runs of a task, over all workers. Put it between `@app.task` and the function.
+
+    Args:
+        rate: as in `RateLimiter.hit`, or a callable that gets the task's arguments and returns one.
+        key: a template of the task's argument names, "{agent_id}", or a callable that gets its arguments.
+        operation: what is limited.
+        on_limit: "retry" publishes the message anew, to run when the limit admits it, or up to a quarter later (at most
+            10 minutes at a time, or half of the broker's visibility_timeout; then it may be refused again): its
+            `retries` and `max_retries` do not know of it. "raise" raises RateLimitExceeded. "skip" ends the task with
+            None, and counts it.
+
+    Called directly or eagerly, "retry" raises RateLimitExceeded: there is no message to publish anew.
+
+    Raises ValueError at decoration for a bad argument, and where it stands above `@app.task`. What each run may raise
+    or promises when Redis is away is as for `RateLimiter.hit`. A run that was admitted and then ends early (a killed
+    worker, a conflict in `exclusive` below it) has used its place.
+    """
+    if on_limit not in {"retry", "raise", "skip"}:
+        raise refuse("on_limit", on_limit, '"retry", "raise" or "skip"')
+    calls = LimitedCalls(rate, key, operation)
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R | None]:
+        _refuse_tasks(function, "rate_limited")
+        look = calls.of(function)
+
+        @_wraps(function)
+        def limited(*args: P.args, **kwargs: P.kwargs) -> R | None:
+            gov = current_gov()
+            identity, now = look(args, kwargs)
+            result = gov.limits.hit(identity, now, operation=operation)
+            if result.allowed:
+                return function(*args, **kwargs)
+            gov.counters.add(f"celery.limited.{on_limit}")
+            if on_limit == "skip":
+                return None
+            exceeded = RateLimitExceeded(result)
+            if on_limit == "retry" and can_republish(current_task):
+                republish(current_task, exceeded, jittered(result.retry_after))
+            raise exceeded
+
+        return limited
+
+    return decorate
+
+
+@overload
+def exclusive(
+    key: str, *, ttl: float | None = ..., on_conflict: Literal["retry", "raise"] = ...
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+@overload
+def exclusive(
+    key: str, *, ttl: float | None = ..., on_conflict: Literal["skip"]
+) -> Callable[[Callable[P, R]], Callable[P, R | None]]: ...
+def exclusive(
+    key: str, *, ttl: float | None = None, on_conflict: Literal["retry", "raise", "skip"] = "retry"
+) -> Callable[[Callable[P, R]], Callable[P, R | None]]:
+    """Run a task only while it holds the lock of its key. Put it between `@app.task` and the function.
+
+    The lock is renewed while the task runs, and released when the function ends, however it does: returned, raised,
+    timed out, revoked with SIGTERM. Of a worker process that is killed (-9) it ends within the ttl. What a lock
+    promises, and what no lock can, when Redis is away too, is in DistributedLock and HeldLock.
+
+    Args:
+        key: a template of the task's argument names, "agent:{agent_id}": the lock's name.
+        ttl: seconds of the lock's lease; None: REDIS_LOCK_TIMEOUT.
+        on_conflict: somebody else holds it. "retry" publishes the message anew, to run in half a second, then in
+            twice the time each time, up to half a minute: its `retries` and `max_retries` do not know of it. "raise"
+            raises LockTimeout. "skip" ends the task with None, and counts it.
+
+    Called directly or eagerly, "retry" raises LockTimeout: there is no message to publish anew.
+
+    With both, put `exclusive` above `rate_limited`: a conflict then takes nothing of the limit.
+
+    Raises ValueError at decoration for a bad argument, and where it stands above `@app.task`. A run raises LockLost
+    where the lock was lost though the function succeeded, and LockUnavailable while nobody can be asked (Redis is away
+    for less than a second, or GOVREDIS_LOCK_FALLBACK=fail); "retry" takes that for a conflict.
+    """
+    if on_conflict not in {"retry", "raise", "skip"}:
+        raise refuse("on_conflict", on_conflict, '"retry", "raise" or "skip"')
+    if ttl is not None:
+        check_ttl(ttl)
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R | None]:
+        _refuse_tasks(function, "exclusive")
+        template = KeyTemplate(key, function)
+
+        @_wraps(function)
+        def alone(*args: P.args, **kwargs: P.kwargs) -> R | None:
+            gov = current_gov()
+            try:
+                held = gov.locks.acquire(template.fill(args, kwargs), timeout=0, ttl=ttl)
+            except (LockTimeout, LockUnavailable) as conflict:
+                if on_conflict == "retry" and can_republish(current_task):
+                    gov.counters.add("celery.conflicts.retry")
+                    conflicts = int((current_task.request.headers or {}).get(_CONFLICTS, 0))
+                    wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(conflicts, 10))
+                    republish(current_task, conflict, jittered(wait), {_CONFLICTS: conflicts + 1})
+                if isinstance(conflict, LockUnavailable):
+                    raise
+                gov.counters.add(f"celery.conflicts.{on_conflict}")
+                if on_conflict == "skip":
+                    return None
+                raise
+            with held:
+                return function(*args, **kwargs)
+
+        return alone
+
+    return decorate
+
+
+def _refuse_tasks(function: Any, decorator: str) -> None:
+    # Of a task that is not made yet, Celery's proxy: to look into it would finalize the app.
+    if issubclass(type(function), (Proxy, Task)):
+        raise ValueError(f"@{decorator} stands above @app.task; it must stand below it, next to the function")
+    if not callable(function):
+        raise refuse("what is decorated", function, "the function of a task")
+
+
+def _wraps(function: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """functools.wraps, with the signature where Celery looks for it to check arguments as they are published."""
+
+    def wrap(wrapper: Callable[P, R]) -> Callable[P, R]:
+        wrapper = functools.wraps(function)(wrapper)
+        wrapper.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+        return wrapper
+
+    return wrap
