@@ -34,8 +34,8 @@ bench: $(READY)  ## cost over a raw socket, beside redis-py and the peers, in on
 	$(BIN)/python -m pip install -q --disable-pip-version-check limits throttled-py python-redis-lock
 	$(BIN)/python -m tests.bench
 
-worker:  ## (comes with the Celery application)
-	@echo "there is no Celery application in this version yet" >&2; exit 2
+worker: $(READY)  ## a Celery worker with beat, on REDIS_URL, CELERY_BROKER_URL and GOVREDIS_DATABASE_URL
+	@$(BIN)/python -m tasks
 
 serve:  ## (comes with the Flask integration)
 	@echo "there is nothing to serve in this version yet" >&2; exit 2
