@@ -17,7 +17,7 @@ $(READY): setup.cfg setup.py
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' $(REQUIRE)
 	@touch $@
 
-demo: $(READY)  ## start Redis and PostgreSQL, drive every feature, take Redis away, and say what held
+demo: $(READY)  ## start Redis, PostgreSQL, Celery and Flask, drive them, take Redis away, and say what held
 	@$(BIN)/govredis demo
 
 test: $(READY)  ## the tests, on every redis-server found and on PostgreSQL
@@ -37,8 +37,8 @@ bench: $(READY)  ## cost over a raw socket, beside redis-py and the peers, in on
 worker: $(READY)  ## a Celery worker with beat, on REDIS_URL, CELERY_BROKER_URL and GOVREDIS_DATABASE_URL
 	@$(BIN)/python -m tasks
 
-serve:  ## (comes with the Flask integration)
-	@echo "there is nothing to serve in this version yet" >&2; exit 2
+serve: $(READY)  ## the demo's servers, Celery worker and Flask site, left running with the URL printed
+	@$(BIN)/govredis demo --serve
 
 dist: $(READY)  ## wheel and sdist, in dist/
 	rm -rf build dist

@@ -24,8 +24,9 @@ for command in COMMANDS:
 
 @main.command()
 @click.option("--seconds", type=click.FloatRange(10, 600), default=24, show_default=True, help="Of traffic.")
-def demo(seconds: float) -> None:
-    """Start a real Redis and a real PostgreSQL, drive them, take Redis away, and say what held."""
-    from .demo import run
+@click.option("--serve", is_flag=True, help="Leave it all running, with the URL of its site printed, until Ctrl-C.")
+def demo(seconds: float, serve: bool) -> None:
+    """Start real servers, a Celery worker and a site, drive them, take Redis away, and say what held."""
+    from . import demo
 
-    sys.exit(run(seconds))
+    sys.exit(demo.serve() if serve else demo.run(seconds))

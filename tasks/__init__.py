@@ -14,6 +14,37 @@ from govredis.contrib.celery import init_celery
 
 app: Celery = Celery("tasks", broker=os.environ.get("CELERY_BROKER_URL") or os.environ.get("REDIS_URL") or "redis://")
 
+app.conf.update(
+    # A broker that hangs or refuses blocks a publisher for a second at most: then it gets kombu's OperationalError. No
+    # retries: what was not answered may be in the queue all the same, and would be there twice. A connection that was
+    # idle is tried with a PING first, so that a message is not left in the buffer of a server that hangs.
+    task_publish_retry=False,
+    broker_connection_timeout=1,
+    broker_pool_acquire_timeout=1,
+    broker_transport_options={
+        "socket_connect_timeout": 1,
+        "socket_timeout": 1,
+        "socket_keepalive": True,
+        "health_check_interval": 1,
+        "max_retries": 0,
+        # A worker that dies takes its messages with it for so long. Above the longest task, and twice the longest wait
+        # of a limited one.
+        "visibility_timeout": 1200,
+    },
+    # A worker waits for its broker for as long as it takes.
+    broker_connection_max_retries=None,
+    broker_connection_retry_on_startup=True,
+    # A message is gone when its task has ended, not when it began: a killed worker's runs again. So tasks must bear to
+    # run twice, and none is reserved by a worker that is busy.
+    task_acks_late=True,
+    task_reject_on_worker_lost=True,
+    worker_prefetch_multiplier=1,
+    # What runs when the connection breaks runs on.
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+    # The schedule is in memory: there is nothing to catch up with, and no file to be left behind or broken.
+    beat_scheduler="celery.beat:Scheduler",
+)
+
 init_celery(app)
 
 from .agents import (  # noqa: E402 - they are tasks of the app above

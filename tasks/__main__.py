@@ -19,7 +19,10 @@ def main() -> None:
     problems = list(check())
     if problems:
         sys.exit("\n".join(f"tasks: {problem}" for problem in problems))
-    worker = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "--beat", *sys.argv[1:]]
+    # Without what workers tell each other: it is published by the loop that also acknowledges and keeps the time limits,
+    # and a broker that hangs would hold it up.
+    alone = ("--without-gossip", "--without-mingle", "--without-heartbeat")
+    worker = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "--beat", *alone, *sys.argv[1:]]
     os.execv(sys.executable, worker)
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import mmap
 from pathlib import Path
 
-WEB, JOBS = 4, 3  # processes
-WORKERS = WEB + JOBS
+WEB, JOBS, CLIENTS = 4, 3, 1  # processes
+WORKERS = WEB + JOBS + CLIENTS
+POOL = 2  # processes of the Celery worker
 AGENTS = 32
 SESSIONS = 250  # of each web worker
 
@@ -18,11 +19,12 @@ STARTING, STOP = -1, 99
 
 
 class Board:
-    """The story writes `phase`, `dead` and `epoch`; a worker writes the cells that carry its number."""
+    """The story writes `phase`, `dead` and `epoch`; a worker, and a
+    process of the Celery worker, writes the cells that carry its number."""
 
     def __init__(self, path: Path) -> None:
         with path.open("a+b") as file:
-            file.truncate(8 * (4 + 2 * WORKERS + WEB * (1 + SESSIONS + 2 * AGENTS)))
+            file.truncate(8 * (4 + 2 * WORKERS + WEB * (1 + SESSIONS + AGENTS) + (WEB + POOL) * AGENTS))
             self._cells = memoryview(mmap.mmap(file.fileno(), 0)).cast("q")
         self._used = 4
         self.ready = self._take(WORKERS)
@@ -34,8 +36,8 @@ class Board:
         self.on_redis = [self._take(SESSIONS) for _ in range(WEB)]
         #: Per agent, the last version that a worker's update returned.
         self.updated = [self._take(AGENTS) for _ in range(WEB)]
-        #: The same, but only of updates after which no reader may see less: see `Web.update`.
-        self.promised = [self._take(AGENTS) for _ in range(WEB)]
+        #: The same, but only of updates after which no reader may see less: see `promise`.
+        self.promised = [self._take(AGENTS) for _ in range(WEB + POOL)]
 
     def _take(self, count: int) -> memoryview[int]:
         self._used += count
@@ -78,6 +80,11 @@ class Board:
         alone = self._cells[3] == worker + 1
         self._cells[3] = 0
         return alone
+
+    def promise(self, row: int, agent: int, version: int) -> None:
+        """From now on no reader may see less. `row`: a web worker's number, or WEB + that of a process of Celery's."""
+        mine = self.promised[row]
+        mine[agent] = max(mine[agent], version)
 
     def floors(self, agent: int) -> tuple[int, int]:
         """The least version that a read beginning now may return, and the last that an update returned."""

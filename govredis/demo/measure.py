@@ -44,6 +44,8 @@ class Findings:
     errors: dict[str, str]
     lost: list[str]
     admissions: list[Admission]
+    #: The numbers of the tasks that the site has acknowledged.
+    published: list[int]
 
     @classmethod
     def read(cls, path: Path) -> Findings:
@@ -51,7 +53,8 @@ class Findings:
         rows, names = zip(*[iter(found["log"])] * COLUMNS, strict=True), list(OPERATIONS)
         calls = [Call(names[int(n)], int(by), began, ended, int(sent)) for n, by, began, ended, sent in rows]
         admissions = [Admission(*row) for row in found.get("admissions", ())]
-        return cls(calls, Counter(found["tally"]), found["errors"], found.get("lost", []), admissions)
+        lost, published = found.get("lost", []), found.get("published", [])
+        return cls(calls, Counter(found["tally"]), found["errors"], lost, admissions, published)
 
 
 @dataclass
@@ -66,11 +69,19 @@ class Phase:
 
 @dataclass
 class Run:
-    """The whole story, as it went. `counter`: what the file says that was counted up under the lock."""
+    """The whole story, as it went.
+
+    Attributes:
+        counter: what the file says that was counted up under the lock.
+        discoveries: how often each discovery was stored by its task.
+        snapshots: of the health, kept in PostgreSQL while Redis was away.
+    """
 
     phases: list[Phase]
     workers: list[Findings]
     counter: int
+    discoveries: list[int]
+    snapshots: int
     servers: str = ""
 
     def __post_init__(self) -> None:
@@ -80,6 +91,7 @@ class Run:
         self.calls = [call for worker in self.workers for call in worker.calls]
         self.lost = {session for worker in self.workers for session in worker.lost}
         self.admissions = [admission for worker in self.workers for admission in worker.admissions]
+        self.published = sum(len(worker.published) for worker in self.workers)
         self.errors = {name: text for worker in self.workers for name, text in worker.errors.items()}
 
     def latencies(self, operation: str, by: int) -> list[float]:
@@ -116,6 +128,9 @@ class Run:
             "increments lost": abs(self.tally["increments"] - self.counter),
             "stale reads after invalidation": self.tally["!stale reads"],
             "sessions resolved wrongly": self.tally["!sessions resolved wrongly"],
+            "tasks lost": self.published - len(self.discoveries),
+            "tasks run twice": sum(runs - 1 for runs in self.discoveries),
+            "HTTP errors": self.tally["!HTTP errors"],
             "unexpected errors": self.tally["!unexpected errors"],
         }
 
@@ -127,6 +142,8 @@ class Run:
             found += [f'{phase.name}: nobody could "{name}"' for name in OPERATIONS if name not in served]
             if not phase.outage and (missing := len(self.workers) - len(self.in_use_after(number))):
                 found.append(f"{phase.name}: {missing} workers did not use Redis")
+        if any(phase.outage for phase in self.phases) and not self.snapshots:
+            found.append("no health snapshot was taken while Redis was away")
         return found
 
 

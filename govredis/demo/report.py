@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .measure import Run, quantile
-from .traffic import FALLBACK, LOCKS, OPERATIONS, POSTGRES, REDIS, REFUSED
+from .traffic import FALLBACK, LOCKS, OPERATIONS, OVER_HTTP, POSTGRES, REDIS, REFUSED
 
 
 class Screen:
@@ -81,7 +81,8 @@ def _latencies(run: Run) -> Table:
     columns = ("", "on Redis", "on its fallback", "PostgreSQL alone")
     table = _table("Latency, median and 99th percentile", columns, caption)
     for operation in OPERATIONS:
-        found = [run.latencies(operation, by) for by in (REDIS, FALLBACK, POSTGRES)]
+        alone = () if operation in OVER_HTTP else (POSTGRES,)
+        found = [run.latencies(operation, by) for by in (REDIS, FALLBACK, *alone)]
         table.add_row(operation, *(f"{_time(quantile(x, 0.5))} {_time(quantile(x, 0.99)):>8}" for x in found))
     return table
 
@@ -116,6 +117,9 @@ def _invariants(run: Run) -> Table:
         "increments lost": f"{tally['increments']:,} made under the lock, and the file says {run.counter:,}",
         "stale reads after invalidation": f"{tally['reads']:,} values looked at",
         "sessions resolved wrongly": "another's agent, or none though known",
+        "tasks lost": f"{run.published:,} published over HTTP, each limited in the worker",
+        "tasks run twice": f"{len(run.discoveries):,} run",
+        "HTTP errors": f"{sum(call.operation in OVER_HTTP for call in run.calls):,} requests",
         "unexpected errors": f"in {len(run.calls):,} calls",
     }
     rows = [
@@ -127,10 +131,9 @@ def _invariants(run: Run) -> Table:
 
 def _notes(run: Run) -> Table:
     tally, (reads, statements) = run.tally, run.statements()
-    snapshots = [tally["snapshots in redis"], tally["snapshots in postgres"]]
     rows = {
         f"PostgreSQL statements saved: {reads:,} reads took {statements:,}, outages included": reads - statements,
-        f"health snapshots, {snapshots[1]} of them kept in PostgreSQL while Redis was away": sum(snapshots),
+        "health snapshots by beat, kept in PostgreSQL while Redis was away": run.snapshots,
         "sessions lost with Redis's data; they become durable in a later version": len(run.lost),
         "SessionStoreUnavailable: Redis away, session never seen by that process": tally["sessions unknown"],
         "sessions bound while Redis was away, asked for before it was told": tally["sessions owed"],

@@ -1,23 +1,16 @@
-"""The story: servers and workers started, Redis taken away twice, everything ended."""
+"""The story: workers started on the stage, Redis taken away twice, everything ended."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from time import perf_counter
 from typing import Protocol
 
 from ..api import GovRedis
 from ..config import Config
-from ..testing.servers import PostgresServer, RedisServer
-from .board import JOBS, STARTING, STOP, WEB, WORKERS, Board
+from .board import STOP, WORKERS
 from .measure import Findings, Phase, Run
-from .traffic import TABLE
+from .stage import stage
 
 #: Name, share of the time, whether Redis is away.
 PHASES = (
@@ -27,11 +20,7 @@ PHASES = (
     ("hung (SIGSTOP)", 4.5, True),
     ("awake again", 3.5, False),
 )
-_PATIENCE = 20.0  # seconds for workers to start, and to finish what they are at
-
-
-class WorkerError(RuntimeError):
-    """A worker ended early, or did not start or finish in time."""
+_PATIENCE = 10.0  # seconds without any further task run, when there should be
 
 
 class Listener(Protocol):
@@ -43,29 +32,18 @@ class Listener(Protocol):
 
 
 def tell(seconds: float, listener: Listener) -> Run:
-    """Have it all happen, with `seconds` of traffic. Raises ServerError, WorkerError."""
-    total = sum(share for _, share, _ in PHASES)
-    with contextlib.ExitStack() as ends:
-        listener.begins("starting Redis, PostgreSQL and workers")
-        redis = ends.enter_context(RedisServer())
-        postgres = ends.enter_context(PostgresServer())
-        # Inside Redis's temporary folder, which its keeper removes even if this process is killed.
-        folder = redis.folder / "demo"
-        folder.mkdir()
+    """Have it all happen, with `seconds` of traffic. Raises ServerError, ProcessError."""
+    listener.begins("starting Redis, PostgreSQL and workers")
+    with stage() as on:
+        redis, board, processes = on.redis, on.board, on.processes
         for name in ("counter", "counter-alone"):
-            (folder / name).write_text("0")
-        board = Board(folder / "board")
-        board.phase, board.epoch = STARTING, 1
-        with GovRedis(Config(redis_url=redis.url, database_url=postgres.url)) as gov:
-            gov.postgres.migrate()
-            gov.postgres.fetch(TABLE)
-            versions = f"Redis {redis.command('INFO', 'server')['redis_version']}, PostgreSQL " + str(
-                gov.postgres.fetch("SHOW server_version")[0][0]
-            )
-        config = {"redis_url": redis.url, "database_url": postgres.url, "lock_folder": str(folder / "locks")}
-        workers = ends.enter_context(_workers(folder, config))
-        _until(lambda: all(board.ready), workers, folder, "start")
+            (on.folder / name).write_text("0")
+        names = [f"worker {number} of {WORKERS}" for number in range(WORKERS)]
+        for number, name in enumerate(names):
+            processes.start(name, "traffic", number=number, config=on.config, folder=str(on.folder))
+        processes.until(lambda: all(board.ready), "the workers' start")
 
+        total = sum(share for _, share, _ in PHASES)
         phases: list[Phase] = []
         done = 0.0
         for number, (name, share, outage) in enumerate(PHASES):
@@ -88,54 +66,29 @@ def tell(seconds: float, listener: Listener) -> Run:
             phases.append(Phase(name, outage, began, began))
             board.phase = number
             while (spent := perf_counter() - began) < seconds * share / total:
-                _check(workers, folder)
+                processes.check()
                 listener.goes_on((done + spent * total / seconds) / total, sum(board.calls))
                 time.sleep(0.1)
             done += share
         phases[-1].ended = perf_counter()
         board.phase = STOP
-        _until(lambda: all(worker.poll() == 0 for worker in workers), workers, folder, "finish")
-        found = [Findings.read(folder / f"found-{number}.json") for number in range(WORKERS)]
-        return Run(phases, found, int((folder / "counter").read_text()), versions)
+        processes.until(lambda: all(map(processes.ended, names)), "the workers' end")
+        found = [Findings.read(on.folder / f"found-{number}.json") for number in range(WORKERS)]
+        with GovRedis(Config(**on.config)) as gov:
+            discoveries = _discoveries(gov, sum(len(each.published) for each in found))
+            snapshots = gov.postgres.fetch("SELECT count(*) FROM govredis_health_snapshots")[0][0]
+        counter = int((on.folder / "counter").read_text())
+        return Run(phases, found, counter, discoveries, snapshots, on.versions)
 
 
-@contextlib.contextmanager
-def _workers(folder: Path, config: dict[str, str]) -> Iterator[list[subprocess.Popen[str]]]:
-    """The worker processes. Each ends itself when its stdin does: when this process is gone, however it went."""
-    workers: list[subprocess.Popen[str]] = []
-    try:
-        for number in range(WORKERS):
-            with (folder / f"stderr-{number}").open("w") as stderr:
-                worker = subprocess.Popen(
-                    # In a session of its own: Ctrl-C is for this process, which then ends them all.
-                    [sys.executable, "-c", "from govredis.demo.traffic import main; main()"],
-                    stdin=subprocess.PIPE, stderr=stderr, cwd=folder, text=True, start_new_session=True,
-                )  # fmt: skip
-            workers.append(worker)
-            assert worker.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it has ended already, which _check will say
-                worker.stdin.write(json.dumps({"number": number, "config": config, "folder": str(folder)}) + "\n")
-                worker.stdin.flush()
-        yield workers
-    finally:
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.communicate()
-
-
-def _check(workers: list[subprocess.Popen[str]], folder: Path) -> None:
-    """Raises WorkerError if a worker has ended with an error."""
-    for number, worker in enumerate(workers):
-        if worker.poll():
-            tail = (folder / f"stderr-{number}").read_text().strip()[-500:]
-            raise WorkerError(f"worker {number} of {WEB} + {JOBS} ended with {worker.returncode}: {tail}")
-
-
-def _until(ready: Callable[[], bool], workers: list[subprocess.Popen[str]], folder: Path, what: str) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    while not ready():
-        _check(workers, folder)
-        if time.monotonic() > deadline:
-            raise WorkerError(f"the workers did not {what} within {_PATIENCE:g} s")
-        time.sleep(0.02)
+def _discoveries(gov: GovRedis, published: int) -> list[int]:
+    """How often each was stored, once all are; or when no more have come for a while."""
+    runs: list[int] = []
+    last = time.monotonic()
+    while len(runs) < published and time.monotonic() - last < _PATIENCE:
+        rows = gov.postgres.fetch("SELECT runs FROM demo_discoveries")
+        if len(rows) > len(runs):
+            last = time.monotonic()
+        runs = [int(row[0]) for row in rows]
+        time.sleep(0.1)
+    return runs

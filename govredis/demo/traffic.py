@@ -1,30 +1,29 @@
 """What the workers do: real calls, one after the other, each timed, with what came back held against the board.
 
-A worker is a process of its own, started by `story.py` as `python -c "from govredis.demo.traffic import main; main()"`
-with its order on stdin. When stdin ends, whoever started it is gone, and so is the worker.
+A worker is a process of its own, started by `story.py`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import sys
-import threading
 import time
 import traceback
 from array import array
 from collections import Counter
 from collections.abc import Callable
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from ..api import GovRedis
 from ..config import Config
 from ..errors import LockLost, SessionStoreUnavailable
 from ..limits import Limit
-from .board import AGENTS, SESSIONS, STARTING, STOP, WEB, Board
+from .board import AGENTS, JOBS, SESSIONS, STARTING, STOP, WEB, Board
+from .processes import take_order
 
 T = TypeVar("T")
 
@@ -40,7 +39,12 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "store a discovery": ("limits.degraded.postgres", "limits.degraded.local"),
     "lock and release": ("locks.degraded_grants",),
     "count under a lock": ("locks.degraded_grants",),
+    # The site tells, with each answer.
+    "resolve over HTTP": (),
+    "update over HTTP": (),
+    "publish over HTTP": (),
 }
+OVER_HTTP = ("resolve over HTTP", "update over HTTP", "publish over HTTP")
 LOCKS = ("lock and release", "count under a lock")
 NUMBER = {name: number for number, name in enumerate(OPERATIONS)}
 COLUMNS = 5  # of a row of the log: operation, who served it, began, ended, PostgreSQL statements sent
@@ -77,15 +81,19 @@ class Worker:
 
     def timed(self, operation: str, call: Callable[[], T]) -> tuple[T, int]:
         """Call it and log it. Returns what it returned, and who served it."""
-        names, count, postgres = OPERATIONS[operation], self.gov.counters.get, self.gov.postgres
-        degraded, statements, by = sum(map(count, names)), postgres.statements, REFUSED
+        postgres = self.gov.postgres
+        degraded, statements, by = self.degraded(operation), postgres.statements, REFUSED
         began = perf_counter()
         try:
             result = call()
-            by = FALLBACK if sum(map(count, names)) > degraded else REDIS
+            by = FALLBACK if self.degraded(operation) > degraded else REDIS
         finally:
             self.log.extend((NUMBER[operation], by, began, perf_counter(), postgres.statements - statements))
         return result, by
+
+    def degraded(self, operation: str) -> int:
+        """How often its fallback has served an operation."""
+        return sum(map(self.gov.counters.get, OPERATIONS[operation]))
 
     def beside(self, operation: str, call: Callable[[], object]) -> None:
         """Now and then, and in the same run, do the same with PostgreSQL alone."""
@@ -146,7 +154,7 @@ class Web(Worker):
             for session, epoch in self.owed_sessions:
                 self.board.on_redis[self.number][session] = epoch
             for agent, version in self.owed_updates:
-                self.promise(agent, version)
+                self.board.promise(self.number, agent, version)
             self.owed_sessions, self.owed_updates = [], []
         return result, by
 
@@ -210,10 +218,6 @@ class Web(Worker):
 
     # -- agents --------------------------------------------------------------------------------------------------
 
-    def promise(self, agent: int, version: int) -> None:
-        mine = self.board.promised[self.number]
-        mine[agent] = max(mine[agent], version)
-
     def update(self) -> None:
         """After it has returned no reader may see less; unless Redis was away, then not after its replay.
 
@@ -224,7 +228,7 @@ class Web(Worker):
         assert record is not None
         self.board.updated[self.number][agent] = record["version"]
         if by == REDIS or self.board.dead:
-            self.promise(agent, record["version"])
+            self.board.promise(self.number, agent, record["version"])
         else:
             self.owed_updates.append((agent, record["version"]))
         own = f"alone-{self.number}"
@@ -279,16 +283,10 @@ class Web(Worker):
 
 
 class Job(Worker):
-    """Works in the background under locks, and looks at the health once a second."""
-
-    snapshot_due = 0.0
+    """Works in the background under locks."""
 
     def step(self) -> None:
-        if self.number == WEB and perf_counter() > self.snapshot_due:
-            self.snapshot_due = perf_counter() + 1
-            report = self.gov.health.snapshot()
-            self.tally[f"snapshots in {report.stored}"] += 1
-        elif self.random.random() < 0.5:
+        if self.random.random() < 0.5:
             self.lock()
         else:
             self.count()
@@ -326,6 +324,83 @@ class Job(Worker):
             body()
 
 
+class Client(Worker):
+    """Somebody who uses the site: logs in, is recognised, changes agents and stores discoveries, over HTTP."""
+
+    def __init__(self, number: int, config: dict[str, Any], folder: str) -> None:
+        super().__init__(number, config, folder)
+        self.http = HTTPConnection(urlsplit((self.folder / "site").read_text()).netloc, timeout=5)
+        self.fallbacks = 0
+        #: Of each session, the epoch in which it was last bound.
+        self.sessions: dict[str, int] = {}
+        self.lost: list[str] = []
+        #: The numbers of the discoveries that the site has accepted.
+        self.published: list[int] = []
+        self.findings = {"lost": self.lost, "published": self.published}
+        mix: dict[Callable[[], None], int] = {self.resolve: 80, self.update: 2, self.discover: 4}
+        self.calls, self.weights = list(mix), list(mix.values())
+
+    def degraded(self, operation: str) -> int:
+        return self.fallbacks
+
+    def prepare(self) -> None:
+        for session in range(20):
+            self.log_in(f"s-{self.number}-{session}")
+
+    def step(self) -> None:
+        self.random.choices(self.calls, self.weights)[0]()
+
+    def ask(self, method: str, path: str, session: str = "", body: object = None) -> tuple[int, Any]:
+        headers = {"X-Session-Id": session, "Content-Type": "application/json"}
+        try:
+            self.http.request(method, path, json.dumps(body), headers)
+            answer = self.http.getresponse()
+            status, found = answer.status, json.loads(answer.read())
+        except (OSError, HTTPException, ValueError):
+            self.http.close()
+            status, found = 0, None
+        if status == 0 or status >= 500:
+            self.tally["!HTTP errors"] += 1
+        elif answer.headers["X-Degraded"] != "0":
+            self.fallbacks += 1
+        return status, found
+
+    def log_in(self, session: str) -> None:
+        epoch = self.board.epoch
+        self.ask("POST", "/login", body={"session": session, "agent": _agent_of_session(session)})
+        self.sessions[session] = epoch
+
+    def resolve(self) -> None:
+        session, epoch = self.random.choice(list(self.sessions)), self.board.epoch
+        (status, found), _ = self.timed("resolve over HTTP", lambda: self.ask("GET", "/me", session))
+        if status == 200:
+            self.tally["!sessions resolved wrongly"] += found["agent_id"] != _agent_of_session(session)
+        elif status == 401:
+            if self.sessions[session] < self.board.epoch:
+                self.lost.append(session)
+            elif epoch == self.board.epoch:
+                self.tally["!sessions resolved wrongly"] += 1
+            self.log_in(session)
+
+    def update(self) -> None:
+        """The site changes the row with SQL of its own, and publishes the invalidation, which promises the version."""
+        self.post(
+            "update over HTTP", f"/agents/agent-{self.random.randrange(AGENTS)}", {"clicked": self.random.random()}
+        )
+
+    def discover(self) -> None:
+        number = len(self.published)
+        if self.post("publish over HTTP", "/discoveries", {"number": number}) == 202:
+            self.published.append(number)
+
+    def post(self, operation: str, path: str, body: object) -> int:
+        session = self.random.choice(list(self.sessions))
+        (status, _), _ = self.timed(operation, lambda: self.ask("POST", path, session, body))
+        if status == 400:  # the limit is of no agent: the session was lost with Redis's data
+            self.log_in(session)
+        return status
+
+
 def increment(path: Path) -> None:
     """Read, dawdle, write: wrong for any two who do it at once."""
     number = int(path.read_text())
@@ -337,13 +412,12 @@ def _agent_of(owner: int, session: int) -> str:
     return f"agent-{(owner * 7 + session) % AGENTS}"
 
 
-def _die_with_parent() -> None:
-    while os.read(0, 1):
-        pass
-    os._exit(1)
+def _agent_of_session(session: str) -> str:
+    """As the session's name, which is s-OWNER-NUMBER, has it: of few agents, whose limits are met now and then."""
+    return f"agent-{int(session.rpartition('-')[2]) % LIMITED}"
 
 
 def main() -> None:
-    order = json.loads(sys.stdin.readline())
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    (Web if order["number"] < WEB else Job)(**order).run()
+    order = take_order()
+    number = order["number"]
+    (Web if number < WEB else Job if number < WEB + JOBS else Client)(**order).run()

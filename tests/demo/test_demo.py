@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 from rich.console import Console
@@ -22,7 +24,7 @@ from govredis import Limit
 from govredis.demo.board import STOP, Board
 from govredis.demo.measure import Admission, Call, Findings, Phase, Run, overfull, quantile
 from govredis.demo.report import Screen, print_report
-from govredis.demo.traffic import OPERATIONS, REDIS, Job, Web
+from govredis.demo.traffic import FALLBACK, OPERATIONS, REDIS, Client, Job, Web
 
 COMMAND = [sys.executable, "-c", "from govredis.cli import main; main()", "demo"]
 REPOSITORY = Path(__file__).parents[2]
@@ -31,12 +33,12 @@ REPOSITORY = Path(__file__).parents[2]
 class Demo:
     """`govredis demo` as a process, with a temporary folder of its own, so that what it leaves behind is seen."""
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
         # In /tmp, where also the user nobody may enter, who runs PostgreSQL for root.
         self.folder = Path(tempfile.mkdtemp(prefix="demo-test-", dir="/tmp"))
         self.folder.chmod(0o755)
         self.process = subprocess.Popen(
-            [*COMMAND, "--seconds", "12"], cwd=REPOSITORY, text=True, start_new_session=True,
+            [*COMMAND, *(options or ("--seconds", "12"))], cwd=REPOSITORY, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, "TMPDIR": str(self.folder), "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
@@ -102,6 +104,10 @@ class TestAsAProcess:
         assert re.search(r"^ *[1-9]\d*   sessions lost", out, re.MULTILINE)
         assert re.search(r"^0   lock overlaps \([1-9]", out, re.MULTILINE)
         assert max(len(line.rstrip()) for line in out.splitlines()) <= 100
+        assert re.search(r"^0   tasks lost \([1-9]", out, re.MULTILINE)
+        assert re.search(r"^0   tasks run twice \([1-9]", out, re.MULTILINE)
+        assert re.search(r"^0   HTTP errors \([1-9]", out, re.MULTILINE)
+        assert re.search(r"^ *[1-9]\d*   health snapshots by beat", out, re.MULTILINE)
         demo.assert_nothing_is_left()
 
     @pytest.mark.parametrize("when", ["starting", "killed (-9)"])
@@ -118,10 +124,42 @@ class TestAsAProcess:
 
     def test_killed_itself(self, demo: Demo) -> None:
         demo.wait_for("back, empty")
-        assert len(demo.processes()) > 11, "the story, 7 workers, 2 servers and their keepers"
+        assert len(demo.processes()) > 18, "the story, 8 workers, 3 servers and their keepers, Celery's 4 and the site"
         demo.process.kill()
         assert demo.end()[0] == -signal.SIGKILL
         demo.assert_nothing_is_left(within=10)
+
+    def test_serve(self) -> None:
+        demo = Demo("--serve")
+        try:
+            demo.wait_for("Ctrl-C ends")
+            url = re.search(r"http://127.0.0.1:\d+/", "".join(demo.said))
+            assert url is not None
+
+            def ask(path: str, body: object = None) -> Any:
+                headers = {"X-Session-Id": "mine", "Content-Type": "application/json"}
+                data = None if body is None else json.dumps(body).encode()
+                with urlopen(Request(url[0] + path, data, headers), timeout=10) as answer:
+                    return json.load(answer)
+
+            ask("login", {"session": "mine", "agent": "agent-1"})
+            assert ask("me") == {"agent_id": "agent-1"}
+            assert ask("agents/agent-1")["metadata"] == {"name": "Agent 1"}
+            assert ask("discoveries", {"number": 1}) == {}
+            version = ask("agents/agent-1", {"team": "search"})["version"]
+            # The worker runs the invalidation: the site's own SQL does not.
+            while ask("agents/agent-1")["version"] < version:
+                pass
+            assert ask("agents/agent-1")["metadata"] == {"name": "Agent 1", "team": "search"}
+            while "beat" not in (health := ask("govredis/health"))["checks"]:
+                pass
+            assert health["status"] == "pass"
+            demo.process.send_signal(signal.SIGINT)
+            status, _, err = demo.end()
+            assert (status, err) == (0, "")
+            demo.assert_nothing_is_left()
+        finally:
+            demo.process.kill()
 
     def test_no_server(self) -> None:
         program = (
@@ -136,8 +174,8 @@ class TestAsAProcess:
 def a_run(**tally: int) -> Run:
     """A run in which everything held; `tally` changes it."""
     calls = [Call(name, REDIS, 1.0, 1.1, 0) for name in OPERATIONS]
-    found = Findings(calls, Counter({"increments": 5, **tally}), {}, [], [])
-    return Run([Phase("healthy", False, 0.0, 2.0)], [found], counter=5)
+    found = Findings(calls, Counter({"increments": 5, **tally}), {}, [], [], published=[0, 1, 2])
+    return Run([Phase("healthy", False, 0.0, 2.0)], [found], counter=5, discoveries=[1, 1, 1], snapshots=0)
 
 
 def told(run: Run) -> tuple[int, str]:
@@ -157,6 +195,7 @@ class TestWhatBreaksARun:
             ("!lock overlaps", "lock overlaps: 2"),
             ("!stale reads", "stale reads after invalidation: 2"),
             ("!sessions resolved wrongly", "sessions resolved wrongly: 2"),
+            ("!HTTP errors", "HTTP errors: 2"),
             ("!unexpected errors", "unexpected errors: 2"),
             ("increments", "increments lost: 3"),
         ],
@@ -172,6 +211,22 @@ class TestWhatBreaksARun:
         status, text = told(run)
         assert status == 1
         assert "limits exceeded: 11" in text
+
+    def test_tasks_lost_or_run_twice(self) -> None:
+        run = a_run()
+        run.discoveries = [1, 3]
+        status, text = told(run)
+        assert status == 1
+        assert "It did not hold: tasks lost: 1; tasks run twice: 2\n" in text
+
+    def test_an_outage_without_a_snapshot(self) -> None:
+        run = a_run()
+        run.phases[0].outage = True
+        status, text = told(run)
+        assert status == 1
+        assert "no health snapshot was taken while Redis was away" in text
+        run.snapshots = 1
+        assert told(run)[0] == 0
 
     def test_work_that_stopped(self) -> None:
         run = a_run()
@@ -229,6 +284,71 @@ class FakeSessions:
 @pytest.fixture
 def config() -> dict[str, Any]:
     return {"redis_url": "redis://127.0.0.1:1", "database_url": "postgresql://127.0.0.1:1/none"}
+
+
+class FakeConnection:
+    """What the site would have answered."""
+
+    def __init__(self, status: int, body: object = None, degraded: str = "0") -> None:
+        self.status, self.body, self.headers = status, body, {"X-Degraded": degraded}
+
+    def request(self, *args: object) -> None:
+        if self.status == 0:
+            raise ConnectionResetError
+
+    def getresponse(self) -> FakeConnection:
+        return self
+
+    def read(self) -> str:
+        return json.dumps(self.body)
+
+    def close(self) -> None:
+        pass
+
+
+class TestWhatClientsSee:
+    @pytest.fixture
+    def client(self, tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Client:
+        (tmp_path / "site").write_text("http://127.0.0.1:1/")
+        client = Client(7, config, str(tmp_path))
+        client.sessions["s-7-1"] = 1
+        client.board.epoch = 1
+        monkeypatch.setattr(client, "log_in", lambda session: None)
+        return client
+
+    @pytest.mark.parametrize(
+        ("answer", "tally"),
+        [
+            (FakeConnection(200, {"agent_id": "agent-1"}), {}),
+            (FakeConnection(200, {"agent_id": "agent-2"}), {"!sessions resolved wrongly": 1}),
+            (FakeConnection(401), {"!sessions resolved wrongly": 1}),
+            (FakeConnection(503), {"!HTTP errors": 1}),
+            (FakeConnection(0), {"!HTTP errors": 1}),
+        ],
+        ids=["right", "another's agent", "forgotten by a living Redis", "an error", "no answer"],
+    )
+    def test_a_session(self, client: Client, answer: Any, tally: dict[str, int]) -> None:
+        client.http = answer
+        client.resolve()
+        assert dict(+client.tally) == tally
+        assert client.lost == []
+
+    def test_a_session_lost_with_the_data(self, client: Client) -> None:
+        client.http, client.board.epoch = FakeConnection(401), 2  # type: ignore[assignment]
+        client.resolve()
+        assert (dict(client.tally), client.lost) == ({}, ["s-7-1"])
+
+    def test_what_was_not_accepted_is_not_published(self, client: Client) -> None:
+        for status in (202, 400, 202, 503):
+            client.http = FakeConnection(status, {})  # type: ignore[assignment]
+            client.discover()
+        assert client.published == [0, 1]
+
+    def test_who_served_it(self, client: Client) -> None:
+        for degraded in ("0", "2"):
+            client.http = FakeConnection(202, {}, degraded)  # type: ignore[assignment]
+            client.discover()
+        assert list(client.log[1::5]) == [REDIS, FALLBACK]
 
 
 class TestWhatWorkersSee:

@@ -1,0 +1,364 @@
+"""Flask: a GovRedis for each app, limited views, the agent of a request's session, health endpoints and commands."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, ParamSpec, TypeVar, cast
+from urllib.parse import quote
+from weakref import WeakSet
+
+import click
+from flask import Blueprint, Flask, Response, current_app, request
+from flask.cli import AppGroup, with_appcontext
+from werkzeug.exceptions import BadRequest
+
+from .._commands import COMMANDS, work_on
+from .._templates import KeyTemplate
+from ..api import GovRedis, get_gov
+from ..errors import BackendUnavailable, ConfigurationError, RateLimitExceeded, refuse
+from ..keys import check_id
+from ..limits import Limit, RateLimitResult
+from ..limits.calls import LimitedCalls
+from ..limits.rates import Rate, parse_rate
+from ._settings import gov_of_settings
+
+__all__ = ["FlaskGovRedis"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_EXTENSION = "govredis"
+_HEADER, _COOKIE = "GOVREDIS_SESSION_HEADER", "GOVREDIS_SESSION_COOKIE"
+#: What RFC 9110 and RFC 6265 both call a token: the name of a header, or of a cookie.
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+# In the request's environ, not in flask.g, which the requests of a test share while it holds an app context open.
+_AGENT, _HITS = "govredis.agent", "govredis.hits"
+
+_QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+
+
+@dataclass(slots=True)
+class _App:
+    """What an app has of us, in its `extensions`. `gov`: None for the process-wide one."""
+
+    gov: GovRedis | None
+    #: Its views that stand below their limit; None before the first request, when views may still be added.
+    unlimited: list[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Hit:
+    """One limit that this request met. Fields as in draft-ietf-httpapi-ratelimit-headers-11 (May 2026)."""
+
+    operation: str
+    limits: Sequence[Limit]
+    result: RateLimitResult
+
+    def name(self, limit: Limit) -> str:
+        """The policy's, fit for a String of RFC 9651 as it is, so that header and body have the same."""
+        return quote(f"{self.operation}: {limit}", safe=" !#$&'()*+,/:;<=>?@[]^`{|}~")
+
+    def policies(self) -> Iterator[str]:
+        """Items of RateLimit-Policy. A window of a part of a second has no `w`: the draft knows whole ones only."""
+        for limit in self.limits:
+            w = f";w={limit.window:.0f}" if limit.window == int(limit.window) else ""
+            yield f'"{self.name(limit)}";q={limit.count}{w}'
+
+    def service_limit(self) -> str:
+        """The item of RateLimit: of the limit that decided."""
+        result = self.result
+        t = math.ceil(result.reset_after if result.allowed else result.retry_after)
+        return f'"{self.name(result.limit)}";r={result.remaining};t={t}'
+
+
+class FlaskGovRedis:
+    """govredis in Flask apps. One may serve several apps, and come before them (`init_app`).
+
+    Each app gets:
+
+    - `/govredis/live` (200, touches nothing), `/govredis/ready` (503 only where health says fail) and
+      `/govredis/health` (the same with the whole report, which names hosts: not for the public), as
+      application/health+json, never cached;
+    - RateLimitExceeded out of any view as 429, and BackendUnavailable (SessionStoreUnavailable and LockUnavailable are
+      such) as 503, with Retry-After and an application/problem+json body (RFC 9457). An `errorhandler` of the app's own
+      for one of the two stands, whichever comes first;
+    - the commands `flask govredis migrate` and `flask govredis health`.
+
+    Settings, in the app's configuration: `GOVREDIS_` and the name of a field of Config in capitals, put over the
+    environment's; `GOVREDIS_SESSION_HEADER` ("X-Session-Id") and `GOVREDIS_SESSION_COOKIE` (None), for `current_agent`.
+
+    Works under prefork servers, `--preload` included, and threads: nothing is held but what a GovRedis holds. While
+    Redis is away requests go on, on the fallbacks of each feature.
+
+    Args:
+        app: one to start with; the same as `init_app(app)`.
+        gov: what its apps use; None: of each app one made of its settings if it has any of Config's, else the
+            process-wide one.
+    """
+
+    def __init__(self, app: Flask | None = None, gov: GovRedis | None = None) -> None:
+        self._gov = gov
+        self._apps: WeakSet[Flask] = WeakSet()
+        #: What `rate_limited` was put on: as a view by itself it would run unlimited.
+        self._bare: WeakSet[Callable[..., Any]] = WeakSet()
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Serve `app` too: its settings are read now. Nothing is connected.
+
+        Raises ConfigurationError for wrong settings, and for one with our prefix that is none of ours; ValueError for
+        an app that has a FlaskGovRedis already.
+        """
+        if _EXTENSION in app.extensions:
+            raise ValueError(f"app {app.name!r} has a FlaskGovRedis already; init_app is called once for an app")
+        also = [name.removeprefix("GOVREDIS_").lower() for name in (_HEADER, _COOKIE)]
+        made = gov_of_settings(app.config, app.config, "GOVREDIS_", also)
+        for name, default in (_HEADER, "X-Session-Id"), (_COOKIE, None):
+            held = app.config.setdefault(name, default)
+            if held is not None and not (isinstance(held, str) and _TOKEN.fullmatch(held)):
+                raise ConfigurationError(
+                    f"{name} is {held!r}; it must be a name of letters, digits and any of !#$%&'*+-.^_`|~, or None"
+                )
+        app.register_blueprint(_endpoints)
+        for error, handler in (RateLimitExceeded, _too_many), (BackendUnavailable, _unavailable):
+            if error not in app.error_handler_spec[None][None]:
+                app.register_error_handler(error, handler)
+        app.before_request(self._refuse_unlimited)
+        app.after_request(_tell_limits)
+        app.cli.add_command(_commands)
+        app.extensions[_EXTENSION] = _App(self._gov or made)
+        self._apps.add(app)
+
+    @property
+    def gov(self) -> GovRedis:
+        """The GovRedis of the current app. Raises RuntimeError for an app without `init_app`, and outside of any."""
+        return _gov()
+
+    def current_agent(self) -> str | None:
+        """The agent of the session whose id this request carries: in the header GOVREDIS_SESSION_HEADER, else in the
+        cookie GOVREDIS_SESSION_COOKIE. Its TTL slides (`sessions.get(..., touch=True)`). Redis is asked once a request.
+
+        Returns None where no id came, where what came can be none, and where the session is bound to nobody.
+
+        Raises SessionStoreUnavailable while Redis is away and this process does not know the session: that is not the
+        same as logged out. A view that lets it pass is a 503.
+        """
+        if _AGENT not in request.environ:
+            request.environ[_AGENT] = self._find_agent()
+        return cast("str | None", request.environ[_AGENT])
+
+    def _find_agent(self) -> str | None:
+        header, cookie = current_app.config[_HEADER], current_app.config[_COOKIE]
+        session_id: Any = request.headers.get(header) if header else None
+        if not session_id and cookie:
+            session_id = request.cookies.get(cookie)
+        try:
+            check_id(session_id)
+        except ValueError:
+            return None
+        return self.gov.sessions.get_agent_id(session_id, touch=True)
+
+    def rate_limited(
+        self,
+        rate: Rate | Callable[[], Rate],
+        *,
+        key: str | Callable[[], str | None],
+        operation: str = "default",
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Limit the requests of a view, over all processes. Put it between the route and the function.
+
+        Args:
+            rate: as in `RateLimiter.hit`, or a callable without arguments that reads flask.request and returns one.
+            key: whom to limit: a template of the view's arguments, those of its URL, "{agent_id}"; or a callable
+                without arguments that reads flask.request, such as `current_agent`.
+            operation: what is limited.
+
+        A refused request is a RateLimitExceeded, and so a 429. Every response of the view, a 429 and an error included,
+        has RateLimit-Policy with all limits and RateLimit with the one that decided, as in
+        draft-ietf-httpapi-ratelimit-headers-11 (May 2026). A policy's name is "{operation}: {limit}", with what is not
+        printable ASCII, and `"`, `%` and `\\`, percent-encoded. With several of these on a view each decides in turn,
+        outermost first, and its place is taken also where an inner one refuses.
+
+        A request without an identity is a 400, never unlimited: `key` gives None or what can stand in no key, or raises
+        KeyError or ValueError. What is promised when Redis is away is as for `RateLimiter.hit`.
+
+        Raises ValueError at decoration for a bad argument, for an async view, and above the route of an app that this
+        has seen: the limit would never be asked there. What can only be found later (a blueprint, an app to come) has
+        that app refuse every request with that ValueError.
+        """
+        LimitedCalls(rate, key, operation)
+        _refuse_arguments("rate", rate)
+        _refuse_arguments("key", key)
+
+        def decorate(function: Callable[P, R]) -> Callable[P, R]:
+            if not callable(function):
+                raise refuse("what is decorated", function, "the function of a view")
+            if inspect.iscoroutinefunction(function):
+                raise ValueError(f"{_name(function)} is async; @rate_limited is for synchronous views")
+            identify: Callable[[Any, Any], Any] = (
+                (lambda args, kwargs: key()) if callable(key) else KeyTemplate(key, function).fill
+            )
+            self._bare.update(_layers(function))
+            for app in self._apps:
+                if unlimited := self._unlimited(app):
+                    raise _above_the_route(unlimited)
+
+            @functools.wraps(function)
+            def limited(*args: P.args, **kwargs: P.kwargs) -> R:
+                limits = self.gov.limits
+                try:
+                    identity = check_id(identify(args, kwargs))
+                except (KeyError, ValueError) as error:  # KeyError: of request.headers[...] and its like
+                    said = "this request carries no identity for its limit"
+                    raise BadRequest(said, _problem(HTTPStatus.BAD_REQUEST, said)) from error
+                now = rate() if callable(rate) else rate
+                result = limits.hit(identity, now, operation=operation)
+                request.environ.setdefault(_HITS, []).append(_Hit(operation, parse_rate(now), result))
+                if not result.allowed:
+                    raise RateLimitExceeded(result)
+                return function(*args, **kwargs)
+
+            return limited
+
+        return decorate
+
+    def _unlimited(self, app: Flask) -> list[str]:
+        bare = {id(function) for function in self._bare}  # not every view can be hashed
+        return sorted({_name(view) for view in app.view_functions.values() if id(view) in bare})
+
+    def _refuse_unlimited(self) -> None:
+        state = _app()
+        if state.unlimited is None:
+            state.unlimited = self._unlimited(current_app)
+        if state.unlimited:
+            raise _above_the_route(state.unlimited)
+
+
+def _app() -> _App:
+    try:
+        return cast(_App, current_app.extensions[_EXTENSION])
+    except KeyError:
+        raise RuntimeError(f"app {current_app.name!r} has no FlaskGovRedis; call init_app(app) first") from None
+
+
+def _gov() -> GovRedis:
+    return _app().gov or get_gov()
+
+
+# -- decoration ----------------------------------------------------------------------------------------------------
+
+
+def _refuse_arguments(what: str, given: Any) -> None:
+    if callable(given):
+        try:
+            inspect.signature(given).bind()
+        except TypeError:
+            raise refuse(what, given, "a callable without arguments, which reads flask.request") from None
+
+
+def _layers(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """The function, and what it wraps: between the limit and a route below it another decorator may stand."""
+    layer: Callable[..., Any] | None = function
+    while layer is not None:
+        yield layer
+        layer = getattr(layer, "__wrapped__", None)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+
+
+def _above_the_route(names: list[str]) -> ValueError:
+    return ValueError(
+        f"@rate_limited does not limit {', '.join(names)}: it stands above a route, or the function itself is also a"
+        " view; put the route outermost, and give a view without the limit a function of its own"
+    )
+
+
+# -- responses -----------------------------------------------------------------------------------------------------
+
+
+def _tell_limits(response: Response) -> Response:
+    hits: list[_Hit] = request.environ.get(_HITS, [])
+    if hits:
+        response.headers.add("RateLimit-Policy", ", ".join(item for hit in hits for item in hit.policies()))
+        response.headers.add("RateLimit", ", ".join(hit.service_limit() for hit in hits))
+    return response
+
+
+def _too_many(error: RateLimitExceeded) -> Response:
+    violated, headers = [], {}
+    if error.result is not None:
+        # The operation of a limit is known of the decorator's only: `require` in a view does not tell.
+        hits: list[_Hit] = request.environ.get(_HITS, [])
+        names = [hit.name(error.result.limit) for hit in hits if hit.result is error.result]
+        violated = names or [str(error.result.limit)]
+        headers["Retry-After"] = str(max(1, math.ceil(error.result.retry_after)))
+    return _problem(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        str(error),
+        headers,
+        type=_QUOTA_EXCEEDED,
+        title="Request cannot be satisfied as assigned quota has been exceeded",
+        **{"violated-policies": violated},
+    )
+
+
+def _unavailable(error: BackendUnavailable) -> Response:
+    # What the error says names hosts.
+    said = "a service that this request needs is away for the moment"
+    return _problem(HTTPStatus.SERVICE_UNAVAILABLE, said, {"Retry-After": "1"})
+
+
+def _problem(status: HTTPStatus, detail: str, headers: dict[str, str] | None = None, **members: Any) -> Response:
+    """A response of RFC 9457."""
+    body = {"type": "about:blank", "title": status.phrase, "status": status, "detail": detail, **members}
+    return Response(json.dumps(body), status, headers, content_type="application/problem+json")
+
+
+# -- endpoints and commands ----------------------------------------------------------------------------------------
+
+_endpoints = Blueprint("govredis", __name__, url_prefix="/govredis")
+
+
+@_endpoints.get("/live")
+def live() -> Response:
+    return _health({"status": "pass"})
+
+
+@_endpoints.get("/ready")
+def ready() -> Response:
+    return _health({"status": _gov().health.check().status})
+
+
+@_endpoints.get("/health")
+def health() -> Response:
+    return _health(_gov().health.check().as_dict())
+
+
+def _health(body: dict[str, Any]) -> Response:
+    status = HTTPStatus.SERVICE_UNAVAILABLE if body["status"] == "fail" else HTTPStatus.OK
+    headers = {"Cache-Control": "no-store"}
+    return Response(json.dumps(body), status, headers, content_type="application/health+json")
+
+
+@with_appcontext
+def _on_the_apps() -> None:
+    try:
+        work_on(_gov())
+    except ConfigurationError as error:
+        raise click.ClickException(str(error)) from error
+
+
+_commands = AppGroup(
+    "govredis", callback=_on_the_apps, commands=COMMANDS, help="govredis: the app's Redis and PostgreSQL."
+)

@@ -1,0 +1,269 @@
+"""The app of the worker subprocesses. What its tasks saw and did they note in a Redis that is only for that.
+
+GOVREDIS_TEST_APP, a JSON object: `name` of the process, `broker`, `backend` and `evidence` (URLs), `queue`, `conf` (the
+app's settings), and `warm`: use everything here, in the parent, before there are workers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import time
+from typing import Any
+
+import redis
+from celery import Celery, Task, current_task
+from celery.exceptions import SoftTimeLimitExceeded
+from celery.signals import task_retry, worker_process_init, worker_ready
+
+from govredis import Config, GovRedis
+from govredis.contrib.celery import exclusive, init_celery, rate_limited
+from govredis.contrib.celery._gov import gov_of
+
+SETTINGS: dict[str, Any] = json.loads(os.environ["GOVREDIS_TEST_APP"])
+
+
+def die_with_parent(**_: Any) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
+die_with_parent()
+worker_process_init.connect(die_with_parent)
+
+evidence = redis.Redis.from_url(SETTINGS["evidence"], decode_responses=True)
+
+app: Celery = Celery("celery_app", broker=SETTINGS["broker"], backend=SETTINGS["backend"])
+app.conf.update(
+    task_default_queue=SETTINGS["queue"], broker_connection_retry_on_startup=True, **SETTINGS.get("conf", {})
+)
+
+
+def note(what: str, **seen: Any) -> None:
+    line = {"at": time.monotonic(), "pid": os.getpid(), "node": SETTINGS["name"], **seen}
+    evidence.rpush(what, json.dumps(line, default=str))
+
+
+@worker_ready.connect
+def ready(**_: Any) -> None:
+    note(f"ready:{SETTINGS['name']}")
+
+
+@task_retry.connect
+def retried(sender: Task, request: Any, reason: Any, **_: Any) -> None:
+    result = getattr(reason.exc, "result", None)
+    note(
+        f"retry:{request.id}",
+        task=sender.name,
+        why=type(reason.exc).__name__,
+        when=reason.when,
+        retry_after=result and result.retry_after,
+        degraded=result and result.degraded,
+    )
+
+
+# -- limits ----------------------------------------------------------------------------------------------------------
+
+
+def deliveries() -> int:
+    """How often the running task's message has come, this time included."""
+    return int(evidence.incr(f"deliveries:{current_task.request.id}"))
+
+
+def used_up_at_first(rate: str) -> Any:
+    """A key callable: on a message's first delivery the limit is used up just before it is asked."""
+
+    def key(self: Task, identity: str, *args: Any, **kwargs: Any) -> str:
+        request = self.request
+        seen = {
+            name: getattr(request, name)
+            for name in (
+                "id root_id parent_id group group_index chain chord callbacks errbacks expires headers ignore_result"
+                " retries timelimit time_limit soft_time_limit reply_to shadow origin replaced_task_nesting stamps"
+                " stamped_headers args kwargs correlation_id"
+            ).split()
+        }
+        info = request.delivery_info
+        seen["where"] = [info["exchange"], info["routing_key"], info["priority"]]
+        note(f"seen:{request.id}", message=seen, eta=request.eta)
+        if deliveries() == 1:
+            gov_of(app).limits.hit(identity, rate, operation=self.name)
+        return identity
+
+    return key
+
+
+@app.task(bind=True, name="flood", max_retries=0, autoretry_for=(Exception,))
+@rate_limited("20/2 seconds", key="{agent}", operation="flood")
+def flood(self: Task, agent: str, n: int) -> int:
+    note(
+        "flood",
+        n=n,
+        retries=self.request.retries,
+        max_retries=self.max_retries,
+        override=getattr(self, "override_max_retries", None),
+    )
+    return n
+
+
+@app.task(bind=True, name="traced")
+@rate_limited("1/2 seconds", key=used_up_at_first("1/2 seconds"), operation="traced")
+def traced(self: Task, identity: str, number: int = 0) -> int:
+    note(f"ran:{self.request.id}", retries=self.request.retries)
+    return number
+
+
+@app.task(name="add")
+def add(*numbers: Any) -> int:
+    flat = numbers[0] if isinstance(numbers[0], list) else numbers
+    note("added", numbers=flat)
+    return sum(flat)
+
+
+@app.task(bind=True, name="hourly")
+@rate_limited("1/hour", key=used_up_at_first("1/hour"), operation="hourly")
+def hourly(self: Task, identity: str) -> None:
+    note(f"ran:{self.request.id}")
+
+
+@app.task(bind=True, name="failing", autoretry_for=(ValueError,), retry_kwargs={"max_retries": 1, "countdown": 0})
+@rate_limited("1/second", key=lambda self, identity: failing_key(self, identity), operation="failing")
+def failing(self: Task, identity: str) -> int:
+    note(f"ran:{self.request.id}", retries=self.request.retries)
+    if self.request.retries == 0:
+        raise ValueError("for the first time")
+    return int(self.request.retries)
+
+
+def failing_key(self: Task, identity: str) -> str:
+    # Refused on the first delivery, and again on the one that follows the failure.
+    if deliveries() in {1, 3}:
+        gov_of(app).limits.hit(identity, "1/second", operation="failing")
+    return identity
+
+
+@app.task(name="late", acks_late=True)
+def late(n: int) -> None:
+    time.sleep(0.05)
+    note("late", n=n)
+
+
+@app.task(name="late_limited", acks_late=True)
+@rate_limited("10/second", key="{agent}", operation="late")
+def late_limited(agent: str, n: int) -> None:
+    note("late_limited", n=n)
+
+
+def gate(self: Task, identity: str) -> str:
+    """As used_up_at_first, and waits for the test there."""
+    if deliveries() == 1:
+        note(f"gate:{self.request.id}")
+        wait_for("gate-open")
+        gov_of(app).limits.hit(identity, "1/2 seconds", operation=self.name)
+    return identity
+
+
+def wait_for(key: str, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not evidence.exists(key):
+        assert time.monotonic() < deadline, f"{key} was never set"
+        time.sleep(0.02)
+
+
+@app.task(bind=True, name="gated_late", acks_late=True)
+@rate_limited("1/2 seconds", key=gate, operation="gated_late")
+def gated_late(self: Task, identity: str) -> None:
+    note(f"ran:{self.request.id}")
+
+
+@app.task(bind=True, name="gated_early")
+@rate_limited("1/2 seconds", key=gate, operation="gated_early")
+def gated_early(self: Task, identity: str) -> None:
+    note(f"ran:{self.request.id}")
+
+
+# -- locks -----------------------------------------------------------------------------------------------------------
+
+
+@app.task(bind=True, name="alone", max_retries=0)
+@exclusive("alone:{key}", ttl=60)
+def alone(self: Task, key: str, n: int, seconds: float = 0.0) -> int:
+    began = time.monotonic()
+    time.sleep(seconds)
+    note("alone", key=key, n=n, began=began, ended=time.monotonic(), retries=self.request.retries)
+    return n
+
+
+@app.task(name="meet")
+@exclusive("meet:{mine}", ttl=60)
+def meet(mine: str, others: str) -> None:
+    """Is done only if the other one runs at the same time."""
+    evidence.set(f"met:{mine}", 1)
+    wait_for(f"met:{others}", 30)
+
+
+def _hold(self: Task, key: str) -> str:
+    note(f"holding:{key}")
+    try:
+        time.sleep(120)
+    except SoftTimeLimitExceeded:
+        return "ended softly"
+    return "was not ended"
+
+
+app.task(exclusive("hold:{key}", ttl=60)(_hold), name="hold", bind=True)
+app.task(exclusive("hold:{key}", ttl=3)(_hold), name="hold_shortly", bind=True)
+
+
+@app.task(name="follow")
+@exclusive("hold:{key}", ttl=60)
+def follow(key: str) -> None:
+    note(f"followed:{key}")
+
+
+# -- forks -----------------------------------------------------------------------------------------------------------
+
+
+def use_everything(gov: GovRedis, name: str) -> dict[str, Any]:
+    """What came of it, and which sockets this process has, to the Redis of `gov`."""
+    with gov.locks.acquire(f"lock-{name}", timeout=10) as held:
+        token = held.token
+    return {
+        "token": token,
+        "allowed": gov.limits.hit(f"limit-{name}", "1000/hour").allowed,
+        "bound": gov.sessions.bind(f"session-{name}", "agent").agent_id,
+        "session": gov.sessions.get_agent_id(f"session-{name}"),
+        "loaded": gov.metadata.get_or_load("agent", lambda _: {"a": 1}),
+        "away": gov.counters.get("limits.degraded.local"),
+        "clients": [gov._redis.call("CLIENT", "ID") for _ in range(3)],  # type: ignore[union-attr]
+        "sockets": sorted(sockets_to(gov.config.redis_url)),
+    }
+
+
+def sockets_to(url: str) -> set[str]:
+    """The inodes of this process's own TCP sockets to a server on 127.0.0.1."""
+    port = f"0100007F:{int(url.split(':')[2].split('/')[0]):04X}"
+    with open("/proc/self/net/tcp") as file:
+        connected = {line.split()[9] for line in file if line.split()[2] == port}
+    mine = set()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            mine.add(os.readlink(f"/proc/self/fd/{fd}").removeprefix("socket:[").removesuffix("]"))
+        except FileNotFoundError:  # what listed them
+            pass
+    return connected & mine
+
+
+@app.task(name="use")
+def use(n: int) -> dict[str, Any]:
+    return {"pid": os.getpid(), **use_everything(gov_of(app), f"{n % 5}")}
+
+
+if SETTINGS.get("warm"):
+    warm = GovRedis(Config(**SETTINGS["warm"]))
+    note("warm", **use_everything(warm, "parent"))
+    kept = warm.locks.acquire("kept-by-the-parent", timeout=1, ttl=30)
+    init_celery(app, warm)
+else:
+    init_celery(app)

@@ -1,0 +1,149 @@
+"""One fleet of real workers for all tests of this folder, on Redises and a PostgreSQL of their own.
+
+Not for each redis-server found: what is asked here is what Celery does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from celery_fleet import Fleet
+
+from govredis import Config, GovRedis
+from govredis.testing.servers import PostgresServer, RedisServer
+
+
+@pytest.fixture
+def make_gov(make_gov: Callable[..., GovRedis]) -> Callable[..., GovRedis]:
+    """With timeouts that a busy machine keeps: what is tested here is what happens, not how soon."""
+    return lambda **settings: make_gov(**{"socket_timeout": 5, "connect_timeout": 1, **settings})
+
+
+@pytest.fixture(scope="session")
+def celery_redis() -> Iterator[RedisServer]:
+    """What the limits and locks of the fleet's tasks are in. Lives as long as the fleet."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def celery_postgres(shared_postgres: PostgresServer) -> str:
+    """A database of the fleet's own, with our tables: its URL. Other tests empty those of the shared one."""
+    with GovRedis(Config(redis_enabled=False, database_url=shared_postgres.url)) as gov:
+        gov.postgres.fetch("CREATE DATABASE fleet")
+    url = shared_postgres.url.rsplit("/", 1)[0] + "/fleet"
+    with GovRedis(Config(redis_enabled=False, database_url=url)) as gov:
+        gov.postgres.migrate()
+    return url
+
+
+@pytest.fixture(scope="session")
+def celery_settings(
+    celery_redis: RedisServer, celery_postgres: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Those of Config that everybody shares: nothing is taken for away because the machine is busy."""
+    return {
+        "redis_url": celery_redis.url,
+        "database_url": celery_postgres,
+        "lock_folder": str(tmp_path_factory.mktemp("locks")),
+        "socket_timeout": 10,
+        "connect_timeout": 2,
+        "postgres_timeout": 10,
+    }
+
+
+@pytest.fixture(scope="session")
+def celery_broker() -> Iterator[RedisServer]:
+    with RedisServer(persistent=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mortal_broker() -> Iterator[RedisServer]:
+    """To kill and restart."""
+    with RedisServer(persistent=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mortal_cache() -> Iterator[RedisServer]:
+    """Of the worker `mortal`: to kill and restart."""
+    with RedisServer(persistent=True) as server:
+        yield server
+
+
+def in_app(settings: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """As an app's configuration has them."""
+    return {f"govredis_{name}": value for name, value in {**settings, **more}.items()}
+
+
+NEVER = {"heartbeat_interval": None, "snapshot_interval": None, "purge_interval": None}
+
+
+@pytest.fixture(scope="session")
+def fleet(
+    celery_broker: RedisServer,
+    mortal_broker: RedisServer,
+    mortal_cache: RedisServer,
+    celery_settings: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Fleet]:
+    """Workers `first` and `second` on the queues "pair" and "other", four processes each; `mortal`, with beat, whose
+    Redis may be killed; `short`, with a visibility timeout of 4 s, on a broker that may be; and `warm`, which has used
+    everything before its children were forked, and replaces each after five tasks.
+    """
+    server = celery_broker.url.removesuffix("/0")
+    fleet = Fleet(
+        tmp_path_factory.mktemp("fleet"),
+        {"broker": celery_broker.url, "backend": f"{server}/1", "evidence": f"{server}/2"},
+    )
+    try:
+        for name in ("first", "second"):
+            fleet.worker(name, "-c", "4", "-Q", "pair,other", queue="pair", conf=in_app(celery_settings, **NEVER))
+        fleet.worker(
+            "mortal",
+            "-c",
+            "2",
+            beat=True,
+            conf={
+                **in_app(
+                    celery_settings,
+                    redis_url=mortal_cache.url,
+                    lock_fallback="fail",
+                    heartbeat_interval=0.5,
+                    snapshot_interval=0.5,
+                ),
+                "beat_max_loop_interval": 0.1,
+            },
+        )
+        fleet.worker(
+            "short",
+            "-c",
+            "4",
+            broker=mortal_broker.url,
+            conf={
+                **in_app(celery_settings, **NEVER),
+                "broker_transport_options": {
+                    "visibility_timeout": 4,
+                    "unacked_restore_interval": 0.5,
+                    "unacked_restore_throttle": 1,
+                },
+            },
+        )
+        fleet.worker("warm", "-c", "4", "--max-tasks-per-child", "5", warm=celery_settings, conf=in_app({}, **NEVER))
+        fleet.wait_ready("first", "second", "mortal", "short", "warm")
+        yield fleet
+    finally:
+        fleet.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    fleet = getattr(item, "funcargs", {}).get("fleet")
+    if report.failed and fleet is not None:
+        for name, log in fleet.logs():
+            report.sections.append((f"log of {name}", log))
+    return report
