@@ -35,6 +35,8 @@ class Processes:
                 # In a session of its own: Ctrl-C is for this process, which then ends them all.
                 [sys.executable, "-c", f"from govredis.demo.{module} import main; main()"],
                 stdin=subprocess.PIPE, stderr=stderr, cwd=self._folder, text=True, start_new_session=True,
+                # What it leaves behind when it is killed goes with the folder.
+                env={**os.environ, "TMPDIR": str(self._folder)},
             )  # fmt: skip
         self._started[name] = process
         assert process.stdin is not None
