@@ -38,6 +38,7 @@ def test_the_examples_do_what_they_say(
 ) -> None:
     monkeypatch.setenv("REDIS_URL", redis_server.url)
     monkeypatch.setenv("GOVREDIS_DATABASE_URL", postgres_server.url)
+    monkeypatch.setenv("CELERY_BROKER_URL", redis_server.url)
     monkeypatch.setenv("GOVREDIS_LOCK_FOLDER", str(tmp_path / "locks"))
     configure(None)
     names: dict[str, Any] = {}
