@@ -15,7 +15,7 @@ from urllib.parse import quote
 from weakref import WeakSet
 
 import click
-from flask import Blueprint, Flask, Response, current_app, request
+from flask import Blueprint, Flask, Response, after_this_request, current_app, request
 from flask.cli import AppGroup, with_appcontext
 from werkzeug.exceptions import BadRequest
 
@@ -50,7 +50,7 @@ class _App:
     """What an app has of us, in its `extensions`. `gov`: None for the process-wide one."""
 
     gov: GovRedis | None
-    #: Its views that stand below their limit; None before the first request, when views may still be added.
+    #: Its views that run without the limit put above their route; None before the first request: more may come.
     unlimited: list[str] | None = None
 
 
@@ -62,21 +62,31 @@ class _Hit:
     limits: Sequence[Limit]
     result: RateLimitResult
 
-    def name(self, limit: Limit) -> str:
-        """The policy's, fit for a String of RFC 9651 as it is, so that header and body have the same."""
-        return quote(f"{self.operation}: {limit}", safe=" !#$&'()*+,/:;<=>?@[]^`{|}~")
+    def name(self) -> str:
+        """Of the policy that decided."""
+        return _policy(self.operation, self.result.limit)[0]
 
-    def policies(self) -> Iterator[str]:
-        """Items of RateLimit-Policy. A window of a part of a second has no `w`: the draft knows whole ones only."""
-        for limit in self.limits:
-            w = f";w={limit.window:.0f}" if limit.window == int(limit.window) else ""
-            yield f'"{self.name(limit)}";q={limit.count}{w}'
+    def policies(self) -> str:
+        """Of RateLimit-Policy."""
+        return ", ".join([_policy(self.operation, limit)[1] for limit in self.limits])
 
     def service_limit(self) -> str:
         """The item of RateLimit: of the limit that decided."""
         result = self.result
         t = math.ceil(result.reset_after if result.allowed else result.retry_after)
-        return f'"{self.name(result.limit)}";r={result.remaining};t={t}'
+        return f'"{self.name()}";r={result.remaining};t={t}'
+
+
+@functools.lru_cache(maxsize=1024)
+def _policy(operation: str, limit: Limit) -> tuple[str, str]:
+    """A policy's name, and its item of RateLimit-Policy.
+
+    The name is fit for a String of RFC 9651 as it is, so that header and body have the same. A window of a part of a
+    second has no `w`: the draft knows whole ones only.
+    """
+    name = quote(f"{operation}: {limit}", safe=" !#$&'()*+,/:;<=>?@[]^`{|}~")
+    w = f";w={limit.window:.0f}" if limit.window == int(limit.window) else ""
+    return name, f'"{name}";q={limit.count}{w}'
 
 
 class FlaskGovRedis:
@@ -132,10 +142,9 @@ class FlaskGovRedis:
         for error, handler in (RateLimitExceeded, _too_many), (BackendUnavailable, _unavailable):
             if error not in app.error_handler_spec[None][None]:
                 app.register_error_handler(error, handler)
-        app.before_request(self._refuse_unlimited)
-        app.after_request(_tell_limits)
+        state = app.extensions[_EXTENSION] = _App(self._gov or made)
+        app.before_request(lambda: self._refuse_unlimited(app, state))
         app.cli.add_command(_commands)
-        app.extensions[_EXTENSION] = _App(self._gov or made)
         self._apps.add(app)
 
     @property
@@ -157,6 +166,7 @@ class FlaskGovRedis:
         return cast("str | None", request.environ[_AGENT])
 
     def _find_agent(self) -> str | None:
+        gov = self.gov
         header, cookie = current_app.config[_HEADER], current_app.config[_COOKIE]
         session_id: Any = request.headers.get(header) if header else None
         if not session_id and cookie:
@@ -165,7 +175,7 @@ class FlaskGovRedis:
             check_id(session_id)
         except ValueError:
             return None
-        return self.gov.sessions.get_agent_id(session_id, touch=True)
+        return gov.sessions.get_agent_id(session_id, touch=True)
 
     def rate_limited(
         self,
@@ -222,7 +232,7 @@ class FlaskGovRedis:
                     raise BadRequest(said, _problem(HTTPStatus.BAD_REQUEST, said)) from error
                 now = rate() if callable(rate) else rate
                 result = limits.hit(identity, now, operation=operation)
-                request.environ.setdefault(_HITS, []).append(_Hit(operation, parse_rate(now), result))
+                _note(_Hit(operation, parse_rate(now), result))
                 if not result.allowed:
                     raise RateLimitExceeded(result)
                 return function(*args, **kwargs)
@@ -235,10 +245,9 @@ class FlaskGovRedis:
         bare = {id(function) for function in self._bare}  # not every view can be hashed
         return sorted({_name(view) for view in app.view_functions.values() if id(view) in bare})
 
-    def _refuse_unlimited(self) -> None:
-        state = _app()
+    def _refuse_unlimited(self, app: Flask, state: _App) -> None:
         if state.unlimited is None:
-            state.unlimited = self._unlimited(current_app)
+            state.unlimited = self._unlimited(app)
         if state.unlimited:
             raise _above_the_route(state.unlimited)
 
@@ -287,11 +296,19 @@ def _above_the_route(names: list[str]) -> ValueError:
 # -- responses -----------------------------------------------------------------------------------------------------
 
 
+def _note(hit: _Hit) -> None:
+    """Have the response tell of it, and of those before."""
+    hits: list[_Hit] | None = request.environ.get(_HITS)
+    if hits is None:
+        hits = request.environ[_HITS] = []
+        after_this_request(_tell_limits)
+    hits.append(hit)
+
+
 def _tell_limits(response: Response) -> Response:
-    hits: list[_Hit] = request.environ.get(_HITS, [])
-    if hits:
-        response.headers.add("RateLimit-Policy", ", ".join(item for hit in hits for item in hit.policies()))
-        response.headers.add("RateLimit", ", ".join(hit.service_limit() for hit in hits))
+    hits: list[_Hit] = request.environ[_HITS]
+    response.headers.add("RateLimit-Policy", ", ".join([hit.policies() for hit in hits]))
+    response.headers.add("RateLimit", ", ".join([hit.service_limit() for hit in hits]))
     return response
 
 
@@ -300,7 +317,7 @@ def _too_many(error: RateLimitExceeded) -> Response:
     if error.result is not None:
         # The operation of a limit is known of the decorator's only: `require` in a view does not tell.
         hits: list[_Hit] = request.environ.get(_HITS, [])
-        names = [hit.name(error.result.limit) for hit in hits if hit.result is error.result]
+        names = [hit.name() for hit in hits if hit.result is error.result]
         violated = names or [str(error.result.limit)]
         headers["Retry-After"] = str(max(1, math.ceil(error.result.retry_after)))
     return _problem(

@@ -123,8 +123,8 @@ class TestAsAProcess:
         demo.assert_nothing_is_left()
 
     def test_killed_itself(self, demo: Demo) -> None:
-        demo.wait_for("back, empty")
-        assert len(demo.processes()) > 18, "the story, 8 workers, 3 servers and their keepers, Celery's 4 and the site"
+        demo.wait_for("killed (-9)")
+        assert len(demo.processes()) > 17, "the story, 8 workers, 2 servers, 3 keepers, Celery's 4 and the site"
         demo.process.kill()
         assert demo.end()[0] == -signal.SIGKILL
         demo.assert_nothing_is_left(within=10)

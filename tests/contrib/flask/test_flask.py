@@ -173,6 +173,8 @@ def test_init_app_twice_is_refused(app: Flask, ext: FlaskGovRedis) -> None:
 def test_an_app_without_init_app_says_so(app: Flask) -> None:
     with app.app_context(), pytest.raises(RuntimeError, match=r"app 'shop' has no FlaskGovRedis; call init_app\(app\)"):
         _ = FlaskGovRedis().gov
+    with app.test_request_context(), pytest.raises(RuntimeError, match="has no FlaskGovRedis"):
+        FlaskGovRedis().current_agent()
     with pytest.raises(RuntimeError, match="application context"):
         _ = FlaskGovRedis().gov
 
@@ -241,6 +243,23 @@ def test_the_effective_window_of_an_admission_lasts_until_the_limit_is_full_agai
         return ""
 
     assert client.get("/", headers=AGENT).headers["RateLimit"] == '"default: 9 per 5400 s";r=8;t=5400'
+
+
+def test_the_effective_window_of_a_refusal_ends_with_it(
+    app: Flask, ext: FlaskGovRedis, client: FlaskClient, plain_redis: Any
+) -> None:
+    @app.get("/")
+    @ext.rate_limited("2/minute", key=by_header)
+    def view() -> str:
+        return ""
+
+    seconds, _ = plain_redis.time()
+    plain_redis.zadd("rate_limit:default:agent-1", {"somebody else's": seconds - 30})
+    admitted, refused = client.get("/", headers=AGENT), client.get("/", headers=AGENT)
+    assert admitted.headers["RateLimit"] == '"default: 2 per 60 s";r=0;t=60'
+    wait = int(refused.headers["Retry-After"])
+    assert 20 <= wait <= 31
+    assert refused.headers["RateLimit"] == f'"default: 2 per 60 s";r=0;t={wait}'
 
 
 def test_a_window_of_no_whole_number_of_seconds_has_no_w(app: Flask, ext: FlaskGovRedis, client: FlaskClient) -> None:
@@ -771,10 +790,20 @@ def test_health_warns_with_200(
     assert "fallbacks are in use" in report["checks"]["redis"][0]["output"]
 
 
-def test_health_fails_with_503_and_live_touches_nothing(app: Flask, client: FlaskClient, away: GovRedis) -> None:
+def test_live_touches_nothing(ext: FlaskGovRedis, client: FlaskClient, gov: GovRedis, plain_redis: Any) -> None:
+    def touched() -> tuple[int, int]:
+        return plain_redis.info("stats")["total_connections_received"], gov.postgres.statements
+
+    before = touched()
+    assert assert_health(client, "live", 200) == {"status": "pass"}
+    assert touched() == before
+    assert_health(client, "ready", 200)
+    assert touched() > before
+
+
+def test_health_fails_with_503_and_live_does_not(app: Flask, client: FlaskClient, away: GovRedis) -> None:
     FlaskGovRedis(app, away)
     assert assert_health(client, "live", 200) == {"status": "pass"}
-    assert away._redis is not None and away._redis.breaker.times_opened == 0
     assert assert_health(client, "ready", 503) == {"status": "fail"}
     assert assert_health(client, "health", 503)["status"] == "fail"
 

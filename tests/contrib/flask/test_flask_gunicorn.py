@@ -65,7 +65,7 @@ def test_redis_killed_under_load_no_request_fails_or_is_slow(
                 answers += assert_limit_holds(gunicorn, "meanwhile")  # in PostgreSQL
                 warned = gunicorn.ask("/govredis/health", all_say("warn"))
             finally:
-                one_redis.restart()
+                one_redis.restart(data="empty")
             back = gunicorn.ask("/govredis/ready", all_say("pass"))
             answers += assert_limit_holds(gunicorn, "after")
         finally:
