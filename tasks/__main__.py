@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
 
-from govredis import Config, ConfigurationError, GovRedis
+from govredis import Config, ConfigurationError, GovRedis, GovRedisError
 from govredis.config import redact
 
 from . import app
@@ -14,13 +15,21 @@ from .agents import DISCOVERIES
 
 _PATIENCE = 3.0  # seconds for the broker
 
+#: What is looked at, in the health, for each variable; and what leaves the other server out of it.
+_SERVERS = {
+    "REDIS_URL": ("redis", {"GOVREDIS_DATABASE_URL": ""}),
+    "GOVREDIS_DATABASE_URL": ("postgres", {"REDIS_URL": "", "REDIS_ENABLED": "0"}),
+}
+
 
 def main() -> None:
-    problems = list(check())
+    logging.getLogger("govredis").disabled = True  # what it would say is said below
+    # Each once, on a line of its own: a setting that is wrong is so for both servers, and drivers say more than one.
+    problems = dict.fromkeys(" ".join(problem.split()) for problem in check())
     if problems:
         sys.exit("\n".join(f"tasks: {problem}" for problem in problems))
-    # Without what workers tell each other: it is published by the loop that also acknowledges and keeps the time limits,
-    # and a broker that hangs would hold it up.
+    # Without what workers tell each other: the loop that publishes it also acknowledges and keeps the time limits, and
+    # a broker that hangs would hold it up.
     alone = ("--without-gossip", "--without-mingle", "--without-heartbeat")
     worker = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "--beat", *alone, *sys.argv[1:]]
     os.execv(sys.executable, worker)
@@ -28,22 +37,25 @@ def main() -> None:
 
 def check() -> Iterator[str]:
     """What is wrong with the environment, in words. Makes the table of discoveries where nothing is."""
-    try:
-        with GovRedis(Config.from_env()) as gov:
-            for name, variable in {"redis": "REDIS_URL", "postgres": "GOVREDIS_DATABASE_URL"}.items():
+    for variable, (name, without) in _SERVERS.items():
+        try:
+            with GovRedis(Config.from_mapping({**os.environ, **without})) as gov:
                 seen = next(check for check in gov.health.check().checks if check.name == name)
                 if seen.status != "pass":
-                    yield f"{variable}: {seen.output}"
+                    yield f"{variable}: {seen.output.partition('; ')[0]}"  # what the health says of fallbacks is not
                 elif name == "postgres":
                     gov.postgres.fetch(DISCOVERIES)  # raises where none is configured
-    except ConfigurationError as error:
-        yield str(error)
+        except ConfigurationError as error:
+            yield str(error)  # names the variable
+        except GovRedisError as error:
+            yield f"{variable}: {error}"
     try:
         with app.connection_for_write() as broker:
-            broker.ensure_connection(max_retries=1, timeout=_PATIENCE)
+            broker.ensure_connection(max_retries=1, interval_start=0.2, timeout=_PATIENCE)
     except Exception as error:  # noqa: BLE001 - each transport has its own, and a URL that is none others still
+        variable = "CELERY_BROKER_URL" if os.environ.get("CELERY_BROKER_URL") else "CELERY_BROKER_URL (as REDIS_URL)"
         why = redact(str(error)) or type(error).__name__
-        yield f"CELERY_BROKER_URL: {redact(app.conf.broker_url)} cannot be used: {why}"
+        yield f"{variable}: {redact(app.conf.broker_url)} cannot be used: {why}"
 
 
 if __name__ == "__main__":

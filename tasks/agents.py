@@ -13,6 +13,7 @@ from govredis.contrib.celery import exclusive, rate_limited
 from . import app
 
 DISCOVERIES = """
+SELECT pg_advisory_xact_lock(hashtext('discoveries'));  -- workers that start together would all make it
 CREATE TABLE IF NOT EXISTS discoveries (
     task_id text PRIMARY KEY,       -- of the message: one that is delivered twice is stored once
     agent_id text NOT NULL,

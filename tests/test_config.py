@@ -179,6 +179,37 @@ def test_from_env_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
         Config.from_env()
 
 
+@pytest.mark.parametrize("prefix", ["govredis_", "GOVREDIS_"])
+def test_from_app_puts_an_applications_settings_over_the_environments(
+    monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    for variable in SETTINGS:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("REDIS_SESSION_TTL", "60")
+    monkeypatch.setenv("REDIS_LOCK_TIMEOUT", "7")
+    assert Config.from_app({}, prefix) == Config.from_env() == Config(session_ttl=60, lock_ttl=7)
+
+    def named(**settings: Any) -> dict[str, Any]:
+        return {prefix + (name.upper() if prefix.isupper() else name): value for name, value in settings.items()}
+
+    held = named(session_ttl=5, redis_url="redis://app", redis_enabled="0", metadata_ttl=None, heartbeat_interval=9)
+    assert Config.from_app(held, prefix) == Config(
+        session_ttl=5, lock_ttl=7, redis_url="redis://app", redis_enabled=False
+    )
+    assert Config.from_app({"REDIS_URL": "redis://other", "redis_url": "redis://other"}, prefix).redis_url == (
+        Config().redis_url
+    ), "the names without the prefix are not ours there"
+    other_case = {name.swapcase(): value for name, value in named(session_ttl=5).items()}
+    assert Config.from_app(other_case, prefix).session_ttl == 60
+    with pytest.raises(ConfigurationError) as caught:
+        Config.from_app(named(redis_url="redis://u:hunter2@h:port"), prefix)
+    (name,) = named(redis_url=0)
+    assert str(caught.value).startswith(f"{name} is 'redis://u:***@h:port'; it must be redis://")
+    monkeypatch.setenv("REDIS_SESSION_TTL", "an hour")
+    with pytest.raises(ConfigurationError, match=r"^REDIS_SESSION_TTL is 'an hour'"):
+        Config.from_app({}, prefix)
+
+
 def test_it_is_frozen_keyword_only_and_pickles() -> None:
     config = Config(session_ttl=60)
     with pytest.raises(dataclasses.FrozenInstanceError):

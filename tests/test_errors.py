@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from datetime import datetime, timezone
 from decimal import Decimal
 
 import pytest
+from celery import Celery
 
 from govredis import Limit, RateLimitResult, SessionBinding, errors
 from govredis.errors import (
@@ -85,6 +87,44 @@ def test_session_already_bound_carries_the_existing_binding_through_pickle() -> 
     assert type(copy) is SessionAlreadyBound
     assert copy.existing == BINDING
     assert str(copy) == "session is already bound to agent 'agent-1'"
+
+
+def test_without_what_they_carry_they_keep_their_message_through_pickle() -> None:
+    """As they come from a JSON result backend: a message, and nothing else."""
+    for made, carried in ((RateLimitExceeded("too often"), "result"), (SessionAlreadyBound("is bound"), "existing")):
+        copy = pickle.loads(pickle.dumps(made))
+        assert (type(copy), str(copy), copy.args) == (type(made), str(made), made.args)
+        assert getattr(copy, carried) is None
+
+
+@pytest.mark.parametrize("kind", [k for k in PARENTS if k not in {RateLimitExceeded, SessionAlreadyBound}])
+def test_those_with_a_message_come_over_a_json_result_backend(kind: type[Exception]) -> None:
+    copy = over_json(kind("what happened"))
+    assert type(copy) is kind
+    assert str(copy) == "what happened"
+
+
+def test_those_that_carry_something_keep_type_and_message_over_a_json_result_backend() -> None:
+    for error, carried in (
+        (RateLimitExceeded(RESULT), "result"),
+        (RateLimitExceeded(), "result"),
+        (SessionAlreadyBound(BINDING), "existing"),
+    ):
+        copy = over_json(error)
+        assert (type(copy), str(copy)) == (type(error), str(error))
+        assert getattr(copy, carried) is None
+        assert str(over_json(copy)) == str(error), "and once more"
+
+
+def over_json(error: Exception) -> BaseException:
+    """As one that a Celery task raised reaches who asks for its result."""
+    backend = Celery("errors", broker="memory://", set_as_current=False, result_serializer="json").backend
+    backend.serializer = "json"
+    stored = backend.prepare_exception(error)
+    assert not isinstance(stored, Exception), "a dict, made of JSON"
+    found = backend.exception_to_python(json.loads(json.dumps(stored)))
+    assert isinstance(found, BaseException)
+    return found
 
 
 def test_refuse_says_what_was_wrong_and_what_is_right() -> None:

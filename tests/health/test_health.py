@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import psycopg2
+import pytest
 
-from govredis import GovRedis, HealthReport
+from govredis import BackendError, BackendUnavailable, ConfigurationError, GovRedis, HealthReport
 from govredis.health import Check, HealthMonitor
 from govredis.testing.servers import PostgresServer, RedisServer
 
@@ -238,6 +239,91 @@ class TestSnapshots:
             {"redis_url": AWAY, "database_url": unmigrated},
         ):
             assert make_gov(**options).health.snapshot().stored is None
+
+
+class TestBeat:
+    def test_is_unknown_until_the_first(self, gov: GovRedis) -> None:
+        assert "beat" not in {check.name for check in gov.health.check().checks}
+
+    @pytest.mark.parametrize(("age", "status"), [(0, "pass"), (29, "pass"), (31, "warn"), (86_000, "warn")])
+    def test_warns_of_three_that_did_not_come(self, gov: GovRedis, plain_redis: Any, age: int, status: str) -> None:
+        assert gov.health.beat(10) is True
+        assert 86_390 < plain_redis.ttl("govredis:heartbeat") <= 86_400
+        # As old as that: the age is what is gone of its day.
+        plain_redis.pexpire("govredis:heartbeat", 86_400_000 - age * 1000)
+        report = gov.health.check()
+        assert [check.name for check in report.checks] == ["redis", "postgres", "counters", "beat"]
+        beat = report.checks[-1]
+        assert (report.status, beat.status) == (status, status)
+        assert beat.data["every"] == 10
+        assert age <= beat.data["seconds_since"] < age + 0.9
+        assert beat.output == (
+            "" if status == "pass" else f"no heartbeat for {age:.0f} s: beat is gone, or every worker"
+        )
+        assert json.loads(json.dumps(report.as_dict()))["checks"]["beat"][0]["status"] == status
+
+    def test_a_later_one_counts_anew_with_its_own_interval(self, gov: GovRedis, plain_redis: Any) -> None:
+        gov.health.beat(10)
+        plain_redis.pexpire("govredis:heartbeat", 1000)
+        assert gov.health.beat(0.25) is True
+        assert gov.health.check().checks[-1].data["every"] == 0.25
+        assert plain_redis.ttl("govredis:heartbeat") > 80_000
+
+    def test_is_forgotten_after_a_day(self, gov: GovRedis, plain_redis: Any) -> None:
+        gov.health.beat(10)
+        plain_redis.pexpire("govredis:heartbeat", 1)
+        while plain_redis.exists("govredis:heartbeat"):
+            time.sleep(0.001)
+        assert len(gov.health.check().checks) == 3
+
+    def test_is_not_noted_where_redis_is_away(self, make_gov: Callable[..., GovRedis]) -> None:
+        for options, counted in (({"redis_url": AWAY}, 1), ({"redis_enabled": False}, 0)):
+            gov = make_gov(**options)
+            assert gov.health.beat(10) is False
+            assert gov.counters.get("health.degraded.heartbeats") == counted
+            assert len(gov.health.check().checks) == 3
+
+    def test_an_error_of_redis_is_no_outage(self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer) -> None:
+        mortal_redis.command("CONFIG", "SET", "requirepass", "right")
+        with pytest.raises(BackendError):
+            make_gov(redis_url=mortal_redis.url.replace("//", "//:wrong@")).health.beat(10)
+
+    @pytest.mark.parametrize("every", [0, -1, "15", None, True])
+    def test_refuses_what_is_no_time(self, gov: GovRedis, plain_redis: Any, every: Any) -> None:
+        with pytest.raises(ValueError, match=r"^every is "):
+            gov.health.beat(every)
+        assert plain_redis.dbsize() == 0
+
+    def test_prefixes_do_not_see_each_others(
+        self, make_gov: Callable[..., GovRedis], redis_server: RedisServer
+    ) -> None:
+        one, other = (make_gov(redis_url=redis_server.url, key_prefix=prefix) for prefix in ("one:", "two:"))
+        one.health.beat(10)
+        assert (len(one.health.check().checks), len(other.health.check().checks)) == (4, 3)
+
+
+class TestPurge:
+    def test_deletes_what_is_older_than_thirty_days(self, gov: GovRedis) -> None:
+        gov.postgres.fetch(
+            "INSERT INTO govredis_health_snapshots"
+            " SELECT 'x', now() - n * interval '1 day' + interval '1 hour', '{}' FROM generate_series(27, 33) n"
+        )
+        assert gov.health.purge() == 3
+        days = gov.postgres.fetch("SELECT extract(day FROM now() - at)::int FROM govredis_health_snapshots ORDER BY 1")
+        assert days == [(26,), (27,), (28,), (29,)]
+        assert gov.health.purge() == 0
+
+    def test_without_a_postgres_there_is_nothing(
+        self, make_gov: Callable[..., GovRedis], redis_server: RedisServer
+    ) -> None:
+        assert make_gov(redis_url=redis_server.url).health.purge() == 0
+
+    def test_raises_what_is_wrong(self, make_gov: Callable[..., GovRedis], postgres_server: PostgresServer) -> None:
+        with pytest.raises(BackendUnavailable):
+            make_gov(redis_enabled=False, database_url=PG_AWAY).health.purge()
+        unmigrated = postgres_server.url.rsplit("/", 1)[0] + "/template1"
+        with pytest.raises(ConfigurationError, match="govredis migrate"):
+            make_gov(redis_enabled=False, database_url=unmigrated).health.purge()
 
 
 class TestForm:

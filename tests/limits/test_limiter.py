@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psycopg2
 import pytest
 
 from govredis import BackendUnavailable, ConfigurationError, GovRedis, Limit, RateLimitExceeded
@@ -374,3 +375,39 @@ class TestRefusals:
         with pytest.raises(ValueError, match="window is"):
             gov.limits.get_count("a", 0)
         assert not any("eval" in name for name in plain_redis.info("commandstats"))
+
+
+class TestPurge:
+    def test_deletes_the_windows_that_have_ended(
+        self, make_gov: Callable[..., GovRedis], postgres_server: PostgresServer
+    ) -> None:
+        gov = make_gov(redis_enabled=False, database_url=postgres_server.url)
+        gov.limits.hit("now", "1/hour")
+        gov.postgres.fetch(  # more than are deleted at once
+            "INSERT INTO govredis_limit_windows SELECT 'old' || n, '{}', 1, 5 FROM generate_series(1, 2500) n"
+        )
+        assert gov.limits.purge() == 2500
+        assert gov.postgres.fetch("SELECT key FROM govredis_limit_windows") == [("rate_limit:default:now",)]
+        assert not gov.limits.hit("now", "1/hour").allowed
+        assert gov.limits.purge() == 0
+
+    def test_waits_for_nobody(self, make_gov: Callable[..., GovRedis], postgres_server: PostgresServer) -> None:
+        gov = make_gov(redis_enabled=False, database_url=postgres_server.url)
+        gov.postgres.fetch("INSERT INTO govredis_limit_windows VALUES ('held', '{}', 1, 5), ('free', '{}', 1, 5)")
+        holder = psycopg2.connect(postgres_server.url)
+        with holder.cursor() as cursor:
+            cursor.execute("SELECT 1 FROM govredis_limit_windows WHERE key = 'held' FOR UPDATE")
+            assert gov.limits.purge() == 1
+        holder.close()
+        assert gov.limits.purge() == 1
+
+    def test_without_a_postgres_there_is_nothing(self, gov: GovRedis, make_gov: Callable[..., GovRedis]) -> None:
+        assert make_gov(redis_url=gov.config.redis_url).limits.purge() == 0
+
+    def test_raises_what_is_wrong(self, make_gov: Callable[..., GovRedis], postgres_server: PostgresServer) -> None:
+        away = make_gov(redis_enabled=False, database_url=PG_AWAY)
+        with pytest.raises(BackendUnavailable):
+            away.limits.purge()
+        unmigrated = postgres_server.url.rsplit("/", 1)[0] + "/template1"
+        with pytest.raises(ConfigurationError, match="govredis migrate"):
+            make_gov(redis_enabled=False, database_url=unmigrated).limits.purge()

@@ -58,8 +58,8 @@ def retried(sender: Task, request: Any, reason: Any, **_: Any) -> None:
         task=sender.name,
         why=type(reason.exc).__name__,
         when=reason.when,
-        retry_after=result and result.retry_after,
-        degraded=result and result.degraded,
+        retry_after=getattr(result, "retry_after", None),
+        degraded=getattr(result, "degraded", None),
     )
 
 
@@ -71,19 +71,16 @@ def deliveries() -> int:
     return int(evidence.incr(f"deliveries:{current_task.request.id}"))
 
 
+#: Of what a delivery is described by: when it may run, and what its own delivery was like.
+CHANGES = {"eta", "delivery_info", "properties", "hostname", "_children", "argsrepr", "kwargsrepr"}
+
+
 def used_up_at_first(rate: str) -> Any:
     """A key callable: on a message's first delivery the limit is used up just before it is asked."""
 
     def key(self: Task, identity: str, *args: Any, **kwargs: Any) -> str:
         request = self.request
-        seen = {
-            name: getattr(request, name)
-            for name in (
-                "id root_id parent_id group group_index chain chord callbacks errbacks expires headers ignore_result"
-                " retries timelimit time_limit soft_time_limit reply_to shadow origin replaced_task_nesting stamps"
-                " stamped_headers args kwargs correlation_id"
-            ).split()
-        }
+        seen = {what: value for what, value in vars(request).items() if what not in CHANGES}
         info = request.delivery_info
         seen["where"] = [info["exchange"], info["routing_key"], info["priority"]]
         note(f"seen:{request.id}", message=seen, eta=request.eta)
@@ -145,14 +142,26 @@ def failing_key(self: Task, identity: str) -> str:
 
 @app.task(name="late", acks_late=True)
 def late(n: int) -> None:
-    time.sleep(0.05)
+    time.sleep(0.2)
     note("late", n=n)
 
 
 @app.task(name="late_limited", acks_late=True)
-@rate_limited("10/second", key="{agent}", operation="late")
+@rate_limited("10/3 seconds", key="{agent}", operation="late")
 def late_limited(agent: str, n: int) -> None:
     note("late_limited", n=n)
+
+
+@app.task(name="strict")
+@rate_limited("1/hour", key="{agent}", operation="strict", on_limit="raise")
+def strict(agent: str) -> str:
+    return agent
+
+
+@app.task(name="skipping")
+@rate_limited("1/hour", key="{agent}", operation="skipping", on_limit="skip")
+def skipping(agent: str) -> str:
+    return agent
 
 
 def gate(self: Task, identity: str) -> str:
@@ -191,8 +200,28 @@ def gated_early(self: Task, identity: str) -> None:
 def alone(self: Task, key: str, n: int, seconds: float = 0.0) -> int:
     began = time.monotonic()
     time.sleep(seconds)
-    note("alone", key=key, n=n, began=began, ended=time.monotonic(), retries=self.request.retries)
+    note(
+        "alone",
+        key=key,
+        n=n,
+        began=began,
+        ended=time.monotonic(),
+        retries=self.request.retries,
+        headers=self.request.headers,
+    )
     return n
+
+
+@app.task(name="alone_or_error")
+@exclusive("hold:{key}", on_conflict="raise")
+def alone_or_error(key: str) -> str:
+    return key
+
+
+@app.task(name="alone_or_not")
+@exclusive("hold:{key}", on_conflict="skip")
+def alone_or_not(key: str) -> str:
+    return key
 
 
 @app.task(name="meet")
@@ -263,7 +292,7 @@ def use(n: int) -> dict[str, Any]:
 if SETTINGS.get("warm"):
     warm = GovRedis(Config(**SETTINGS["warm"]))
     note("warm", **use_everything(warm, "parent"))
-    kept = warm.locks.acquire("kept-by-the-parent", timeout=1, ttl=30)
+    kept = warm.locks.acquire(f"kept-by-{os.getpid()}", timeout=1, ttl=5)
     init_celery(app, warm)
 else:
     init_celery(app)

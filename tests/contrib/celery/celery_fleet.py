@@ -90,6 +90,7 @@ class Fleet:
         self.urls = urls
         self.processes: dict[str, Process] = {}
         self.evidence = redis.Redis.from_url(urls["evidence"], decode_responses=True)
+        self.needed: list[str] = []
         self._apps: dict[str, Celery] = {}
         self._started: dict[str, tuple[list[str], dict[str, Any]]] = {}
 
@@ -118,6 +119,13 @@ class Fleet:
         self.processes[name] = process
         return process
 
+    def mend(self) -> None:
+        """Start what a failed test has left ended."""
+        ended = [name for name in self.needed if not self.processes[name].running]
+        for name in ended:
+            self.again(name)
+        self.wait_ready(*ended)
+
     def wait_ready(self, *names: str) -> None:
         for name in names:
             process = self.processes[name]
@@ -134,7 +142,10 @@ class Fleet:
         """Publishes to a broker: tasks are named, `send_task("alone", ["key", 1])`, and none is imported."""
         broker = broker or self.urls["broker"]
         if broker not in self._apps:
-            self._apps[broker] = Celery("publisher", broker=broker, backend=self.urls["backend"], set_as_current=False)
+            app = Celery("publisher", broker=broker, backend=self.urls["backend"], set_as_current=False)
+            # Else a result that is collected when the servers are gone looks for them for 20 s.
+            app.backend.remove_pending_result = lambda result: result
+            self._apps[broker] = app
         return self._apps[broker]
 
     def close(self) -> None:
@@ -172,7 +183,7 @@ for line in sys.stdin:
 
     def eval(self, expression: str) -> Any:
         assert self._popen.stdin is not None and self._popen.stdout is not None
-        print(expression, file=self._popen.stdin, flush=True)  # noqa: T201
+        print(expression, file=self._popen.stdin, flush=True)
         return json.loads(self._popen.stdout.readline())
 
     def close(self) -> None:

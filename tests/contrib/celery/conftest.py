@@ -61,9 +61,10 @@ def celery_broker() -> Iterator[RedisServer]:
 
 
 @pytest.fixture(scope="session")
-def mortal_broker() -> Iterator[RedisServer]:
-    """To kill and restart."""
+def short_broker() -> Iterator[RedisServer]:
+    """Of the worker `short`, which publishes as the user "writer": to be refused."""
     with RedisServer(persistent=True) as server:
+        server.command("ACL", "SETUSER", "writer", "on", ">writer", "~*", "&*", "+@all")
         yield server
 
 
@@ -85,13 +86,13 @@ NEVER = {"heartbeat_interval": None, "snapshot_interval": None, "purge_interval"
 @pytest.fixture(scope="session")
 def fleet(
     celery_broker: RedisServer,
-    mortal_broker: RedisServer,
+    short_broker: RedisServer,
     mortal_cache: RedisServer,
     celery_settings: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Fleet]:
     """Workers `first` and `second` on the queues "pair" and "other", four processes each; `mortal`, with beat, whose
-    Redis may be killed; `short`, with a visibility timeout of 4 s, on a broker that may be; and `warm`, which has used
+    Redis may be killed; `short`, with a visibility timeout of 4 s, on a broker of its own; and `warm`, which has used
     everything before its children were forked, and replaces each after five tasks.
     """
     server = celery_broker.url.removesuffix("/0")
@@ -122,9 +123,11 @@ def fleet(
             "short",
             "-c",
             "4",
-            broker=mortal_broker.url,
+            broker=short_broker.url,
             conf={
                 **in_app(celery_settings, **NEVER),
+                "worker_prefetch_multiplier": 0,
+                "broker_write_url": short_broker.url.replace("//", "//writer:writer@"),
                 "broker_transport_options": {
                     "visibility_timeout": 4,
                     "unacked_restore_interval": 0.5,
@@ -133,7 +136,8 @@ def fleet(
             },
         )
         fleet.worker("warm", "-c", "4", "--max-tasks-per-child", "5", warm=celery_settings, conf=in_app({}, **NEVER))
-        fleet.wait_ready("first", "second", "mortal", "short", "warm")
+        fleet.wait_ready(*fleet.processes)
+        fleet.needed = [*fleet.processes]
         yield fleet
     finally:
         fleet.close()

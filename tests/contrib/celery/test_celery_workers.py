@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +16,7 @@ from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 from celery.result import AsyncResult
 from celery_fleet import PATIENCE, Fleet, Reader, until
 
-from govredis import Config, GovRedis
+from govredis import Config, GovRedis, LockTimeout, RateLimitExceeded
 from govredis.testing.servers import RedisServer
 
 FLOOD = 200
@@ -55,8 +52,8 @@ def pair(fleet: Fleet) -> Published:
 
 
 @pytest.fixture
-def short(fleet: Fleet, mortal_broker: RedisServer) -> Published:
-    return Published(fleet, "short", mortal_broker.url)
+def short(fleet: Fleet, short_broker: RedisServer) -> Published:
+    return Published(fleet, "short", short_broker.url)
 
 
 @pytest.fixture
@@ -64,7 +61,7 @@ def mortal(fleet: Fleet) -> Published:
     return Published(fleet, "mortal")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def flood(fleet: Fleet, celery_gov: GovRedis) -> list[AsyncResult]:
     """Published before the first test of this file runs, so that it need not be waited for: the last one looks."""
     # The log then keeps its entries for an hour: it tells at what server time each was admitted.
@@ -73,6 +70,13 @@ def flood(fleet: Fleet, celery_gov: GovRedis) -> list[AsyncResult]:
     celery_gov._redis.call("DEL", "rate_limit:flood:swarm")
     publish = Published(fleet, "pair")
     return [publish("flood", "swarm", n) for n in range(FLOOD)]
+
+
+@pytest.fixture(autouse=True)
+def mended(fleet: Fleet, flood: list[AsyncResult], mortal_cache: RedisServer) -> None:
+    if not mortal_cache.running:
+        mortal_cache.restart()
+    fleet.mend()
 
 
 # -- limits ----------------------------------------------------------------------------------------------------------
@@ -185,6 +189,17 @@ class TestMessages:
         assert why.count("ValueError") == 1
         assert why.count("RateLimitExceeded") >= 2
 
+    def test_raise_and_skip(self, fleet: Fleet, pair: Published) -> None:
+        agent = name()
+        for task in ("strict", "skipping"):
+            assert pair(task, agent).get(PATIENCE) == agent
+        assert pair("skipping", agent).get(PATIENCE) is None
+        refused = pair("strict", agent)
+        with pytest.raises(RateLimitExceeded, match=r"^rate limit exceeded: .*, retry after \d+\.\d{3} s$") as caught:
+            refused.get(PATIENCE)
+        assert caught.value.result is None, "JSON does not bring it along"
+        assert not fleet.noted(f"retry:{refused.id}")
+
 
 # -- locks -----------------------------------------------------------------------------------------------------------
 
@@ -192,11 +207,12 @@ class TestMessages:
 class TestExclusive:
     def test_one_key_one_task(self, fleet: Fleet, pair: Published) -> None:
         keys = [name() for _ in range(3)]
-        results = [pair("alone", key, n, 0.15) for n in range(6) for key in keys]
-        assert [result.get(PATIENCE) for result in results] == [n for n in range(6) for _ in keys]
+        results = [pair("alone", key, n, 0.1, headers={"x-tenant": "acme"}) for n in range(4) for key in keys]
+        assert [result.get(PATIENCE) for result in results] == [n for n in range(4) for _ in keys]
         runs = [run for run in fleet.noted("alone") if run["key"] in keys]
         assert len(runs) == len(results)
         assert {run["retries"] for run in runs} == {0}
+        assert {run["headers"]["x-tenant"] for run in runs} == {"acme"}
         for key in keys:
             mine = sorted((run["began"], run["ended"]) for run in runs if run["key"] == key)
             assert overlaps(mine) == 0
@@ -230,10 +246,15 @@ class TestExclusive:
             hard: pair("hold", hard, time_limit=1),
         }
         until("all of them run", lambda: all(fleet.noted(f"holding:{key}") for key in results))
-        assert celery_gov.locks.is_locked(f"hold:{revoked}")
+        assert taken(celery_gov, f"hold:{revoked}")
+        conflict = pair("alone_or_error", revoked)
+        assert pair("alone_or_not", revoked).get(PATIENCE) is None
+        with pytest.raises(LockTimeout, match=revoked):
+            conflict.get(PATIENCE)
+        assert not fleet.noted(f"retry:{conflict.id}")
         pair.app.control.revoke(results[revoked].id, terminate=True, signal="SIGTERM")
         for key in results:
-            until(f"{key} is free", lambda key=key: not celery_gov.locks.is_locked(f"hold:{key}"), 30)
+            until(f"{key} is free", lambda key=key: not taken(celery_gov, f"hold:{key}"), 30)
         followers = [pair("follow", key) for key in results]
         assert [follower.get(30) for follower in followers] == [None] * 3
         assert time.monotonic() - began < 50
@@ -255,12 +276,17 @@ class TestExclusive:
         assert fleet.noted(f"retry:{waiting.id}")[0]["why"] == "LockTimeout"
         killed = time.monotonic()
         fleet.processes["short"].kill()
-        until("it is free", lambda: not celery_gov.locks.is_locked(f"hold:{key}"), 20)
+        until("it is free", lambda: not taken(celery_gov, f"hold:{key}"), 20)
         assert time.monotonic() - killed < 15, "the lease is of 3 s"
         assert waiting.get(PATIENCE) is None
         assert fleet.noted(f"followed:{key}")[0]["at"] > killed
         fleet.again("short")
         fleet.wait_ready("short")
+
+
+def taken(gov: GovRedis, lock: str) -> bool:
+    assert gov._redis is not None
+    return bool(gov._redis.call("EXISTS", f"lock:{lock}"))
 
 
 def overlaps(intervals: Sequence[tuple[float, float]]) -> int:
@@ -306,7 +332,7 @@ def test_what_waits_for_redis_is_done_when_it_is_back(
     length = mortal_cache.command("XLEN", "govredis:health")
     until("snapshots go to Redis again", lambda: mortal_cache.command("XLEN", "govredis:health") > length + 1)
     until("beat is seen again", lambda: beat_status(gov) == "pass")
-    report = json.loads(mortal_cache.command("XREVRANGE", "govredis:health", "+", "-", "COUNT", "1")[0][1][1])
+    report = json.loads(mortal_cache.command("XREVRANGE", "govredis:health", "+", "-", "COUNT", "1")[0][1]["report"])
     assert {"redis", "postgres", "counters"} <= report["checks"].keys()
 
 
@@ -418,7 +444,8 @@ def test_children_of_a_parent_that_used_everything(fleet: Fleet, celery_gov: Gov
             for one in answer[what]:
                 assert owner.setdefault(one, answer["pid"]) == answer["pid"], f"one of {what} has two owners"
     # What the parent held, no child released; the parent has gone on renewing it.
-    assert celery_gov.locks.is_locked("kept-by-the-parent")
+    assert taken(celery_gov, f"kept-by-{parent['pid']}")
+    fleet.needed.remove("warm")
     assert fleet.processes["warm"].stop() == 0
     log = fleet.processes["warm"].text()
     for bad in ("ERROR", "CRITICAL", "Traceback", "WARNING/ForkPoolWorker"):
@@ -428,31 +455,39 @@ def test_children_of_a_parent_that_used_everything(fleet: Fleet, celery_gov: Gov
 # -- killed workers --------------------------------------------------------------------------------------------------
 
 
-def test_nothing_of_a_killed_worker_is_lost(fleet: Fleet, short: Published) -> None:
+def test_nothing_of_a_killed_worker_is_lost(fleet: Fleet, short: Published, short_broker: RedisServer) -> None:
     agent = name()
-    for n in range(30):
+    limited = [short("late_limited", agent, n) for n in range(20)]
+    until("half of them wait", lambda: sum(bool(fleet.noted(f"retry:{task.id}")) for task in limited) == 10)
+    for n in range(20):
         short("late", n)
-        short("late_limited", agent, n)
-    until("some are done", lambda: len(fleet.noted("late")) > 5 and len(fleet.noted("late_limited")) > 5)
+    # Nothing may be on its way from the broker to the worker: that the Redis transport does lose.
+    until("it has them all", lambda: short_broker.command("LLEN", "short") == 0 and len(fleet.noted("late")) > 3)
     fleet.processes["short"].kill()
-    assert len({line["n"] for line in fleet.noted("late_limited")}) < 30, "killed too late to show anything"
+    assert len({line["n"] for line in fleet.noted("late")}) < 20, "killed too late to show anything"
+    assert len({line["n"] for line in fleet.noted("late_limited")}) < 20, "killed too late to show anything"
     fleet.again("short")
     for task in ("late", "late_limited"):
-        until(f"each {task} ran", lambda task=task: {line["n"] for line in fleet.noted(task)} == set(range(30)))
+        until(f"each {task} ran", lambda task=task: {line["n"] for line in fleet.noted(task)} == set(range(20)))
 
 
-def test_what_cannot_be_published_anew_is_not_lost(fleet: Fleet, short: Published, mortal_broker: RedisServer) -> None:
+def test_what_cannot_be_published_anew_is_not_lost(fleet: Fleet, short: Published, short_broker: RedisServer) -> None:
     fleet.evidence.delete("gate-open")
     late, early = short("gated_late", name()), short("gated_early", name())
     until("both are being refused", lambda: fleet.noted(f"gate:{late.id}") and fleet.noted(f"gate:{early.id}"))
-    mortal_broker.kill()
+    short_broker.command("ACL", "SETUSER", "writer", "off")
+    short_broker.command("CLIENT", "KILL", "USER", "writer")
     fleet.evidence.set("gate-open", 1)
-    # It was acknowledged when it began: only it can say that it did not run.
-    until("the one says so", lambda: early.state == "FAILURE")
-    assert "Error" in type(early.result).__name__
-    mortal_broker.restart()
-    until("the other one comes back", lambda: fleet.noted(f"ran:{late.id}"))
+    try:
+        # It was acknowledged when it began: only it can say that it did not run.
+        until("the one says so", lambda: early.state == "FAILURE")
+        assert type(early.result).__name__ == "OperationalError"
+        until("the other one is handed back", lambda: int(fleet.evidence.get(f"deliveries:{late.id}")) > 1)
+        assert not late.ready()
+    finally:
+        short_broker.command("ACL", "SETUSER", "writer", "on")
     assert late.get(PATIENCE) is None
+    assert len(fleet.noted(f"ran:{late.id}")) == 1
     assert not fleet.noted(f"ran:{early.id}")
 
 

@@ -1,0 +1,342 @@
+"""init_celery: what it puts into an app, what it leaves alone, and whose GovRedis an app's tasks use."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.schedules import crontab, schedule
+
+from govredis import (
+    BackendUnavailable,
+    Config,
+    ConfigurationError,
+    GovRedis,
+    RateLimitExceeded,
+    configure,
+    get_rate_limiter,
+)
+from govredis.contrib.celery import exclusive, init_celery, rate_limited
+from govredis.contrib.celery._gov import gov_of
+from govredis.testing.servers import RedisServer
+
+TASKS = {"govredis.health_snapshot", "govredis.heartbeat", "govredis.invalidate_metadata", "govredis.purge"}
+PERIODIC = {"govredis.health_snapshot": 60, "govredis.heartbeat": 15, "govredis.purge": 3600}
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    yield
+    configure(None)
+
+
+def make_app(**conf: Any) -> Celery:
+    app = Celery("mine", broker="memory://", backend="cache+memory://", set_as_current=False)
+    app.conf.update(conf)
+    return app
+
+
+def ours(app: Celery) -> set[str]:
+    return {name for name in app.tasks if name.startswith("govredis.")}
+
+
+def scheduled(app: Celery) -> dict[str, Any]:
+    app.finalize()
+    return {name: entry["schedule"] for name, entry in app.conf.beat_schedule.items()}
+
+
+class TestTasks:
+    @pytest.mark.parametrize("finalized", [False, True])
+    def test_are_added(self, finalized: bool) -> None:
+        app = make_app()
+        if finalized:
+            app.finalize()
+        init_celery(app)
+        assert app.finalized is finalized, "it is left to the app when it is made"
+        assert ours(app) == TASKS
+        assert scheduled(app) == PERIODIC
+        for name in TASKS:
+            assert app.tasks[name].app is app
+            assert app.tasks[name].__doc__
+        assert app.tasks["govredis.invalidate_metadata"].acks_late
+        assert {app.tasks[name].ignore_result for name in PERIODIC} == {True}
+
+    def test_entries_expire_before_the_next_and_the_heartbeat_knows_its_interval(self) -> None:
+        app = make_app(govredis_heartbeat_interval=7)
+        init_celery(app)
+        app.finalize()
+        for name, entry in app.conf.beat_schedule.items():
+            assert entry["task"] == name
+            assert entry["options"] == {"expires": entry["schedule"]}
+        assert app.conf.beat_schedule["govredis.heartbeat"]["kwargs"] == {"every": 7}
+        assert "kwargs" not in app.conf.beat_schedule["govredis.purge"]
+
+    def test_twice_is_harmless(self) -> None:
+        app = make_app()
+        init_celery(app)
+        init_celery(app)
+        app.finalize()
+        tasks = {name: app.tasks[name] for name in TASKS}
+        init_celery(app)
+        assert {name: app.tasks[name] for name in TASKS} == tasks
+        assert scheduled(app) == PERIODIC
+
+    @pytest.mark.parametrize("finalized", [False, True])
+    def test_a_task_of_the_users_own_stays(self, finalized: bool) -> None:
+        app = make_app()
+
+        @app.task(shared=False, name="govredis.purge")
+        def mine() -> str:
+            return "mine"
+
+        if finalized:
+            app.finalize()
+        init_celery(app)
+        assert app.tasks["govredis.purge"]() == "mine"
+        assert ours(app) == TASKS
+
+    def test_an_app_that_was_not_given_has_none(self) -> None:
+        app, other = make_app(), make_app()
+        init_celery(app)
+        app.finalize()
+        late = make_app()
+        for without in (other, late):
+            without.finalize()
+            assert ours(without) == set()
+            assert not without.conf.beat_schedule
+            assert len(without.steps["worker"]) == 0
+
+
+class TestSchedule:
+    @pytest.mark.parametrize("finalized", [False, True])
+    def test_what_the_user_scheduled_stays(self, finalized: bool) -> None:
+        mine: dict[str, Any] = {
+            "govredis.purge": {"task": "something.else", "schedule": crontab(hour=3)},
+            "often": {"task": "govredis.heartbeat", "schedule": 1.0, "kwargs": {"every": 1}},
+            "daily": {"task": "report", "schedule": schedule(86_400)},
+        }
+        before = copy.deepcopy(mine)
+        app = make_app(beat_schedule=mine)
+        if finalized:
+            app.finalize()
+        init_celery(app)
+        assert scheduled(app) == {
+            "govredis.purge": crontab(hour=3),
+            "often": 1.0,
+            "daily": schedule(86_400),
+            "govredis.health_snapshot": 60,
+        }
+        assert mine == before, "the user's own dict, which may be another app's too"
+
+    def test_an_entry_object_is_seen_too(self) -> None:
+        from celery.beat import ScheduleEntry
+
+        app = make_app()
+        app.conf.beat_schedule = {
+            "mine": ScheduleEntry(name="mine", task="govredis.purge", schedule=schedule(9), app=app)
+        }
+        init_celery(app)
+        app.finalize()
+        assert set(app.conf.beat_schedule) == {"mine", "govredis.heartbeat", "govredis.health_snapshot"}
+
+    def test_intervals(self) -> None:
+        app = make_app(govredis_heartbeat_interval=0.5, govredis_snapshot_interval=None, govredis_purge_interval=7)
+        init_celery(app)
+        assert scheduled(app) == {"govredis.heartbeat": 0.5, "govredis.purge": 7}
+        assert ours(app) == TASKS, "to be called, by whoever wants to"
+
+    @pytest.mark.parametrize("interval", ["often", 0, -1, True, float("nan")])
+    @pytest.mark.parametrize("which", ["heartbeat", "snapshot", "purge"])
+    def test_refuses_a_wrong_interval(self, which: str, interval: Any) -> None:
+        app = make_app(**{f"govredis_{which}_interval": interval})
+        app.finalize()
+        with pytest.raises(ConfigurationError, match=f"^govredis_{which}_interval is .*; it must be .*, or None$"):
+            init_celery(app)
+
+
+class TestSettings:
+    def test_make_a_gov_of_the_apps_own_over_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("REDIS_SESSION_TTL", "77")
+        monkeypatch.setenv("REDIS_URL", "redis://environment")
+        app = make_app(govredis_redis_url="redis://mine/3", govredis_key_prefix="mine:")
+        init_celery(app)
+        app.finalize()
+        config = gov_of(app).config
+        assert (config.redis_url, config.key_prefix, config.session_ttl) == ("redis://mine/3", "mine:", 77)
+        assert gov_of(app) is gov_of(app)
+
+    @pytest.mark.parametrize(
+        ("namespace", "name"),
+        [
+            (None, "govredis_key_prefix"),
+            ("CELERY", "CELERY_GOVREDIS_KEY_PREFIX"),
+            ("celery", "celery_govredis_key_prefix"),
+            ("MY_APP", "MY_APP_GOVREDIS_KEY_PREFIX"),
+        ],
+    )
+    @pytest.mark.parametrize("init_first", [True, False])
+    def test_from_a_module(
+        self, monkeypatch: pytest.MonkeyPatch, namespace: str | None, name: str, init_first: bool
+    ) -> None:
+        module = types.ModuleType("settings_of_mine")
+        setattr(module, name, "mine:")
+        setattr(module, name.replace("key_prefix", "purge_interval").replace("KEY_PREFIX", "PURGE_INTERVAL"), 5)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        app = Celery("mine", broker="memory://", set_as_current=False)
+        if init_first:
+            init_celery(app)
+        app.config_from_object(module.__name__, namespace=namespace)
+        if not init_first:
+            init_celery(app)
+        assert scheduled(app) == {**PERIODIC, "govredis.purge": 5}
+        assert gov_of(app).config.key_prefix == "mine:"
+
+    @pytest.mark.parametrize("namespace", [None, "CELERY"])
+    def test_a_wrong_name_in_a_module_is_named(self, namespace: str | None) -> None:
+        prefix = f"{namespace}_GOVREDIS_" if namespace else "govredis_"
+        app = Celery("mine", broker="memory://", set_as_current=False)
+        wrong = prefix + ("REDIS_ULR" if namespace else "redis_ulr")
+        app.config_from_object({wrong: "redis://u:hunter2@h/0"}, namespace=namespace)
+        app.finalize()
+        with pytest.raises(ConfigurationError, match=r"^govredis_redis_ulr is no setting") as caught:
+            init_celery(app)
+        assert "hunter2" not in str(caught.value)
+        assert "govredis_redis_url" in str(caught.value)
+        assert "govredis_purge_interval" in str(caught.value)
+
+    def test_a_wrong_value_is_named_without_its_password(self) -> None:
+        app = make_app(govredis_redis_url="redis://u:hunter2@h:port/0")
+        app.finalize()
+        with pytest.raises(ConfigurationError, match=r"^govredis_redis_url is 'redis://u:\*\*\*@h:port/0'") as caught:
+            init_celery(app)
+        assert "hunter2" not in str(caught.value)
+
+    def test_what_is_wrong_is_said_by_the_tasks_of_an_app_finalized_later(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        app = make_app(govredis_lock_fallback="none")
+        init_celery(app)
+        app.finalize()  # Celery logs what a receiver of its signal raised
+        assert ours(app) == TASKS
+        for task in ("govredis.purge", "govredis.heartbeat", "govredis.health_snapshot"):
+            with pytest.raises(ConfigurationError, match=r"^govredis_lock_fallback is 'none'"):
+                app.tasks[task]()
+        with pytest.raises(ConfigurationError, match=r"^govredis_lock_fallback is 'none'"):
+            app.tasks["govredis.invalidate_metadata"]("agent")
+        (step,) = app.steps["worker"]
+        with pytest.raises(ConfigurationError, match=r"^govredis_lock_fallback is 'none'"):
+            step(types.SimpleNamespace(app=app))
+
+    def test_with_a_gov_the_settings_are_not_read(self) -> None:
+        gov = GovRedis(Config(key_prefix="given:"))
+        app = make_app(govredis_key_prefix="settings:")
+        init_celery(app, gov)
+        app.finalize()
+        assert gov_of(app) is gov
+
+
+class TestWhoseGov:
+    def test_with_neither_gov_nor_settings_it_is_the_process_wide_one(self) -> None:
+        mine = GovRedis(Config(key_prefix="configured:"))
+        app = make_app(govredis_purge_interval=5)  # an interval makes no GovRedis
+        init_celery(app)
+        app.finalize()
+        configure(mine)
+        assert gov_of(app) is mine
+        assert get_rate_limiter() is mine.limits
+        other = GovRedis(Config())
+        configure(other)
+        assert gov_of(app) is other, "asked for at each call"
+
+    def test_an_app_that_was_not_given_uses_the_process_wide_one(self) -> None:
+        mine = GovRedis(Config())
+        configure(mine)
+        assert gov_of(make_app(govredis_key_prefix="unread:")) is mine
+
+    def test_each_app_has_its_own(self, celery_redis: RedisServer, tmp_path: Path) -> None:
+        apps = [
+            make_app(
+                govredis_redis_url=celery_redis.url,
+                govredis_key_prefix=prefix,
+                govredis_lock_folder=str(tmp_path),
+                govredis_socket_timeout=5,
+            )
+            for prefix in ("one:", "two:")
+        ]
+        given = GovRedis(Config(redis_url=celery_redis.url, key_prefix="three:", socket_timeout=5))
+        apps.append(make_app())
+        for app, gov in zip(apps, (None, None, given), strict=True):
+            init_celery(app, gov)
+
+            @app.task(shared=False, name="limited")
+            @rate_limited("1/hour", key="{agent}", operation="own", on_limit="raise")
+            def limited(agent: str) -> str:
+                return agent
+
+            @app.task(shared=False, name="locked", bind=True)
+            @exclusive("own:{agent}")
+            def locked(self: Any, agent: str) -> list[str]:
+                gov = gov_of(self.app)
+                return [key for key in celery_redis.command("KEYS", "*lock:own:a") if key.startswith(gov._keys.prefix)]
+
+        for app, prefix in zip(apps, ("one:", "two:", "three:"), strict=True):
+            assert app.tasks["limited"].apply(("a",)).get() == "a"
+            with pytest.raises(RateLimitExceeded):
+                app.tasks["limited"].apply(("a",)).get()
+            assert app.tasks["locked"].apply(("a",)).get() == [f"{prefix}lock:own:a"]
+            assert app.tasks["govredis.heartbeat"].apply(kwargs={"every": 9}).get() is True
+            assert celery_redis.command("GET", f"{prefix}govredis:heartbeat") == "9"
+            assert celery_redis.command("ZCARD", f"{prefix}rate_limit:own:a") == 1
+            assert gov_of(app).counters.get("limits.denied") == 1
+        for app in apps:
+            gov_of(app).close()
+
+
+class TestCalls:
+    """Our tasks as functions: what they return."""
+
+    def test_snapshot_heartbeat_purge_and_invalidation(
+        self, celery_redis: RedisServer, celery_settings: dict[str, Any]
+    ) -> None:
+        settings = {f"govredis_{name}": value for name, value in celery_settings.items()}
+        app = make_app(**{**settings, "govredis_key_prefix": "calls:"})
+        init_celery(app)
+        app.finalize()
+        gov = gov_of(app)
+        assert app.tasks["govredis.health_snapshot"]() == {"status": "pass", "stored": "redis"}
+        assert celery_redis.command("XLEN", "calls:govredis:health") == 1
+        assert app.tasks["govredis.heartbeat"]() is True
+        assert celery_redis.command("GET", "calls:govredis:heartbeat") == "15"
+        gov.metadata.set("a", 1)
+        assert app.tasks["govredis.invalidate_metadata"]("a") is None
+        assert gov.metadata.get("a") is None
+        gov.postgres.fetch(
+            "INSERT INTO govredis_limit_windows SELECT 'calls:' || n, '{}', 1, 5 FROM generate_series(1, 3) n"
+        )
+        gov.postgres.fetch(
+            "INSERT INTO govredis_health_snapshots SELECT 'calls:', now() - n * interval '31 days', '{}'"
+            " FROM generate_series(1, 2) n"
+        )
+        assert app.tasks["govredis.purge"]() == 5
+        assert app.tasks["govredis.purge"]() == 0
+        gov.close()
+
+    def test_with_redis_away(self) -> None:
+        app = make_app(govredis_redis_url="redis://127.0.0.1:1/0")
+        init_celery(app)
+        app.finalize()
+        assert app.tasks["govredis.heartbeat"]() is False
+        assert app.tasks["govredis.health_snapshot"]() == {"status": "fail", "stored": None}
+        assert app.tasks["govredis.purge"]() == 0, "there is no PostgreSQL: nothing to purge"
+        with pytest.raises(BackendUnavailable):
+            app.tasks["govredis.invalidate_metadata"]("a")
+        with pytest.raises(BackendUnavailable):
+            app.tasks["govredis.invalidate_metadata"].apply(("a",)).get()
+        gov_of(app).close()

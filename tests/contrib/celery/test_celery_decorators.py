@@ -1,0 +1,306 @@
+"""rate_limited and exclusive: what they refuse where they stand, what they keep of the function, and calls without a
+worker.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from celery import Celery, shared_task
+
+from govredis import Config, GovRedis, Limit, LockTimeout, LockUnavailable, RateLimitExceeded
+from govredis.contrib.celery import exclusive, init_celery, rate_limited
+from govredis.testing.servers import RedisServer
+
+
+@pytest.fixture
+def gov(celery_redis: RedisServer, make_gov: Callable[..., GovRedis], request: pytest.FixtureRequest) -> GovRedis:
+    return make_gov(redis_url=celery_redis.url, key_prefix=f"{request.node.name}:".replace("{", "").replace("}", ""))
+
+
+@pytest.fixture
+def app(gov: GovRedis) -> Iterator[Celery]:
+    app = Celery("mine", broker="memory://", set_as_current=False)
+    init_celery(app, gov)
+    yield app
+    app.close()
+
+
+def limited(*args: Any, **options: Any) -> Any:
+    return rate_limited(*args, **{"key": "{agent}", **options})
+
+
+@shared_task
+def shared(agent: str) -> None: ...
+
+
+DECORATORS = [limited("1/hour"), exclusive("x:{agent}")]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("decorate", DECORATORS)
+    def test_above_the_task(self, app: Celery, decorate: Any) -> None:
+        @app.task(shared=False)
+        def lazy(agent: str) -> None: ...
+
+        for task in (lazy, shared):
+            with pytest.raises(ValueError, match=r"stands above @app\.task; it must stand below it"):
+                decorate(task)
+        assert not app.finalized, "to look is not to make"
+        app.finalize()
+        for task in (lazy, app.tasks[lazy.name], shared):
+            with pytest.raises(ValueError, match=r"stands above @app\.task"):
+                decorate(task)
+
+    @pytest.mark.parametrize("decorate", DECORATORS)
+    @pytest.mark.parametrize("what", [None, "agent", 5])
+    def test_what_is_no_function(self, decorate: Any, what: Any) -> None:
+        with pytest.raises(ValueError, match="it must be the function of a task"):
+            decorate(what)
+
+    @pytest.mark.parametrize(
+        ("make", "words"),
+        [
+            (lambda: limited("often"), "often"),
+            (lambda: limited("0/hour"), "it must be"),
+            (lambda: limited("1/hour", key=None), "key is None"),
+            (lambda: limited("1/hour", key=7), "key is 7"),
+            (lambda: limited("1/hour", on_limit="wait"), "on_limit is 'wait'"),
+            (lambda: limited("1/hour", on_limit=None), "on_limit is None"),
+            (lambda: limited("1/hour", operation="a:b"), "operation is 'a:b'"),
+            (lambda: limited("1/hour", operation=""), "operation is ''"),
+            (lambda: exclusive("{agent}", on_conflict="wait"), "on_conflict is 'wait'"),
+            (lambda: exclusive("{agent}", ttl=0), "ttl is 0"),
+            (lambda: exclusive("{agent}", ttl=-1), "ttl is -1"),
+            (lambda: exclusive("{agent}", ttl="60"), "ttl is '60'"),  # type: ignore[arg-type]
+        ],
+    )
+    def test_bad_arguments(self, make: Callable[[], Any], words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            make()
+
+    @pytest.mark.parametrize("key", ["{nobody}", "everybody", "{agent", "{0}", "{}"])
+    def test_bad_templates(self, key: str) -> None:
+        def function(agent: str) -> None: ...
+
+        for decorate in (limited("1/hour", key=key), exclusive(key)):
+            with pytest.raises(ValueError, match="key"):
+                decorate(function)
+
+
+class TestFunctions:
+    def test_name_doc_and_signature_are_kept(self, app: Celery) -> None:
+        def function(self: Any, agent: str, n: int = 3, *, fast: bool = False) -> int:
+            """What it does."""
+            return n
+
+        for decorate in DECORATORS:
+            wrapped = decorate(function)
+            assert (wrapped.__name__, wrapped.__doc__) == ("function", "What it does.")
+            assert wrapped.__module__ == __name__
+            assert inspect.signature(wrapped) == inspect.signature(function)
+        task = app.task(shared=False, bind=True)(DECORATORS[0](DECORATORS[1](function)))
+        assert task.name.endswith("test_celery_decorators.function")
+        assert task.__doc__ == "What it does."
+
+    @pytest.mark.parametrize("bind", [True, False])
+    @pytest.mark.parametrize("decorate", DECORATORS)
+    def test_arguments_are_checked_as_they_are_published(self, app: Celery, decorate: Any, bind: bool) -> None:
+        if bind:
+
+            @app.task(shared=False, bind=True)
+            @decorate
+            def task(self: Any, agent: str, n: int) -> None: ...
+
+        else:
+
+            @app.task(shared=False)
+            @decorate
+            def task(agent: str, n: int) -> None: ...
+
+        for args, kwargs in (((), {}), (("a",), {}), (("a", 1, 2), {}), (("a",), {"m": 1})):
+            with pytest.raises(TypeError):
+                task.delay(*args, **kwargs)
+        assert task.delay("a", 1).id
+        assert task.delay("a", n=1).id
+
+    def test_key_and_rate_get_the_arguments_and_the_function_what_it_was_given(
+        self, app: Celery, celery_redis: RedisServer, gov: GovRedis
+    ) -> None:
+        seen: list[Any] = []
+
+        @app.task(shared=False)
+        @rate_limited(
+            lambda agent, plan="free": seen.append((agent, plan)) or Limit({"free": 1, "paid": 2}[plan], 3600),
+            key=lambda agent, plan="free": f"who-{agent}",
+            operation="plans",
+        )
+        def task(agent: str, plan: str = "free") -> list[str]:
+            return [agent, plan]
+
+        assert task("a", plan="paid") == ["a", "paid"]
+        assert task.apply(("a", "paid")).get() == ["a", "paid"]
+        with pytest.raises(RateLimitExceeded) as caught:
+            task("a")
+        assert caught.value.result.limit == Limit(1, 3600)
+        assert seen == [("a", "paid"), ("a", "paid"), ("a", "free")]
+        assert celery_redis.command("ZCARD", f"{gov._keys.prefix}rate_limit:plans:who-a") == 2
+
+
+class TestWithoutAWorker:
+    """Nobody has a message there that could be published anew."""
+
+    @pytest.mark.parametrize("on_limit", ["retry", "raise"])
+    @pytest.mark.parametrize("bind", [True, False])
+    def test_a_limit_raises(self, app: Celery, gov: GovRedis, on_limit: str, bind: bool) -> None:
+        if bind:
+
+            @app.task(shared=False, bind=True)
+            @limited("1/hour", on_limit=on_limit)
+            def task(self: Any, agent: str) -> str:
+                return f"{self.name.rpartition('.')[2]} {agent}"
+
+        else:
+
+            @app.task(shared=False)
+            @limited("1/hour", on_limit=on_limit)
+            def task(agent: str) -> str:
+                return f"task {agent}"
+
+        assert task("a") == "task a"
+        for call in (lambda: task("a"), lambda: task.apply(("a",)).get()):
+            with pytest.raises(RateLimitExceeded) as caught:
+                call()
+            assert caught.value.result.violated == Limit(1, 3600)
+            assert 3500 < caught.value.result.retry_after <= 3600
+        assert task.apply(("b",)).get() == "task b"
+        assert gov.counters.get(f"celery.limited.{on_limit}") == 2
+        assert gov.counters.get("limits.denied") == 2
+
+    def test_a_limit_skips(self, app: Celery, gov: GovRedis) -> None:
+        @app.task(shared=False)
+        @limited("1/hour", on_limit="skip")
+        def task(agent: str) -> str:
+            return agent
+
+        assert [task("a"), task("a"), task.apply(("a",)).get()] == ["a", None, None]
+        assert gov.counters.get("celery.limited.skip") == 2
+
+    @pytest.mark.parametrize("on_conflict", ["retry", "raise"])
+    def test_a_conflict_raises(self, app: Celery, gov: GovRedis, on_conflict: str) -> None:
+        @app.task(shared=False)
+        @exclusive("agent:{agent}", ttl=20, on_conflict=on_conflict)  # type: ignore[call-overload]
+        def task(agent: str) -> str:
+            return agent
+
+        with gov.locks.acquire("agent:a", timeout=1):
+            for call in (lambda: task("a"), lambda: task.apply(("a",)).get()):
+                with pytest.raises(LockTimeout):
+                    call()
+            assert task("b") == "b"
+        assert task("a") == "a"
+        assert gov.counters.get("celery.conflicts.raise") + gov.counters.get("celery.conflicts.retry") == 2
+
+    def test_a_conflict_skips(self, app: Celery, gov: GovRedis) -> None:
+        @app.task(shared=False)
+        @exclusive("agent:{agent}", on_conflict="skip")
+        def task(agent: str) -> str:
+            return agent
+
+        with gov.locks.acquire("agent:a", timeout=1):
+            assert [task("a"), task.apply(("a",)).get()] == [None, None]
+        assert task("a") == "a"
+        assert gov.counters.get("celery.conflicts.skip") == 2
+
+    @pytest.mark.parametrize("on_conflict", ["retry", "raise", "skip"])
+    def test_nobody_can_be_asked_is_no_conflict(self, make_gov: Callable[..., GovRedis], on_conflict: str) -> None:
+        gov = make_gov(redis_url="redis://127.0.0.1:1/0", lock_fallback="fail")
+        app = Celery("mine", broker="memory://", set_as_current=False)
+        init_celery(app, gov)
+        ran: list[str] = []
+
+        @app.task(shared=False)
+        @exclusive("agent:{agent}", on_conflict=on_conflict)  # type: ignore[call-overload]
+        def task(agent: str) -> None:
+            ran.append(agent)
+
+        with pytest.raises(LockUnavailable):
+            task.apply(("a",)).get()
+        assert ran == []
+        assert not any(name.startswith("celery.conflicts") for name in gov.counters.read())
+
+    def test_the_lock_is_held_while_it_runs_with_its_ttl_and_no_longer(
+        self, app: Celery, gov: GovRedis, celery_redis: RedisServer
+    ) -> None:
+        key = f"{gov._keys.prefix}lock:agent:a"
+
+        def body(agent: str, fails: bool) -> int:
+            if fails:
+                raise KeyError(agent)
+            return int(celery_redis.command("PTTL", key))
+
+        mine = app.task(shared=False, name="mine")(exclusive("agent:{agent}", ttl=77)(body))
+        default = app.task(shared=False, name="default")(exclusive("agent:{agent}")(body))
+        assert 60_000 < mine("a", False) <= 77_500
+        assert 15_000 < default("a", False) <= 30_500
+        with pytest.raises(KeyError):
+            mine("a", True)
+        assert celery_redis.command("EXISTS", key) == 0
+
+    def test_exclusive_above_a_limit_takes_nothing_of_it_for_a_conflict(self, app: Celery, gov: GovRedis) -> None:
+        @app.task(shared=False)
+        @exclusive("agent:{agent}")
+        @limited("1/hour", operation="both")
+        def task(agent: str) -> str:
+            return agent
+
+        with gov.locks.acquire("agent:a", timeout=1), pytest.raises(LockTimeout):
+            task("a")
+        assert task("a") == "a"
+        with pytest.raises(RateLimitExceeded):
+            task("a")
+        with gov.locks.acquire("agent:a", timeout=1) as held:
+            assert held.token, "a limit below it leaves no lock behind"
+
+    def test_a_key_of_a_bad_call_is_an_error(self, app: Celery) -> None:
+        def body(agent: Any) -> None: ...
+
+        for decorate in DECORATORS:
+            task = app.task(shared=False, name=f"bad{DECORATORS.index(decorate)}")(decorate(body))
+            with pytest.raises(ValueError, match="agent is None"):
+                task(None)
+
+    def test_no_task_at_all(self, gov: GovRedis) -> None:
+        """The function is used on its own: then Celery's current app says whose GovRedis it is, else process-wide."""
+        from govredis import configure
+
+        configure(gov)
+        function = limited("1/hour", operation="alone")(lambda agent: agent)
+        assert function("a") == "a"
+        with pytest.raises(RateLimitExceeded):
+            function("a")
+        assert gov.counters.get("limits.denied") == 1
+
+    def test_a_task_inside_of_a_task_is_a_call_of_its_own(self, app: Celery, gov: GovRedis) -> None:
+        other_gov = GovRedis(Config(redis_url=gov.config.redis_url, key_prefix="other:", socket_timeout=5))
+        other = Celery("other", broker="memory://", set_as_current=False)
+        init_celery(other, other_gov)
+
+        @other.task(shared=False)
+        @limited("1/hour", operation="inside")
+        def inner(agent: str) -> str:
+            return agent
+
+        @app.task(shared=False)
+        @limited("1/hour", operation="inside")
+        def outer(agent: str) -> Any:
+            return inner(agent)
+
+        assert outer("a") == "a"
+        assert gov.counters.get("limits.allowed") == 1
+        assert other_gov.counters.get("limits.allowed") == 1
+        other_gov.limits.reset("a", operation="inside")
+        other_gov.close()

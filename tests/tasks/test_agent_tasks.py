@@ -1,0 +1,108 @@
+"""The tasks of agents through the worker: rows, caches, locks, limits, and PostgreSQL away."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+import pytest
+from tasks_worker import Worker, restart, stored, until
+
+from govredis import GovRedis
+
+STORE = "tasks.agents.store_discovery"
+
+
+@pytest.fixture
+def agent(gov: GovRedis) -> str:
+    """An agent whose metadata is in the cache."""
+    agent_id = uuid4().hex
+    gov.agents.create(agent_id, {"model": "a", "tools": 1})
+    assert cached(gov, agent_id)["status"] == "active"
+    return agent_id
+
+
+def cached(gov: GovRedis, agent_id: str) -> dict[str, object]:
+    return gov.metadata.get_or_load(agent_id, gov.agents.get)
+
+
+def test_update_archive_delete_change_the_row_and_invalidate_the_cache(
+    worker: Worker, gov: GovRedis, agent: str
+) -> None:
+    worker.wait_ended(worker.send("tasks.agents.update_agent_metadata", agent, {"model": "b"}))
+    assert cached(gov, agent)["metadata"] == {"model": "b", "tools": 1}
+    worker.wait_ended(worker.send("tasks.agents.archive_agent", agent))
+    assert cached(gov, agent)["status"] == "archived"
+    worker.wait_ended(worker.send("tasks.agents.delete_agent", agent))
+    assert cached(gov, agent) is None
+    assert gov.agents.get(agent) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "more"),
+    [
+        ("tasks.agents.update_agent_metadata", ({"model": "b"},)),
+        ("tasks.agents.archive_agent", ()),
+        ("tasks.agents.delete_agent", ()),
+    ],
+)
+def test_one_at_a_time_for_each_agent(
+    worker: Worker, gov: GovRedis, agent: str, task: str, more: tuple[object, ...]
+) -> None:
+    before = gov.agents.get(agent)
+    with gov.locks.acquire(f"agent:{agent}"):
+        waiting = worker.send(task, agent, *more)
+        worker.wait_ended(waiting, times=2)  # it comes, goes, and comes again
+        assert gov.agents.get(agent) == before
+    until("it has run", lambda: gov.agents.get(agent) != before)
+
+
+def test_the_21st_discovery_in_an_hour_waits(worker: Worker, gov: GovRedis) -> None:
+    agent = uuid4().hex
+    ids = [worker.send(STORE, agent, number) for number in range(20)]
+    worker.wait_ended(*ids)
+    late = worker.send(STORE, agent, 20)
+    worker.wait_ended(late)
+    assert sorted(stored(gov, agent)) == [*range(20)]
+    (waiting,) = until("it is with the worker", lambda: [m for m in worker.messages() if m["headers"]["id"] == late])
+    assert waiting["headers"]["eta"] is not None
+    assert waiting["headers"]["retries"] == 0
+
+
+def test_a_message_delivered_twice_is_stored_once(worker: Worker, gov: GovRedis) -> None:
+    agent = uuid4().hex
+    task_id = worker.send(STORE, agent, "found")
+    worker.send(STORE, agent, "found", task_id=task_id)
+    worker.wait_ended(task_id, times=2)
+    assert stored(gov, agent) == ["found"]
+
+
+def test_postgres_away_is_waited_for(worker: Worker, gov: GovRedis, agent: str) -> None:
+    other = uuid4().hex
+    worker.servers.postgres.pause()
+    try:
+        store = worker.send(STORE, other, "found")
+        update = worker.send("tasks.agents.update_agent_metadata", agent, {"model": "c"})
+        worker.wait_ended(store, update, times=2)
+    finally:
+        worker.servers.postgres.resume()
+    until("it is stored", lambda: stored(gov, other) == ["found"])
+    until("it is updated", lambda: gov.agents.get(agent)["metadata"] == {"model": "c", "tools": 1})
+
+
+def test_postgres_and_the_broker_away_at_once(worker: Worker, gov: GovRedis) -> None:
+    agent = uuid4().hex
+    worker.servers.postgres.pause()
+    try:
+        store = worker.send(STORE, agent, "found")
+        worker.wait_began(store)
+        worker.servers.broker.kill()
+        worker.wait_ended(store)  # it could not be published anew
+    finally:
+        worker.servers.postgres.resume()
+        restart(worker.servers.broker)
+    until("it is stored", lambda: stored(gov, agent) == ["found"])
+
+
+def test_beat_notes_the_health(worker: Worker, gov: GovRedis) -> None:
+    until("a heartbeat", lambda: [c for c in gov.health.check().checks if c.name == "beat" and c.status == "pass"])
+    until("two snapshots", lambda: worker.servers.cache.command("XLEN", "govredis:health") >= 2)
