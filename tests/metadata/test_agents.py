@@ -119,7 +119,7 @@ class TestRecords:
             {"a": "nul \x00"},
             {"\x00": 1},
             {"a": {1, 2}},
-            {"a": object()},
+            {"a": Ellipsis},
             {"a": b"x"},
             {"__govredis__": 1},
             {"a": "\ud83d"},

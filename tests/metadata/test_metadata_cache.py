@@ -70,7 +70,7 @@ class TestValues:
     @pytest.mark.parametrize(
         "value",
         [float("nan"), {"a": float("inf")}, {1, 2}, object(), b"x", {"__govredis__": 1}, {(1, 2): 3}],
-        ids=repr,
+        ids=lambda value: type(value).__name__,
     )
     def test_what_cannot_be_stored_is_refused(self, gov: GovRedis, plain_redis: Any, value: Any) -> None:
         plain_redis.config_resetstat()

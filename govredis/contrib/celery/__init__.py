@@ -1,4 +1,4 @@
-"""Celery: `our tasks and their schedule in a user's app, and decorators for its tasks."""
+"""Celery: our tasks and their schedule in a user's app, and decorators for its tasks."""
 
 from ._app import init_celery
 from ._decorators import exclusive, rate_limited
