@@ -29,4 +29,7 @@ def demo(seconds: float, serve: bool) -> None:
     """Start real servers, a Celery worker and a site, drive them, take Redis away, and say what held."""
     from . import demo
 
-    sys.exit(demo.serve() if serve else demo.run(seconds))
+    try:
+        sys.exit(demo.serve() if serve else demo.run(seconds))
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error}; the demo needs pip install 'govredis[all,testing]'") from None

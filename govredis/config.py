@@ -20,12 +20,15 @@ __all__ = ["Config"]
 
 # user:PASSWORD@host; PASSWORD@host, where the colon was forgotten; user:PASSWORD, where the host was.
 _PASSWORD_IN_URL = re.compile(r"(//[^:@]*:).*(@)|(//)[^:@/?#]*(@)|(//[^:@/?#\[]*:)(?!\d*(?:[/?#]|$)).*$", re.DOTALL)
+# The same of what is no URL at all, for want of its //.
+_PASSWORD_WITHOUT_SCHEME = re.compile(r"(?:\A|(?<=\s))([^\s:/@]+:)(?!//|\s).*(@)", re.DOTALL)
 _PASSWORD_BY_NAME = re.compile(r"""(pass\w*\s*=\s*)('(?:[^'\\]|\\.)*'|[^&\s'"]*)""", re.IGNORECASE | re.DOTALL)
 
 
 def redact(text: str) -> str:
     """`text` with every password of a URL or of a libpq string replaced by ***."""
     shown = _PASSWORD_IN_URL.sub(lambda m: f"{m[1] or m[3] or m[5]}***{m[2] or m[4] or ''}", text)
+    shown = _PASSWORD_WITHOUT_SCHEME.sub(r"\1***\2", shown)
     return _PASSWORD_BY_NAME.sub(r"\1***", shown)
 
 

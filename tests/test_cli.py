@@ -88,6 +88,15 @@ def test_an_error_is_one_sentence_without_a_traceback(variables: dict[str, str],
     assert "hunter2" not in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--seconds=10", "--serve"])
+def test_the_demo_without_its_extras_prints_the_install_line(option: str) -> None:
+    code = "import sys; sys.modules['celery'] = None; from govredis.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "demo", option], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.endswith("the demo needs pip install 'govredis[all,testing]'\n")
+    assert done.stderr.count("\n") == 1
+
+
 def test_without_its_extra_it_prints_the_install_line() -> None:
     code = "import sys; sys.modules['click'] = None; from govredis.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
