@@ -8,7 +8,7 @@ from typing import Protocol
 
 from ..api import GovRedis
 from ..config import Config
-from .board import STOP, WORKERS
+from .board import JOBS, STOP, WEB, WORKERS
 from .measure import Findings, Phase, Run
 from .stage import stage
 
@@ -40,7 +40,13 @@ def tell(seconds: float, listener: Listener) -> Run:
             (on.folder / name).write_text("0")
         names = [f"worker {number} of {WORKERS}" for number in range(WORKERS)]
         for number, name in enumerate(names):
-            processes.start(name, "traffic", number=number, config=on.config, folder=str(on.folder))
+            processes.start(
+                name,
+                "traffic" if number < WEB + JOBS else "clients",
+                number=number,
+                config=on.config,
+                folder=str(on.folder),
+            )
         processes.until(lambda: all(board.ready), "the workers' start")
 
         total = sum(share for _, share, _ in PHASES)

@@ -22,9 +22,10 @@ from rich.console import Console
 
 from govredis import Limit
 from govredis.demo.board import STOP, Board
+from govredis.demo.clients import Client
 from govredis.demo.measure import Admission, Call, Findings, Phase, Run, overfull, quantile
 from govredis.demo.report import Screen, print_report
-from govredis.demo.traffic import FALLBACK, OPERATIONS, REDIS, Client, Job, Web
+from govredis.demo.traffic import FALLBACK, OPERATIONS, REDIS, Job, Web
 
 COMMAND = [sys.executable, "-c", "from govredis.cli import main; main()", "demo"]
 REPOSITORY = Path(__file__).parents[2]
