@@ -10,8 +10,11 @@ from urllib.parse import urlsplit
 
 from .board import AGENTS
 from .processes import take_order
-from .site import DEGRADED
+from .site import DEGRADED, IN_POSTGRES
 from .traffic import LIMITED, Worker
+
+#: Answers of the site: no session, so no agent to be limited; and a limit met.
+NOBODY, REFUSED = 400, 429
 
 
 class Client(Worker):
@@ -26,7 +29,13 @@ class Client(Worker):
         self.lost: list[str] = []
         #: The numbers of the discoveries that the site has accepted.
         self.published: list[int] = []
-        self.findings = {"lost": self.lost, "published": self.published}
+        #: The agents that it has changed, and their new versions.
+        self.updates: list[tuple[int, int]] = []
+        #: What the limit of its requests has let through.
+        self.admitted: list[tuple[str, str, float, float]] = []
+        self.findings = {
+            "lost": self.lost, "published": self.published, "updates": self.updates, "admitted": self.admitted
+        }  # fmt: skip
         mix: dict[Callable[[], None], int] = {self.resolve: 80, self.update: 2, self.discover: 4}
         self.calls, self.weights = list(mix), list(mix.values())
 
@@ -40,32 +49,42 @@ class Client(Worker):
     def step(self) -> None:
         self.random.choices(self.calls, self.weights)[0]()
 
-    def ask(self, method: str, path: str, session: str = "", body: object = None) -> tuple[int, Any]:
+    def ask(self, method: str, path: str, expected: tuple[int, ...], session: str = "", body: object = None) -> Any:
+        """The answer's status and body, and whether PostgreSQL decided its limit. Counts what was not expected."""
+        told: Any = {}
         headers = {"X-Session-Id": session, "Content-Type": "application/json"}
         try:
             self.http.request(method, path, json.dumps(body), headers)
             answer = self.http.getresponse()
-            status, found = answer.status, json.loads(answer.read())
+            status, found, told = answer.status, json.loads(answer.read()), answer.headers
         except (OSError, HTTPException, ValueError):
             self.http.close()
             status, found = 0, None
-        if status == 0 or status >= 500:
+        if status not in expected:
             self.tally["!HTTP errors"] += 1
-        elif answer.headers[DEGRADED] != "0":
+        elif told[DEGRADED] != "0":
             self.fallbacks += 1
-        return status, found
+        return status, found, told.get(IN_POSTGRES, "0") != "0"
 
     def log_in(self, session: str) -> None:
         epoch = self.board.epoch
-        self.ask("POST", "/login", body={"session": session, "agent": _agent_of_session(session)})
+        self.ask("POST", "/login", (200,), body={"session": session, "agent": _agent_of_session(session)})
         self.sessions[session] = epoch
 
     def resolve(self) -> None:
+        """As often as the site's limit for it admits, and now and then more often."""
         session, epoch = self.random.choice(list(self.sessions)), self.board.epoch
-        (status, found), _ = self.timed("resolve over HTTP", lambda: self.ask("GET", "/me", session))
+        (status, found, in_postgres), _ = self.timed(
+            "resolve over HTTP", lambda: self.ask("GET", "/me", (200, NOBODY, REFUSED), session)
+        )
         if status == 200:
-            self.tally["!sessions resolved wrongly"] += found["agent_id"] != _agent_of_session(session)
-        elif status == 401:
+            agent = _agent_of_session(session)
+            self.tally["!sessions resolved wrongly"] += found["agent_id"] != agent
+            store = "site postgres" if in_postgres else f"site redis {epoch}"
+            self.admitted.append((agent, store, self.log[-3], self.log[-2]))
+        elif status == REFUSED:
+            self.tally["requests refused"] += 1
+        elif status == NOBODY:
             if self.sessions[session] < self.board.epoch:
                 self.lost.append(session)
             elif epoch == self.board.epoch:
@@ -74,21 +93,23 @@ class Client(Worker):
 
     def update(self) -> None:
         """The site changes the row with SQL of its own, and publishes the invalidation, which promises the version."""
-        self.post(
-            "update over HTTP", f"/agents/agent-{self.random.randrange(AGENTS)}", {"clicked": self.random.random()}
-        )
+        agent = self.random.randrange(AGENTS)
+        found = self.post("update over HTTP", f"/agents/agent-{agent}", {"clicked": self.random.random()})
+        if found is not None:
+            self.updates.append((agent, found["version"]))
 
     def discover(self) -> None:
         number = len(self.published)
-        if self.post("publish over HTTP", "/discoveries", {"number": number}) == 202:
+        if self.post("publish over HTTP", "/discoveries", {"number": number}) is not None:
             self.published.append(number)
 
-    def post(self, operation: str, path: str, body: object) -> int:
+    def post(self, operation: str, path: str, body: object) -> Any:
+        """What the site has answered, if it has accepted it."""
         session = self.random.choice(list(self.sessions))
-        (status, _), _ = self.timed(operation, lambda: self.ask("POST", path, session, body))
-        if status == 400:  # the limit is of no agent: the session was lost with Redis's data
+        (status, found, _), _ = self.timed(operation, lambda: self.ask("POST", path, (202, NOBODY), session, body))
+        if status == NOBODY:  # it was lost with Redis's data
             self.log_in(session)
-        return status
+        return found if status == 202 else None
 
 
 def _agent_of_session(session: str) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..limits import Limit
+from .background import LIMIT as TASK_LIMIT
+from .site import LIMIT as REQUEST_LIMIT
 from .traffic import COLUMNS, FALLBACK, OPERATIONS, POSTGRES, RATE, REDIS, REFUSED
 
 #: Each of these would be one statement if there were no govredis, and is one where it falls back on PostgreSQL.
@@ -35,6 +37,17 @@ class Admission(NamedTuple):
     ended: float
 
 
+class Discovery(NamedTuple):
+    """One that a task has stored: how often, and where and when its limit let the first run through."""
+
+    number: int
+    runs: int
+    agent: str
+    store: str
+    began: float
+    ended: float
+
+
 @dataclass
 class Findings:
     """What one worker brought back."""
@@ -46,6 +59,10 @@ class Findings:
     admissions: list[Admission]
     #: The numbers of the tasks that the site has acknowledged.
     published: list[int]
+    #: The agents, by number, that the site has changed, and their new versions.
+    updates: list[tuple[int, int]]
+    #: What the site's own limit has let through.
+    admitted: list[Admission]
 
     @classmethod
     def read(cls, path: Path) -> Findings:
@@ -54,7 +71,9 @@ class Findings:
         calls = [Call(names[int(n)], int(by), began, ended, int(sent)) for n, by, began, ended, sent in rows]
         admissions = [Admission(*row) for row in found.get("admissions", ())]
         lost, published = found.get("lost", []), found.get("published", [])
-        return cls(calls, Counter(found["tally"]), found["errors"], lost, admissions, published)
+        updates = [(int(agent), int(version)) for agent, version in found.get("updates", ())]
+        admitted = [Admission(*row) for row in found.get("admitted", ())]
+        return cls(calls, Counter(found["tally"]), found["errors"], lost, admissions, published, updates, admitted)
 
 
 @dataclass
@@ -73,14 +92,16 @@ class Run:
 
     Attributes:
         counter: what the file says that was counted up under the lock.
-        discoveries: how often each discovery was stored by its task.
+        discoveries: those that their tasks have stored.
+        invalidated: by number of the agent, the last version whose invalidation was published, and has run.
         snapshots: of the health, kept in PostgreSQL while Redis was away.
     """
 
     phases: list[Phase]
     workers: list[Findings]
     counter: int
-    discoveries: list[int]
+    discoveries: list[Discovery]
+    invalidated: list[int]
     snapshots: int
     servers: str = ""
 
@@ -92,6 +113,8 @@ class Run:
         self.lost = {session for worker in self.workers for session in worker.lost}
         self.admissions = [admission for worker in self.workers for admission in worker.admissions]
         self.published = sum(len(worker.published) for worker in self.workers)
+        self.updates = [update for worker in self.workers for update in worker.updates]
+        self.admitted = [admission for worker in self.workers for admission in worker.admitted]
         self.errors = {name: text for worker in self.workers for name, text in worker.errors.items()}
 
     def latencies(self, operation: str, by: int) -> list[float]:
@@ -124,12 +147,15 @@ class Run:
         """How often each thing happened that must never happen."""
         return {
             "limits exceeded": overfull(self.admissions, [Limit(*limit) for limit in RATE]),
+            "limits of tasks exceeded": overfull([Admission(*found[2:]) for found in self.discoveries], [TASK_LIMIT]),
+            "limits of requests exceeded": overfull(self.admitted, [REQUEST_LIMIT]),
             "lock overlaps": self.tally["!lock overlaps"],
             "increments lost": abs(self.tally["increments"] - self.counter),
             "stale reads after invalidation": self.tally["!stale reads"],
             "sessions resolved wrongly": self.tally["!sessions resolved wrongly"],
             "tasks lost": self.published - len(self.discoveries),
-            "tasks run twice": sum(runs - 1 for runs in self.discoveries),
+            "tasks run twice": sum(found.runs - 1 for found in self.discoveries),
+            "invalidations lost": sum(self.invalidated[agent] < version for agent, version in self.updates),
             "HTTP errors": self.tally["!HTTP errors"],
             "unexpected errors": self.tally["!unexpected errors"],
         }
@@ -144,6 +170,8 @@ class Run:
                 found.append(f"{phase.name}: {missing} workers did not use Redis")
         if any(phase.outage for phase in self.phases) and not self.snapshots:
             found.append("no health snapshot was taken while Redis was away")
+        if not self.published or not self.updates or not self.tally["requests refused"]:
+            found.append("the site accepted no discovery, or no update, or its limit was never met")
         return found
 
 

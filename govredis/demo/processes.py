@@ -35,14 +35,19 @@ class Processes:
                 # In a session of its own: Ctrl-C is for this process, which then ends them all.
                 [sys.executable, "-c", f"from govredis.demo.{module} import main; main()"],
                 stdin=subprocess.PIPE, stderr=stderr, cwd=self._folder, text=True, start_new_session=True,
-                # What it leaves behind when it is killed goes with the folder.
-                env={**os.environ, "TMPDIR": str(self._folder)},
+                env=self._environment(),
             )  # fmt: skip
         self._started[name] = process
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended already, which `check` will say
             process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
+
+    def _environment(self) -> dict[str, str]:
+        # What Celery reads from the environment goes before what it is told: the user's broker is not for the demo.
+        mine = {name: value for name, value in os.environ.items() if not name.startswith("CELERY_")}
+        # What a process leaves behind when it is killed goes with the folder.
+        return {**mine, "TMPDIR": str(self._folder)}
 
     def check(self) -> None:
         """Raises ProcessError if one has ended with an error."""

@@ -117,8 +117,11 @@ def _invariants(run: Run) -> Table:
         "increments lost": f"{tally['increments']:,} made under the lock, and the file says {run.counter:,}",
         "stale reads after invalidation": f"{tally['reads']:,} values looked at",
         "sessions resolved wrongly": "another's agent, or none though known",
-        "tasks lost": f"{run.published:,} published over HTTP, each limited in the worker",
+        "limits of tasks exceeded": f"{len(run.discoveries):,} tasks run, per agent and store",
+        "limits of requests exceeded": f"{len(run.admitted):,} let through, {tally['requests refused']:,} refused",
+        "tasks lost": f"{run.published:,} published over HTTP",
         "tasks run twice": f"{len(run.discoveries):,} run",
+        "invalidations lost": f"{len(run.updates):,} published after SQL of the site's own",
         "HTTP errors": f"{sum(call.operation in OVER_HTTP for call in run.calls):,} requests",
         "unexpected errors": f"in {len(run.calls):,} calls",
     }

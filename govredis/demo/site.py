@@ -14,11 +14,16 @@ from werkzeug.serving import make_server
 from ..api import GovRedis
 from ..config import Config
 from ..contrib.flask import FlaskGovRedis
+from ..limits import Limit
 from .background import make_app
 from .processes import take_order
 
 #: What the site puts on each answer: how many calls of its features a fallback has served meanwhile.
 DEGRADED = "X-Degraded"
+#: And how many limits PostgreSQL has decided.
+IN_POSTGRES = "X-Limited-In-Postgres"
+#: Of each agent's requests to see who it is.
+LIMIT = Limit(10, 1.0)
 HELP = """govredis demo: a site, a Celery worker with beat, Redis, a broker and PostgreSQL. Try
 
   curl {url}govredis/health
@@ -36,12 +41,18 @@ def make_site(gov: GovRedis, background: Celery) -> Flask:
 
     @site.before_request
     def look() -> None:
-        g.degraded = _degraded(gov)
+        g.degraded, g.in_postgres = _degraded(gov), gov.counters.get("limits.degraded.postgres")
 
     @site.after_request
     def tell(response: Response) -> Response:
         response.headers[DEGRADED] = str(_degraded(gov) - g.degraded)
+        response.headers[IN_POSTGRES] = str(gov.counters.get("limits.degraded.postgres") - g.in_postgres)
         return response
+
+    @site.errorhandler(ValueError)
+    @site.errorhandler(LookupError)
+    def bad(error: Exception) -> Any:
+        return {"error": str(error)}, 400
 
     @site.get("/")
     def index() -> Response:
@@ -53,9 +64,9 @@ def make_site(gov: GovRedis, background: Celery) -> Flask:
         return {"agent_id": binding.agent_id}
 
     @site.get("/me")
+    @ext.rate_limited(LIMIT, key=ext.current_agent, operation="demo_me")
     def me() -> Any:
-        agent_id = ext.current_agent()
-        return ({"agent_id": agent_id}, 200) if agent_id else ({"agent_id": None}, 401)
+        return {"agent_id": ext.current_agent()}
 
     @site.get("/agents/<agent_id>")
     def read(agent_id: str) -> Any:
@@ -82,7 +93,7 @@ def make_site(gov: GovRedis, background: Celery) -> Flask:
     @site.post("/discoveries")
     @ext.rate_limited("500/second", key=ext.current_agent, operation="demo_http")
     def discover() -> Any:
-        background.tasks["demo.store_discovery"].delay(ext.current_agent(), request.json["number"])
+        background.tasks["demo.store_discovery"].delay(ext.current_agent(), int(request.json["number"]))
         return {}, 202
 
     return site

@@ -18,9 +18,10 @@ from .processes import Processes
 
 @dataclass
 class Stage:
-    """`redis` may be taken away; the broker is another one. `config`: the settings of a GovRedis on it."""
+    """`redis` may be taken away; `broker` is another one. `config`: the settings of a GovRedis on it."""
 
     redis: RedisServer
+    broker: RedisServer
     board: Board
     folder: Path
     config: dict[str, Any]
@@ -60,4 +61,4 @@ def stage() -> Iterator[Stage]:
         processes.start("site", "site", **order)
         site = folder / "site"
         processes.until(site.exists, "the site's start")
-        yield Stage(redis, board, folder, config, site.read_text(), versions, processes)
+        yield Stage(redis, broker, board, folder, config, site.read_text(), versions, processes)

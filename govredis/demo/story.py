@@ -8,9 +8,9 @@ from typing import Protocol
 
 from ..api import GovRedis
 from ..config import Config
-from .board import JOBS, STOP, WEB, WORKERS
-from .measure import Findings, Phase, Run
-from .stage import stage
+from .board import AGENTS, JOBS, STOP, WEB, WORKERS
+from .measure import Discovery, Findings, Phase, Run
+from .stage import Stage, stage
 
 #: Name, share of the time, whether Redis is away.
 PHASES = (
@@ -20,7 +20,7 @@ PHASES = (
     ("hung (SIGSTOP)", 4.5, True),
     ("awake again", 3.5, False),
 )
-_PATIENCE = 10.0  # seconds without any further task run, when there should be
+_PATIENCE = 20.0  # seconds for the tasks that are left
 
 
 class Listener(Protocol):
@@ -80,21 +80,20 @@ def tell(seconds: float, listener: Listener) -> Run:
         board.phase = STOP
         processes.until(lambda: all(map(processes.ended, names)), "the workers' end")
         found = [Findings.read(on.folder / f"found-{number}.json") for number in range(WORKERS)]
+        _settle(on)
         with GovRedis(Config(**on.config)) as gov:
-            discoveries = _discoveries(gov, sum(len(each.published) for each in found))
+            discoveries = [Discovery(*row) for row in gov.postgres.fetch("SELECT * FROM demo_discoveries")]
             snapshots = gov.postgres.fetch("SELECT count(*) FROM govredis_health_snapshots")[0][0]
         counter = int((on.folder / "counter").read_text())
-        return Run(phases, found, counter, discoveries, snapshots, on.versions)
+        promised = [max(row[agent] for row in board.promised[WEB:]) for agent in range(AGENTS)]
+        return Run(phases, found, counter, discoveries, promised, snapshots, on.versions)
 
 
-def _discoveries(gov: GovRedis, published: int) -> list[int]:
-    """How often each was stored, once all are; or when no more have come for a while."""
-    runs: list[int] = []
-    last = time.monotonic()
-    while len(runs) < published and time.monotonic() - last < _PATIENCE:
-        rows = gov.postgres.fetch("SELECT runs FROM demo_discoveries")
-        if len(rows) > len(runs):
-            last = time.monotonic()
-        runs = [int(row[0]) for row in rows]
-        time.sleep(0.1)
-    return runs
+def _settle(on: Stage) -> None:
+    """Until the broker has no task left, or for as long as can be waited. Those of beat come and go."""
+    deadline = time.monotonic() + _PATIENCE
+    quiet = 0
+    while quiet < 3 and time.monotonic() < deadline:
+        left = on.broker.command("LLEN", "celery") + on.broker.command("HLEN", "unacked")
+        quiet = 0 if left else quiet + 1
+        time.sleep(0.02)

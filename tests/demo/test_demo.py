@@ -23,7 +23,7 @@ from rich.console import Console
 from govredis import Limit
 from govredis.demo.board import STOP, Board
 from govredis.demo.clients import Client
-from govredis.demo.measure import Admission, Call, Findings, Phase, Run, overfull, quantile
+from govredis.demo.measure import Admission, Call, Discovery, Findings, Phase, Run, overfull, quantile
 from govredis.demo.report import Screen, print_report
 from govredis.demo.traffic import FALLBACK, OPERATIONS, REDIS, Job, Web
 
@@ -41,7 +41,11 @@ class Demo:
         self.process = subprocess.Popen(
             [*COMMAND, *(options or ("--seconds", "12"))], cwd=REPOSITORY, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, "TMPDIR": str(self.folder), "PYTHONUNBUFFERED": "1"},
+            # Celery would take a broker of the user's for its own.
+            env={
+                **os.environ, "TMPDIR": str(self.folder), "PYTHONUNBUFFERED": "1",
+                "CELERY_BROKER_URL": "redis://127.0.0.1:1/0", "CELERY_RESULT_BACKEND": "redis://127.0.0.1:1/0",
+            },
         )  # fmt: skip
         self.said: list[str] = []
 
@@ -175,8 +179,13 @@ class TestAsAProcess:
 def a_run(**tally: int) -> Run:
     """A run in which everything held; `tally` changes it."""
     calls = [Call(name, REDIS, 1.0, 1.1, 0) for name in OPERATIONS]
-    found = Findings(calls, Counter({"increments": 5, **tally}), {}, [], [], published=[0, 1, 2])
-    return Run([Phase("healthy", False, 0.0, 2.0)], [found], counter=5, discoveries=[1, 1, 1], snapshots=0)
+    seen = Counter({"increments": 5, "requests refused": 1, **tally})
+    found = Findings(calls, seen, {}, [], [], published=[0, 1, 2], updates=[(0, 7), (1, 8)], admitted=[])
+    return Run([Phase("healthy", False, 0.0, 2.0)], [found], 5, [discovery(n) for n in range(3)], [7, 8], snapshots=0)
+
+
+def discovery(number: int, runs: int = 1) -> Discovery:
+    return Discovery(number, runs, "agent-1", "redis 1", number, number + 0.1)
 
 
 def told(run: Run) -> tuple[int, str]:
@@ -215,7 +224,7 @@ class TestWhatBreaksARun:
 
     def test_tasks_lost_or_run_twice(self) -> None:
         run = a_run()
-        run.discoveries = [1, 3]
+        run.discoveries = [discovery(0), discovery(1, runs=3)]
         status, text = told(run)
         assert status == 1
         assert "It did not hold: tasks lost: 1; tasks run twice: 2\n" in text
@@ -228,6 +237,35 @@ class TestWhatBreaksARun:
         assert "no health snapshot was taken while Redis was away" in text
         run.snapshots = 1
         assert told(run)[0] == 0
+
+    def test_an_invalidation_that_never_ran(self) -> None:
+        run = a_run()
+        run.invalidated = [7, 7]
+        status, text = told(run)
+        assert status == 1
+        assert "It did not hold: invalidations lost: 1\n" in text
+
+    def test_a_limit_of_tasks_and_one_of_requests_exceeded(self) -> None:
+        run = a_run()
+        run.discoveries = [discovery(0)._replace(number=number) for number in range(6)]
+        run.published = 6
+        run.admitted = [Admission("agent-1", "site redis 1", 0.1, 0.2)] * 11
+        status, text = told(run)
+        assert status == 1
+        assert "It did not hold: limits of tasks exceeded: 6; limits of requests exceeded: 11\n" in text
+
+    @pytest.mark.parametrize("missing", ["published", "updates", "refused"])
+    def test_a_site_that_did_nothing(self, missing: str) -> None:
+        run = a_run()
+        if missing == "published":
+            run.published, run.discoveries = 0, []
+        elif missing == "updates":
+            run.updates = []
+        else:
+            run.tally["requests refused"] = 0
+        status, text = told(run)
+        assert status == 1
+        assert "the site accepted no discovery" in text
 
     def test_work_that_stopped(self) -> None:
         run = a_run()
@@ -290,8 +328,9 @@ def config() -> dict[str, Any]:
 class FakeConnection:
     """What the site would have answered."""
 
-    def __init__(self, status: int, body: object = None, degraded: str = "0") -> None:
-        self.status, self.body, self.headers = status, body, {"X-Degraded": degraded}
+    def __init__(self, status: int, body: object = None, degraded: str = "0", in_postgres: str = "0") -> None:
+        self.status, self.body = status, body
+        self.headers = {"X-Degraded": degraded, "X-Limited-In-Postgres": in_postgres}
 
     def request(self, *args: object) -> None:
         if self.status == 0:
@@ -322,11 +361,21 @@ class TestWhatClientsSee:
         [
             (FakeConnection(200, {"agent_id": "agent-1"}), {}),
             (FakeConnection(200, {"agent_id": "agent-2"}), {"!sessions resolved wrongly": 1}),
-            (FakeConnection(401), {"!sessions resolved wrongly": 1}),
+            (FakeConnection(400), {"!sessions resolved wrongly": 1}),
+            (FakeConnection(429), {"requests refused": 1}),
+            (FakeConnection(404), {"!HTTP errors": 1}),
             (FakeConnection(503), {"!HTTP errors": 1}),
             (FakeConnection(0), {"!HTTP errors": 1}),
         ],
-        ids=["right", "another's agent", "forgotten by a living Redis", "an error", "no answer"],
+        ids=[
+            "right",
+            "another's agent",
+            "forgotten by a living Redis",
+            "refused",
+            "not expected",
+            "an error",
+            "no answer",
+        ],
     )
     def test_a_session(self, client: Client, answer: Any, tally: dict[str, int]) -> None:
         client.http = answer
@@ -335,15 +384,26 @@ class TestWhatClientsSee:
         assert client.lost == []
 
     def test_a_session_lost_with_the_data(self, client: Client) -> None:
-        client.http, client.board.epoch = FakeConnection(401), 2  # type: ignore[assignment]
+        client.http, client.board.epoch = FakeConnection(400), 2  # type: ignore[assignment]
         client.resolve()
         assert (dict(client.tally), client.lost) == ({}, ["s-7-1"])
 
     def test_what_was_not_accepted_is_not_published(self, client: Client) -> None:
         for status in (202, 400, 202, 503):
-            client.http = FakeConnection(status, {})  # type: ignore[assignment]
+            client.http = FakeConnection(status, {"version": 5})  # type: ignore[assignment]
             client.discover()
+            client.update()
         assert client.published == [0, 1]
+        assert [version for _, version in client.updates] == [5, 5]
+
+    def test_what_was_let_through_and_by_which_store(self, client: Client) -> None:
+        for in_postgres in ("0", "1"):
+            client.http = FakeConnection(200, {"agent_id": "agent-1"}, in_postgres=in_postgres)  # type: ignore[assignment]
+            client.resolve()
+        assert [(agent, store) for agent, store, _, _ in client.admitted] == [
+            ("agent-1", "site redis 1"),
+            ("agent-1", "site postgres"),
+        ]
 
     def test_who_served_it(self, client: Client) -> None:
         for degraded in ("0", "2"):
