@@ -22,7 +22,7 @@ __all__ = ["Config"]
 _PASSWORD_IN_URL = re.compile(r"(//[^:@]*:).*(@)|(//)[^:@/?#]*(@)|(//[^:@/?#\[]*:)(?!\d*(?:[/?#]|$)).*$", re.DOTALL)
 # The same of what is no URL at all, for want of its //.
 _PASSWORD_WITHOUT_SCHEME = re.compile(r"(?:\A|(?<=\s))([^\s:/@]+:)(?!//|\s).*(@)", re.DOTALL)
-_PASSWORD_BY_NAME = re.compile(r"""(pass\w*\s*=\s*)('(?:[^'\\]|\\.)*'|[^&\s'"]*)""", re.IGNORECASE | re.DOTALL)
+_PASSWORD_BY_NAME = re.compile(r"""(pass\w*['"]?\s*[=:]\s*)('(?:[^'\\]|\\.)*'|[^&\s'"]*)""", re.IGNORECASE | re.DOTALL)
 
 
 def redact(text: str) -> str:

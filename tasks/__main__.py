@@ -55,6 +55,8 @@ def check() -> Iterator[str]:
     except Exception as error:  # noqa: BLE001 - each transport has its own, and a URL that is none others still
         variable = "CELERY_BROKER_URL" if os.environ.get("CELERY_BROKER_URL") else "CELERY_BROKER_URL (as REDIS_URL)"
         why = redact(str(error)) or type(error).__name__
+        if isinstance(error, ValueError):  # what it quotes may be of the password
+            why = "it is no URL; @ : / ? # in a password are written as %40 %3A %2F %3F %23"
         yield f"{variable}: {redact(app.conf.broker_url)} cannot be used: {why}"
 
 

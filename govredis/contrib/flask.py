@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import itertools
 import json
 import math
 import re
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, ParamSpec, TypeVar, cast
 from urllib.parse import quote
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 import click
 from flask import Blueprint, Flask, Response, after_this_request, current_app, request
@@ -39,7 +41,8 @@ _HEADER, _COOKIE = "GOVREDIS_SESSION_HEADER", "GOVREDIS_SESSION_COOKIE"
 #: What RFC 9110 and RFC 6265 both call a token: the name of a header, or of a cookie.
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
-# In the request's environ, not in flask.g, which the requests of a test share while it holds an app context open.
+# Attributes of the request object: flask.g is shared by the requests of a test that holds an app context open, and the
+# environ by a request and those that are made of it.
 _AGENT, _HITS = "govredis.agent", "govredis.hits"
 
 _QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
@@ -117,8 +120,8 @@ class FlaskGovRedis:
     def __init__(self, app: Flask | None = None, gov: GovRedis | None = None) -> None:
         self._gov = gov
         self._apps: WeakSet[Flask] = WeakSet()
-        #: What `rate_limited` was put on: as a view by itself it would run unlimited.
-        self._bare: WeakSet[Callable[..., Any]] = WeakSet()
+        #: What `rate_limited` was put on, by id, for not all can be hashed. As a view by itself it would run unlimited.
+        self._bare: WeakValueDictionary[int, Callable[..., Any]] = WeakValueDictionary()
         if app is not None:
             self.init_app(app)
 
@@ -154,16 +157,17 @@ class FlaskGovRedis:
 
     def current_agent(self) -> str | None:
         """The agent of the session whose id this request carries: in the header GOVREDIS_SESSION_HEADER, else in the
-        cookie GOVREDIS_SESSION_COOKIE. Its TTL slides (`sessions.get(..., touch=True)`). Redis is asked once a request.
+        cookie GOVREDIS_SESSION_COOKIE. Its TTL slides (`sessions.get(..., touch=True)`). Redis is asked once a request:
+        what is bound or unbound in the same request is not seen.
 
         Returns None where no id came, where what came can be none, and where the session is bound to nobody.
 
         Raises SessionStoreUnavailable while Redis is away and this process does not know the session: that is not the
         same as logged out. A view that lets it pass is a 503.
         """
-        if _AGENT not in request.environ:
-            request.environ[_AGENT] = self._find_agent()
-        return cast("str | None", request.environ[_AGENT])
+        if _AGENT not in request.__dict__:
+            request.__dict__[_AGENT] = self._find_agent()
+        return cast("str | None", request.__dict__[_AGENT])
 
     def _find_agent(self) -> str | None:
         gov = self.gov
@@ -196,10 +200,12 @@ class FlaskGovRedis:
         has RateLimit-Policy with all limits and RateLimit with the one that decided, as in
         draft-ietf-httpapi-ratelimit-headers-11 (May 2026). A policy's name is "{operation}: {limit}", with what is not
         printable ASCII, and `"`, `%` and `\\`, percent-encoded. With several of these on a view each decides in turn,
-        outermost first, and its place is taken also where an inner one refuses.
+        outermost first, and its place is taken also where an inner one refuses; give each an operation of its own, or
+        their policies have one name.
 
-        A request without an identity is a 400, never unlimited: `key` gives None or what can stand in no key, or raises
-        KeyError or ValueError. What is promised when Redis is away is as for `RateLimiter.hit`.
+        A request without an identity is a 400, never unlimited: `key` gives None or a str that can stand in no key, or
+        raises KeyError or ValueError. Anything else that it gives is a TypeError. What is promised when Redis is away
+        is as for `RateLimiter.hit`.
 
         Raises ValueError at decoration for a bad argument, for an async view, and above the route of an app that this
         has seen: the limit would never be asked there. What can only be found later (a blueprint, an app to come) has
@@ -217,7 +223,9 @@ class FlaskGovRedis:
             identify: Callable[[Any, Any], Any] = (
                 (lambda args, kwargs: key()) if callable(key) else KeyTemplate(key, function).fill
             )
-            self._bare.update(_layers(function))
+            for layer in _layers(function):
+                with contextlib.suppress(TypeError):  # an object of a class with slots cannot be watched
+                    self._bare[id(layer)] = layer
             for app in self._apps:
                 if unlimited := self._unlimited(app):
                     raise _above_the_route(unlimited)
@@ -226,7 +234,10 @@ class FlaskGovRedis:
             def limited(*args: P.args, **kwargs: P.kwargs) -> R:
                 limits = self.gov.limits
                 try:
-                    identity = check_id(identify(args, kwargs))
+                    found = identify(args, kwargs)
+                    if found is not None and not isinstance(found, str):
+                        raise TypeError(f"key of {_name(function)} gave {found!r}; it must give a str, or None")
+                    identity = check_id(cast(str, found))
                 except (KeyError, ValueError) as error:  # KeyError: of request.headers[...] and its like
                     said = "this request carries no identity for its limit"
                     raise BadRequest(said, _problem(HTTPStatus.BAD_REQUEST, said)) from error
@@ -242,8 +253,8 @@ class FlaskGovRedis:
         return decorate
 
     def _unlimited(self, app: Flask) -> list[str]:
-        bare = {id(function) for function in self._bare}  # not every view can be hashed
-        return sorted({_name(view) for view in app.view_functions.values() if id(view) in bare})
+        called = [*app.view_functions.values(), *itertools.chain(*app.before_request_funcs.values())]
+        return sorted({_name(function) for function in called if id(_plain(function)) in self._bare})
 
     def _refuse_unlimited(self, app: Flask, state: _App) -> None:
         if state.unlimited is None:
@@ -278,8 +289,14 @@ def _layers(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """The function, and what it wraps: between the limit and a route below it another decorator may stand."""
     layer: Callable[..., Any] | None = function
     while layer is not None:
-        yield layer
+        yield _plain(layer)
         layer = getattr(layer, "__wrapped__", None)
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a method, which is another object each time it is asked for, its function."""
+    found: Callable[..., Any] = getattr(function, "__func__", function)
+    return found
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -298,15 +315,15 @@ def _above_the_route(names: list[str]) -> ValueError:
 
 def _note(hit: _Hit) -> None:
     """Have the response tell of it, and of those before."""
-    hits: list[_Hit] | None = request.environ.get(_HITS)
+    hits: list[_Hit] | None = request.__dict__.get(_HITS)
     if hits is None:
-        hits = request.environ[_HITS] = []
+        hits = request.__dict__[_HITS] = []
         after_this_request(_tell_limits)
     hits.append(hit)
 
 
 def _tell_limits(response: Response) -> Response:
-    hits: list[_Hit] = request.environ[_HITS]
+    hits: list[_Hit] = request.__dict__[_HITS]
     response.headers.add("RateLimit-Policy", ", ".join([hit.policies() for hit in hits]))
     response.headers.add("RateLimit", ", ".join([hit.service_limit() for hit in hits]))
     return response
@@ -316,7 +333,7 @@ def _too_many(error: RateLimitExceeded) -> Response:
     violated, headers = [], {}
     if error.result is not None:
         # The operation of a limit is known of the decorator's only: `require` in a view does not tell.
-        hits: list[_Hit] = request.environ.get(_HITS, [])
+        hits: list[_Hit] = request.__dict__.get(_HITS, [])
         names = [hit.name() for hit in hits if hit.result is error.result]
         violated = names or [str(error.result.limit)]
         headers["Retry-After"] = str(max(1, math.ceil(error.result.retry_after)))

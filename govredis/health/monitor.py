@@ -27,8 +27,6 @@ _CACHED_FOR = 1.0
 _POSTGRES_DEADLINE = 0.5
 _HISTORY_ENTRIES = "10000"
 _HISTORY_DAYS = 30
-#: How long a heartbeat is remembered, and so a dead beat is warned of: a day. Its age is this less what is left.
-_HEARTBEAT_KEPT = 86_400.0
 _HEARTBEATS_MISSED = 3
 _SEVERITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
 #: What redis-cli INFO shows and a person asks for first.
@@ -158,13 +156,13 @@ class HealthMonitor:
     def beat(self, every: float) -> bool:
         """Note that whoever calls this is alive, and will call again `every` seconds from now.
 
-        For the next day `check` has an entry "beat", which warns where three in a row did not come. Ages are counted by
-        Redis's clock. Returns False where Redis is away: nothing is noted then.
+        For the next day, or ten times `every`, `check` has an entry "beat", which warns where three in a row did not
+        come. Ages are counted by Redis's clock. Returns False where Redis is away: nothing is noted then.
         """
         check_ttl(every, "every")
         if self._redis is not None:
             try:
-                self._redis.call("SET", self._keys.heartbeat(), f"{every:g}", "PX", f"{_HEARTBEAT_KEPT * 1000:.0f}")
+                self._redis.call("SET", self._keys.heartbeat(), f"{every:g}", "PX", f"{_kept(every) * 1000:.0f}")
                 return True
             except BackendUnavailable:
                 self._counters.add("health.degraded.heartbeats")
@@ -211,7 +209,7 @@ class HealthMonitor:
         data["keys"] = keys
         checks = [Check("redis", "pass", "", data)]
         if every is not None:
-            checks.append(_beat(float(every), _HEARTBEAT_KEPT - left_ms / 1000))
+            checks.append(_beat(every, left_ms / 1000))
         return checks
 
     def _check_postgres(self) -> Check:
@@ -252,7 +250,17 @@ class HealthMonitor:
         return Check("counters", "pass", "", {"counts": now, "hit_ratios": ratios})
 
 
-def _beat(every: float, age: float) -> Check:
+def _kept(every: float) -> float:
+    """Seconds that a heartbeat is remembered, and so its end is warned of. Its age is this less what is left."""
+    return max(86_400.0, 10 * every)
+
+
+def _beat(held: bytes, left: float) -> Check:
+    try:
+        every = float(held)
+    except ValueError:
+        return Check("beat", "warn", f"the heartbeat is {held!r}, which nobody here has written", {})
+    age = _kept(every) - left
     data = {"seconds_since": round(age, 3), "every": every}
     if age > every * _HEARTBEATS_MISSED:
         return Check("beat", "warn", f"no heartbeat for {age:.0f} s: beat is gone, or every worker", data)

@@ -269,6 +269,18 @@ class TestBeat:
         assert gov.health.check().checks[-1].data["every"] == 0.25
         assert plain_redis.ttl("govredis:heartbeat") > 80_000
 
+    def test_a_long_interval_is_remembered_for_longer(self, gov: GovRedis, plain_redis: Any) -> None:
+        gov.health.beat(36_000)
+        assert plain_redis.ttl("govredis:heartbeat") > 3 * 36_000
+        beat = gov.health.check().checks[-1]
+        assert (beat.status, beat.data["seconds_since"] < 1) == ("pass", True)
+
+    def test_what_nobody_here_has_written_is_warned_of(self, gov: GovRedis, plain_redis: Any) -> None:
+        plain_redis.set("govredis:heartbeat", "x")
+        beat = gov.health.check().checks[-1]
+        assert (beat.name, beat.status) == ("beat", "warn")
+        assert "b'x'" in beat.output
+
     def test_is_forgotten_after_a_day(self, gov: GovRedis, plain_redis: Any) -> None:
         gov.health.beat(10)
         plain_redis.pexpire("govredis:heartbeat", 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from celery import Celery, bootsteps
+from celery.local import Proxy
 
 from ...api import GovRedis
 from ._gov import gov_of, govs, intervals
@@ -30,7 +31,9 @@ def init_celery(app: Celery, gov: GovRedis | None = None) -> None:
     Wrong settings are a ConfigurationError where the app is finalized already; else a worker does not start for them,
     and our tasks raise it.
     """
-    govs[app] = gov or ""
+    if isinstance(app, Proxy):  # celery.current_app
+        app = app._get_current_object()
+    govs[app] = gov or govs.get(app) or ""
     app.steps["worker"].add(_Settings)
     if app.finalized:
         _install(app)

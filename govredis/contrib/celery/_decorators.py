@@ -15,7 +15,7 @@ from ...errors import LockTimeout, LockUnavailable, RateLimitExceeded, check_ttl
 from ...limits.calls import LimitedCalls
 from ...limits.rates import Rate
 from ._gov import current_gov
-from ._republish import can_republish, jittered, republish
+from ._republish import can_republish, jittered, republish, runs
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,13 +59,15 @@ def rate_limited(
             `retries` and `max_retries` do not know of it. "raise" raises RateLimitExceeded. "skip" ends the task with
             None, and counts it.
 
-    Called directly or eagerly, "retry" raises RateLimitExceeded: there is no message to publish anew.
+    Called directly, by another task or eagerly, "retry" raises RateLimitExceeded: there is no message of its own to
+    publish anew.
 
-    Raises ValueError at decoration for a bad argument, and where it stands above `@app.task`. What each run may raise
+    Raises ValueError at decoration for a bad argument, and where it stands above `@app.task`
+    or on an async function or a generator. What each run may raise
     or promises when Redis is away is as for `RateLimiter.hit`. A run that was admitted and then ends early (a killed
     worker, a conflict in `exclusive` below it) has used its place.
     """
-    if on_limit not in {"retry", "raise", "skip"}:
+    if on_limit not in ("retry", "raise", "skip"):
         raise refuse("on_limit", on_limit, '"retry", "raise" or "skip"')
     calls = LimitedCalls(rate, key, operation)
 
@@ -84,7 +86,7 @@ def rate_limited(
             if on_limit == "skip":
                 return None
             exceeded = RateLimitExceeded(result)
-            if on_limit == "retry" and can_republish(current_task):
+            if on_limit == "retry" and can_republish(current_task) and runs(current_task, function):
                 republish(current_task, exceeded, jittered(result.retry_after))
             raise exceeded
 
@@ -117,15 +119,19 @@ def exclusive(
             twice the time each time, up to half a minute: its `retries` and `max_retries` do not know of it. "raise"
             raises LockTimeout. "skip" ends the task with None, and counts it.
 
-    Called directly or eagerly, "retry" raises LockTimeout: there is no message to publish anew.
+    Called directly, by another task or eagerly, "retry" raises LockTimeout: there is no message of its own to publish
+    anew.
 
     With both, put `exclusive` above `rate_limited`: a conflict then takes nothing of the limit.
 
-    Raises ValueError at decoration for a bad argument, and where it stands above `@app.task`. A run raises LockLost
+    Raises ValueError at decoration for a bad argument, and where it stands above `@app.task`
+    or on an async function or a generator. A run raises LockLost
     where the lock was lost though the function succeeded, and LockUnavailable while nobody can be asked (Redis is away
     for less than a second, or GOVREDIS_LOCK_FALLBACK=fail); "retry" takes that for a conflict.
     """
-    if on_conflict not in {"retry", "raise", "skip"}:
+    if not isinstance(key, str):
+        raise refuse("key", key, 'a template such as "agent:{agent_id}"')
+    if on_conflict not in ("retry", "raise", "skip"):
         raise refuse("on_conflict", on_conflict, '"retry", "raise" or "skip"')
     if ttl is not None:
         check_ttl(ttl)
@@ -140,7 +146,7 @@ def exclusive(
             try:
                 held = gov.locks.acquire(template.fill(args, kwargs), timeout=0, ttl=ttl)
             except (LockTimeout, LockUnavailable) as conflict:
-                if on_conflict == "retry" and can_republish(current_task):
+                if on_conflict == "retry" and can_republish(current_task) and runs(current_task, function):
                     gov.counters.add("celery.conflicts.retry")
                     conflicts = int((current_task.request.headers or {}).get(_CONFLICTS, 0))
                     wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(conflicts, 10))
@@ -165,6 +171,9 @@ def _refuse_tasks(function: Any, decorator: str) -> None:
         raise ValueError(f"@{decorator} stands above @app.task; it must stand below it, next to the function")
     if not callable(function):
         raise refuse("what is decorated", function, "the function of a task")
+    kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+    if any(kind(function) for kind in kinds):
+        raise ValueError(f"{function.__qualname__} only begins when it is called; @{decorator} is for plain functions")
 
 
 def _wraps(function: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:

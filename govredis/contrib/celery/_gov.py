@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from celery import Celery, current_app, current_task
@@ -27,7 +27,8 @@ def gov_of(app: Celery) -> GovRedis:
     gov = govs.get(app)
     if gov == "":
         # Of two threads that make one each, one of the two, which has not connected yet, is forgotten.
-        made = gov_of_settings(app.conf, _names(app), "govredis_", [setting for setting, _ in INTERVALS.values()])
+        settings = _settings(app)
+        made = gov_of_settings(settings, settings, "govredis_", [setting for setting, _ in INTERVALS.values()])
         gov = govs[app] = govs[app] or made
     return gov or get_gov()
 
@@ -37,16 +38,22 @@ def current_gov() -> GovRedis:
     return gov_of(current_task.app if current_task else current_app._get_current_object())
 
 
-def _names(app: Celery) -> list[str]:
-    """The names of the app's settings as it would ask for them: without its namespace, in lower case."""
+def _settings(app: Celery) -> dict[str, Any]:
+    """The app's settings by their lower-case names, without its namespace. What is not in that is somebody else's."""
     namespace = f"{app.namespace}_".lower() if app.namespace else ""
-    return [str(name).lower().removeprefix(namespace) for name in app.conf]
+    found = {}
+    for name in map(str, app.conf):
+        if name.lower().startswith(namespace) or name.startswith("govredis_"):
+            found[name.lower().removeprefix(namespace)] = app.conf[name]
+    return found
 
 
 def intervals(app: Celery) -> dict[str, float]:
+    """How often each periodic task is to run, in seconds; those that are not scheduled are not in it."""
     found = {}
+    settings = _settings(app)
     for name, (setting, default) in INTERVALS.items():
-        interval = app.conf.get(f"govredis_{setting}", default)
+        interval = settings.get(f"govredis_{setting}", default)
         if interval is not None:
             try:
                 found[name] = float(check_ttl(interval, f"govredis_{setting}"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import Celery
+from celery import Celery, current_app
 from celery.schedules import crontab, schedule
 
 from govredis import (
@@ -340,3 +340,31 @@ class TestCalls:
         with pytest.raises(BackendUnavailable):
             app.tasks["govredis.invalidate_metadata"].apply(("a",)).get()
         gov_of(app).close()
+
+
+class TestNames:
+    def test_in_upper_case_without_a_namespace(self) -> None:
+        app = make_app(GOVREDIS_KEY_PREFIX="mine:", GOVREDIS_PURGE_INTERVAL=7)
+        init_celery(app)
+        app.finalize()
+        assert gov_of(app).config.key_prefix == "mine:"
+        assert app.conf.beat_schedule["govredis.purge"]["schedule"] == 7
+
+    def test_those_of_a_flask_app_in_the_same_module_are_not_its_own(self) -> None:
+        app = Celery("mine", set_as_current=False)
+        module = {"CELERY_BROKER_URL": "memory://", "GOVREDIS_SESSION_HEADER": "X", "CELERY_GOVREDIS_KEY_PREFIX": "c:"}
+        app.config_from_object(types.SimpleNamespace(**module), namespace="CELERY")
+        init_celery(app)
+        app.finalize()
+        assert gov_of(app).config.key_prefix == "c:"
+
+    def test_the_current_app_and_a_second_time(self) -> None:
+        app = make_app()
+        app.set_current()
+        try:
+            with GovRedis(Config()) as gov:
+                init_celery(current_app, gov)
+                init_celery(app)
+                assert gov_of(app) is gov
+        finally:
+            Celery("another").set_current()

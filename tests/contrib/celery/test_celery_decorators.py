@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 from celery import Celery, shared_task
+from celery._state import _task_stack
+from celery.exceptions import Retry
+from kombu.exceptions import EncodeError
 
 from govredis import Config, GovRedis, Limit, LockTimeout, LockUnavailable, RateLimitExceeded
 from govredis.contrib.celery import exclusive, init_celery, rate_limited
@@ -54,6 +57,26 @@ class TestRefusals:
         for task in (lazy, app.tasks[lazy.name], shared):
             with pytest.raises(ValueError, match=r"stands above @app\.task"):
                 decorate(task)
+
+    @pytest.mark.parametrize("decorate", DECORATORS)
+    def test_what_only_begins_when_it_is_called(self, decorate: Any) -> None:
+        async def coroutine(agent: str) -> None: ...
+
+        def generator(agent: str) -> Iterator[str]:
+            yield agent
+
+        for function in (coroutine, generator):
+            with pytest.raises(ValueError, match=rf"{function.__name__} only begins when it is called"):
+                decorate(function)
+
+    def test_what_is_no_template_and_no_choice(self) -> None:
+        for key in (None, 5, len):
+            with pytest.raises(ValueError, match=r"key is .*; it must be a template"):
+                exclusive(key)  # type: ignore[call-overload]
+        with pytest.raises(ValueError, match="on_limit is"):
+            limited("1/hour", on_limit=["skip"])
+        with pytest.raises(ValueError, match="on_conflict is"):
+            exclusive("x:{agent}", on_conflict=["skip"])  # type: ignore[call-overload]
 
     @pytest.mark.parametrize("decorate", DECORATORS)
     @pytest.mark.parametrize("what", [None, "agent", 5])
@@ -304,3 +327,93 @@ class TestWithoutAWorker:
         assert other_gov.counters.get("limits.allowed") == 1
         other_gov.limits.reset("a", operation="inside")
         other_gov.close()
+
+
+class TestWithAMessage:
+    """As within a worker, on a broker in memory: what becomes of the running task's message."""
+
+    @pytest.fixture(autouse=True)
+    def serializers(self, app: Celery) -> None:
+        app.conf.accept_content = ["json"]
+
+    def run(self, task: Any, *args: Any, **request: Any) -> Any:
+        info = {"exchange": "", "routing_key": "celery"}
+        task.push_request(id="one", args=args, kwargs={}, called_directly=False, delivery_info=info, **request)
+        _task_stack.push(task)
+        try:
+            return task.run(*args)
+        finally:
+            _task_stack.pop()
+            task.pop_request()
+
+    @pytest.mark.parametrize("visible", [None, "1200", 0, -1, 10_000], ids=repr)
+    def test_a_visibility_timeout_that_is_none_bounds_nothing(self, app: Celery, visible: Any) -> None:
+        app.conf.broker_transport_options = {"visibility_timeout": visible}
+
+        @app.task(shared=False)
+        @limited("1/minute")
+        def task(agent: str) -> None: ...
+
+        self.run(task, "a")
+        with pytest.raises(Retry) as retry:
+            self.run(task, "a")
+        assert 59 <= retry.value.when <= 75
+
+    @pytest.mark.parametrize("late", [True, False])
+    def test_what_cannot_be_encoded_fails_and_does_not_come_back(self, app: Celery, late: bool) -> None:
+        @app.task(shared=False, acks_late=late)
+        @limited("1/minute", key=lambda thing: "a")
+        def task(thing: object) -> None: ...
+
+        self.run(task, object())
+        with pytest.raises(EncodeError):
+            self.run(task, object())
+
+    @pytest.mark.parametrize("ignored", [True, False])
+    def test_whether_its_result_is_wanted_is_kept(self, app: Celery, ignored: bool) -> None:
+        @app.task(shared=False, ignore_result=not ignored)
+        @limited("1/minute")
+        def task(agent: str) -> None: ...
+
+        self.run(task, "a")
+        with pytest.raises(Retry) as retry:
+            self.run(task, "a", ignore_result=ignored)
+        assert retry.value.sig.options["ignore_result"] is ignored
+
+    def test_one_that_it_calls_does_not_begin_it_anew(self, app: Celery, gov: GovRedis) -> None:
+        @app.task(shared=False)
+        @exclusive("x:{agent}")
+        @limited("1/minute", operation="inner")
+        def inner(agent: str) -> None: ...
+
+        @app.task(shared=False, bind=True, autoretry_for=(KeyError,))
+        @limited("9/minute", operation="outer")
+        def outer(self: Any, agent: str) -> None:
+            inner.run(agent)
+
+        gov.limits.hit("a", "1/minute", operation="inner")
+        with pytest.raises(RateLimitExceeded):
+            self.run(outer, "a")
+        with gov.locks.acquire("x:b"), pytest.raises(LockTimeout):
+            self.run(outer, "b")
+        for _ in range(9):
+            gov.limits.hit("c", "9/minute", operation="outer")
+        with pytest.raises(Retry):
+            self.run(outer, "c")
+
+    def test_a_class_and_the_one_that_it_extends_are_one_task(self, app: Celery) -> None:
+        class Base(app.Task):  # type: ignore[misc,name-defined]
+            @limited("1/minute")
+            def run(self, agent: str) -> str:
+                return agent
+
+        class Extended(Base):
+            name = "extended"
+
+            def run(self, agent: str) -> str:
+                return str(super().run(agent))
+
+        task = app.register_task(Extended())
+        assert self.run(task, "a") == "a"
+        with pytest.raises(Retry):
+            self.run(task, "a")

@@ -409,7 +409,18 @@ def test_key_may_be_a_template_of_the_urls_arguments(
     assert "rate_limit:visit:a.1" in plain_redis.keys("*")
 
 
-@pytest.mark.parametrize("identity", [None, "", "a{b", "a\x85", "x" * 513, 7])
+def test_a_key_that_gives_no_str_is_a_mistake_to_be_seen(app: Flask, ext: FlaskGovRedis, client: FlaskClient) -> None:
+    @app.get("/")
+    @ext.rate_limited("1/hour", key=lambda: 7)  # type: ignore[arg-type,return-value]
+    def view() -> str:
+        raise AssertionError("it ran")
+
+    app.testing = True
+    with pytest.raises(TypeError, match=r"key of \S*view gave 7; it must give a str, or None"):
+        client.get("/")
+
+
+@pytest.mark.parametrize("identity", [None, "", "a{b", "a\x85", "x" * 513])
 def test_a_request_without_an_identity_is_a_400_and_nothing_is_sent(
     app: Flask, ext: FlaskGovRedis, client: FlaskClient, plain_redis: Any, identity: Any
 ) -> None:
@@ -595,6 +606,51 @@ def test_above_a_route_of_a_factory_every_request_is_refused(gov: GovRedis) -> N
     app = create_app()
     gc.collect()  # nobody holds the limited function any more
     assert app.test_client().get("/", headers=AGENT).status_code == 500
+
+
+def test_above_before_request_it_is_refused(app: Flask, ext: FlaskGovRedis) -> None:
+    def every() -> None:
+        raise AssertionError("it ran")
+
+    with pytest.raises(ValueError, match=r"@rate_limited does not limit \S*<locals>\.every"):
+        ext.rate_limited("1/hour", key=by_header)(app.before_request(every))
+
+
+def test_a_method_that_is_a_view_as_well_is_refused(app: Flask, ext: FlaskGovRedis) -> None:
+    class Views:
+        def view(self) -> str:
+            raise AssertionError("it ran")
+
+    views = Views()
+    app.add_url_rule("/", "bare", views.view)
+    with pytest.raises(ValueError, match=r"@rate_limited does not limit \S*Views\.view"):
+        ext.rate_limited("1/hour", key=by_header)(views.view)
+
+
+def test_a_request_made_of_another_ones_environ_is_another_request(
+    app: Flask, ext: FlaskGovRedis, client: FlaskClient
+) -> None:
+    ext_gov = gov_of(app)
+    for agent in "agent-1", "agent-2":
+        ext_gov.sessions.bind(f"of-{agent}", agent)
+
+    @app.get("/who")
+    @ext.rate_limited("9/hour", key=by_header, operation="inner")
+    def who() -> str:
+        return str(ext.current_agent())
+
+    @app.get("/batch")
+    @ext.rate_limited("9/hour", key=by_header, operation="outer")
+    def batch() -> dict[str, str]:
+        first = str(ext.current_agent())
+        environ = {**request.environ, "PATH_INFO": "/who", "HTTP_X_SESSION_ID": "of-agent-2"}
+        with app.request_context(environ):
+            inner = app.full_dispatch_request()
+        return {"first": first, "second": inner.get_data(as_text=True), "policy": inner.headers["RateLimit-Policy"]}
+
+    answer = client.get("/batch", headers={**AGENT, "X-Session-Id": "of-agent-1"})
+    assert answer.json == {"first": "agent-1", "second": "agent-2", "policy": '"inner: 9 per 3600 s";q=9;w=3600'}
+    assert answer.headers["RateLimit-Policy"] == '"outer: 9 per 3600 s";q=9;w=3600'
 
 
 def test_below_a_decorator_that_another_is_above_of_it_is_fine(
