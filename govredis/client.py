@@ -63,6 +63,8 @@ _NO_SETINFO = (
 
 # A deadline is for one exchange: more than this in one would need longer than any that suits a single command.
 _AT_ONCE = 500
+#: Seconds that one `pop` may wait: for so much longer than others may it find out that Redis hangs.
+LONGEST_POP = 0.25
 _BYTES_AT_ONCE = 1_000_000
 
 
@@ -71,14 +73,14 @@ class Script:
 
     Args:
         package: the package whose folder holds it.
-        filename: the .lua file.
+        filenames: the .lua files that make it up, in order.
     """
 
-    __slots__ = ("name", "sha", "source")
+    __slots__ = ("sha", "source")
 
-    def __init__(self, package: str, filename: str) -> None:
-        self.name = filename
-        self.source = files(package).joinpath(filename).read_text(encoding="utf-8")
+    def __init__(self, package: str, *filenames: str) -> None:
+        parts = [files(package).joinpath(filename).read_text(encoding="utf-8") for filename in filenames]
+        self.source = "\n".join(parts)
         self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
     def call(self, keys: Sequence[str], args: Sequence[Arg]) -> Command:
@@ -109,6 +111,11 @@ class RedisClient:
         except (TypeError, ValueError, redis.RedisError) as error:
             raise _wrong_url(config.redis_url, error) from None
         self._pool: Pool[Any] = Pool(lambda _: self._connect(), _disconnect, config.redis_connections, self.name)
+        # Of their own: those that wait must not keep the others from working.
+        waiting = {"socket_timeout": config.socket_timeout + LONGEST_POP}
+        self._waiting: Pool[Any] = Pool(
+            lambda _: self._connect(**waiting), _disconnect, config.redis_connections, self.name
+        )
         self.breaker = CircuitBreaker(self.name, self._probe)
         self._recoveries: list[Callable[[RedisClient], None]] = []
         self._direct = threading.local()
@@ -147,6 +154,19 @@ class RedisClient:
         except _NoScript:
             return self._round_trip(pack_command(("EVAL", script.source, str(len(keys)), *keys, *args)))
 
+    def pop(self, key: str, seconds: float) -> Any:
+        """The first element of a list, once there is one: BLPOP, on a connection of its own.
+
+        Args:
+            key: of the list.
+            seconds: to wait, LONGEST_POP at most.
+
+        Returns None where none came. Raises BackendUnavailable, BackendError. An element whose reply is lost with its
+        connection is gone.
+        """
+        reply = self._round_trip(pack_command(("BLPOP", key, f"{max(seconds, 0.001):.3f}")), pool=self._waiting)
+        return None if reply is None else reply[1]
+
     def pipeline(self, commands: Sequence[Command], scripts: Sequence[Script] = ()) -> list[Any]:
         """Run several commands, in order, in one round trip for each 500 or MB. Others may come between.
 
@@ -178,16 +198,17 @@ class RedisClient:
             replies: list[Any] = self._round_trip(b"".join(loads + packed), len(loads) + len(packed))
             return replies[len(loads) :]
 
-    def _round_trip(self, packed: bytes, replies: int = 0) -> Any:
+    def _round_trip(self, packed: bytes, replies: int = 0, pool: Pool[Any] | None = None) -> Any:
         breaker = self.breaker
         if not breaker.closed:
             self._check_breaker()
         generation = breaker.generation
-        pool = self._pool
+        if pool is None:
+            pool = self._pool
         connection = pool.take(self._timeout)
         pooled = connection._sock is not None
         try:
-            return self._exchange(connection, packed, replies)
+            return self._exchange(pool, connection, packed, replies)
         except redis.ConnectionError as error:
             if not pooled or _answered(error):
                 raise self._unavailable(error, generation) from error
@@ -199,7 +220,7 @@ class RedisClient:
             self._check_breaker()
         connection = pool.take(self._timeout)
         try:
-            return self._exchange(connection, packed, replies)
+            return self._exchange(pool, connection, packed, replies)
         except redis.RedisError as error:
             raise self._unavailable(error, generation) from error
 
@@ -208,8 +229,7 @@ class RedisClient:
         if not getattr(self._direct, "open", False):
             self.breaker.check()
 
-    def _exchange(self, connection: Any, packed: bytes, replies: int) -> Any:
-        pool = self._pool
+    def _exchange(self, pool: Pool[Any], connection: Any, packed: bytes, replies: int) -> Any:
         try:
             connection.send_packed_command((packed,), False)
             if not replies:
@@ -299,7 +319,7 @@ class RedisClient:
             raise BackendUnavailable(redact(str(error))) from error
         finally:
             _disconnect(connection)
-        self._pool.drop_idle()
+        self._drop_idle()
         self._direct.open = True
         try:
             for replay in list(self._recoveries):
@@ -314,18 +334,19 @@ class RedisClient:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def _connect(self) -> Any:
-        """A connection that connects at its first send."""
+    def _connect(self, **options: Any) -> Any:
+        """A connection that connects at its first send. `options` go over those of the configuration."""
         try:
-            return self._connection_class(**self._options)
+            return self._connection_class(**{**self._options, **options})
         except UnboundLocalError as error:
             if error.__context__ is None:
                 raise
             raise error.__context__ from None  # redis-py 6.4 hides a signal handler's exception in its constructor so
 
     def renew_after_fork(self) -> None:
-        inherited = list(self._pool.live)
+        inherited = [*self._pool.live, *self._waiting.live]
         self._pool.renew()
+        self._waiting.renew()
         self._direct = threading.local()
         for connection in inherited:
             _disconnect(connection)  # redis-py closes the child's descriptor without shutting the parent's socket down
@@ -333,7 +354,11 @@ class RedisClient:
     def close(self) -> None:
         """Close the idle connections and end the probe. The client reconnects if it is used again."""
         self.breaker.close()
+        self._drop_idle()
+
+    def _drop_idle(self) -> None:
         self._pool.drop_idle()
+        self._waiting.drop_idle()
 
 
 class Rejected(BackendError):
