@@ -41,7 +41,7 @@ pack_command: Callable[[Command], bytes] = hiredis.pack_command  # type: ignore[
 # Answers of a server that is up but cannot serve now. Redis 6.2 wraps what a script's own commands answered in
 # "ERR Error running script ... -READONLY ..."; 7.0 and newer pass it through.
 _CANNOT_SERVE_NOW = re.compile(
-    r"(?:^|[\s@:-])(LOADING|READONLY|MISCONF|OOM|CLUSTERDOWN|MASTERDOWN|TRYAGAIN|NOREPLICAS|BUSY) "
+    r"(?:^|[\s@:-])(LOADING|READONLY|MISCONF|OOM|CLUSTERDOWN|MASTERDOWN|TRYAGAIN|NOREPLICAS|BUSY|UNBLOCKED) "
 )
 # redis-py takes the word off the text of those that it knows.
 _CANNOT_SERVE_CLASSES = (
@@ -63,8 +63,10 @@ _NO_SETINFO = (
 
 # A deadline is for one exchange: more than this in one would need longer than any that suits a single command.
 _AT_ONCE = 500
-#: Seconds that one `pop` may wait: for so much longer than others may it find out that Redis hangs.
+#: Seconds that one `pop` may wait.
 LONGEST_POP = 0.25
+#: Redis looks `hz` times a second, 10 by default, whether a BLPOP's time is over.
+_TICK = 0.1
 _BYTES_AT_ONCE = 1_000_000
 
 
@@ -112,10 +114,7 @@ class RedisClient:
             raise _wrong_url(config.redis_url, error) from None
         self._pool: Pool[Any] = Pool(lambda _: self._connect(), _disconnect, config.redis_connections, self.name)
         # Of their own: those that wait must not keep the others from working.
-        waiting = {"socket_timeout": config.socket_timeout + LONGEST_POP}
-        self._waiting: Pool[Any] = Pool(
-            lambda _: self._connect(**waiting), _disconnect, config.redis_connections, self.name
-        )
+        self._waiting: Pool[Any] = Pool(lambda _: self._connect(), _disconnect, config.redis_connections, self.name)
         self.breaker = CircuitBreaker(self.name, self._probe)
         self._recoveries: list[Callable[[RedisClient], None]] = []
         self._direct = threading.local()
@@ -159,12 +158,17 @@ class RedisClient:
 
         Args:
             key: of the list.
-            seconds: to wait, LONGEST_POP at most.
+            seconds: to wait, LONGEST_POP at most; so long for a connection first, where all of them wait.
 
-        Returns None where none came. Raises BackendUnavailable, BackendError. An element whose reply is lost with its
-        connection is gone.
+        Returns None where none came, also from a Redis that hangs: nobody can tell that from a wait. Raises
+        BackendUnavailable, BackendError. An element whose reply is lost with its connection is gone.
         """
-        reply = self._round_trip(pack_command(("BLPOP", key, f"{max(seconds, 0.001):.3f}")), pool=self._waiting)
+        if seconds < LONGEST_POP:
+            # To the point. Where the server is late, it costs the connection. Redis 6 takes 0.001, and 0, for "ever".
+            asked = patience = max(seconds, 0.002)
+        else:
+            seconds, asked, patience = LONGEST_POP, LONGEST_POP - _TICK, LONGEST_POP + _TICK
+        reply = self._round_trip(pack_command(("BLPOP", key, f"{asked:.3f}")), wait=(seconds, patience))
         return None if reply is None else reply[1]
 
     def pipeline(self, commands: Sequence[Command], scripts: Sequence[Script] = ()) -> list[Any]:
@@ -198,30 +202,36 @@ class RedisClient:
             replies: list[Any] = self._round_trip(b"".join(loads + packed), len(loads) + len(packed))
             return replies[len(loads) :]
 
-    def _round_trip(self, packed: bytes, replies: int = 0, pool: Pool[Any] | None = None) -> Any:
+    def _round_trip(self, packed: bytes, replies: int = 0, wait: tuple[float, float] | None = None) -> Any:
         breaker = self.breaker
         if not breaker.closed:
             self._check_breaker()
         generation = breaker.generation
-        if pool is None:
-            pool = self._pool
-        connection = pool.take(self._timeout)
+        if wait is None:
+            pool, for_place, patience = self._pool, self._timeout, None
+        else:
+            pool, (for_place, patience) = self._waiting, wait
+        connection = pool.take(for_place)
         pooled = connection._sock is not None
         try:
-            return self._exchange(pool, connection, packed, replies)
+            return self._exchange(pool, connection, packed, replies, patience)
         except redis.ConnectionError as error:
             if not pooled or _answered(error):
                 raise self._unavailable(error, generation) from error
         except redis.RedisError as error:
+            if patience is not None and isinstance(error, redis.TimeoutError):
+                return None
             raise self._unavailable(error, generation) from error
         # The connection had idled while its server went away or was restarted. So have the others.
         pool.drop_idle()
         if not breaker.closed:
             self._check_breaker()
-        connection = pool.take(self._timeout)
+        connection = pool.take(for_place)
         try:
-            return self._exchange(pool, connection, packed, replies)
+            return self._exchange(pool, connection, packed, replies, patience)
         except redis.RedisError as error:
+            if patience is not None and isinstance(error, redis.TimeoutError):
+                return None
             raise self._unavailable(error, generation) from error
 
     def _check_breaker(self) -> None:
@@ -229,9 +239,13 @@ class RedisClient:
         if not getattr(self._direct, "open", False):
             self.breaker.check()
 
-    def _exchange(self, pool: Pool[Any], connection: Any, packed: bytes, replies: int) -> Any:
+    def _exchange(
+        self, pool: Pool[Any], connection: Any, packed: bytes, replies: int, patience: float | None = None
+    ) -> Any:
         try:
             connection.send_packed_command((packed,), False)
+            if patience is not None:
+                connection._sock.settimeout(patience)
             if not replies:
                 reply = connection.read_response()
             else:
@@ -334,10 +348,10 @@ class RedisClient:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def _connect(self, **options: Any) -> Any:
-        """A connection that connects at its first send. `options` go over those of the configuration."""
+    def _connect(self) -> Any:
+        """A connection that connects at its first send."""
         try:
-            return self._connection_class(**{**self._options, **options})
+            return self._connection_class(**self._options)
         except UnboundLocalError as error:
             if error.__context__ is None:
                 raise

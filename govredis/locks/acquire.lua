@@ -40,9 +40,10 @@ if holder and holder ~= ARGV[1] then
   return {0, redis.call('PTTL', KEYS[1])}
 end
 
-local fence = last
-if not holder or last == 0 then
-  fence = math.max(tonumber(fence_after(last)), tonumber(ARGV[3]) + 1)
+-- A floor that is not below it: who handed the lock over did not know of the new holder's host.
+local fence, floor = last, tonumber(ARGV[3])
+if not holder or last <= floor then
+  fence = math.max(tonumber(fence_after(last)), floor + 1)
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 redis.call('SET', KEYS[2], string.format('%d', fence), 'PX', string.format('%d', ARGV[2] + ARGV[4]))

@@ -218,20 +218,22 @@ class _Attempt:
                         f"lock {self._key}: {self._unanswered}; the grace of {GRACE:g} s is not over"
                     ) from self._unanswered
                 raise LockTimeout(f"lock {self._key} was held by others for all of {timeout:g} s")
-            if self._queued:
-                self._wait_for_turn(left)
-            else:
-                # Redis is away, or has granted what the host's guard does not let in.
+            if not self._queued or not self._wait_for_turn(left):
+                # Redis is away, or does not let us wait, or has granted what the host's guard does not let in.
                 time.sleep(min(left, wait * _random.uniform(0.5, 1.0)))
                 wait = min(_LONGEST_WAIT, wait * 2)
 
-    def _wait_for_turn(self, left: float) -> None:
-        """Until the lock is handed to us; or until it is time to be seen alive, and to see how the holder is."""
+    def _wait_for_turn(self, left: float) -> bool:
+        """Until the lock is handed to us; or until it is time to be seen alive, and to see how the holder is.
+
+        False if that could not be waited for.
+        """
         assert self._redis is not None
         try:
             self._redis.pop(f"{sibling(self._key, 'queue')}:{self.owner}", min(left, LONGEST_POP))
         except BackendUnavailable:
-            pass  # the next try finds out too, and knows what to do
+            return False  # the next try finds out too, and knows what to do
+        return True
 
     def _try_redis(self, waits: bool) -> tuple[int, float, bool] | None:
         assert self._redis is not None
@@ -260,12 +262,14 @@ class _Attempt:
         self._token = token
         if self.guard.enter(token, self.owner, sent + self._ttl, may_pass=True):
             return token, sent + self._ttl, False
-        # Other hosts need not wait for us meanwhile.
+        self._floor = self.guard.last_token()
+        if self._floor >= token:
+            # Somebody on this host was let in with a token of a clock ahead of Redis's. It is our turn all the same.
+            return self._try_redis(waits)
+        # Somebody on this host is still inside, whatever Redis says. Other hosts need not wait for us meanwhile.
         lock.send_release(self._key, self.owner, token)
         self.known = before
-        self._floor = self.guard.last_token()
-        # Somebody on this host is still inside, whatever Redis says; or was, with a token of a clock ahead of Redis's.
-        return self._try_redis(waits) if self._floor >= token else None
+        return None
 
     def _without_redis(self, error: BackendUnavailable) -> tuple[int, float, bool] | None:
         assert self._redis is not None

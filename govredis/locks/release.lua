@@ -12,9 +12,12 @@
 -- lock is over, whatever was lost meanwhile.
 
 local holder = redis.call('GET', KEYS[1])
-if holder ~= ARGV[1] then forget(ARGV[1]) end
-if holder and holder ~= ARGV[1] then
-  return redis.call('HGET', KEYS[4], '') == ARGV[1] and 1 or 0
+-- With the token: one that this host's guard refused queues up again as the same owner.
+local mark = ARGV[1] .. ' ' .. ARGV[2]
+if holder ~= ARGV[1] then
+  forget(ARGV[1])
+  if redis.call('HGET', KEYS[4], '') == mark then return 1 end
+  if holder then return 0 end
 end
 
 local last, token = tonumber(redis.call('GET', KEYS[2])) or 0, tonumber(ARGV[2])
@@ -25,7 +28,7 @@ local waiter = first_waiter()
 if waiter then
   hand_to(waiter, fence_after(last), ARGV[3])
   if holder then
-    redis.call('HSET', KEYS[4], '', ARGV[1])
+    redis.call('HSET', KEYS[4], '', mark)
     redis.call('PEXPIRE', KEYS[4], KEPT_MS)
   end
   return holder and 1 or 0
