@@ -1045,10 +1045,15 @@ def test_an_exception_while_it_waits_costs_the_connection(redis_server: RedisSer
 def test_a_child_forked_while_its_parent_waits(redis_server: RedisServer, client: RedisClient) -> None:
     client.call("RPUSH", "l", "x")
     client.pop("l", 0.25)
+    used = client._waiting.take(1)
+    client.call("RPUSH", "l", "y")
+    client.pop("l", 0.25)
+    used.connect()
     socket_before = client._waiting.idle[-1]._sock
 
     def child() -> None:
         assert not client._waiting.idle
+        assert used._sock is None
         client.call("RPUSH", "child's", "y")
         assert client.pop("child's", 0.25) == b"y"
         client.close()
@@ -1057,6 +1062,8 @@ def test_a_child_forked_while_its_parent_waits(redis_server: RedisServer, client
     client.call("RPUSH", "l", "z")
     assert client.pop("l", 0.25) == b"z"
     assert client._waiting.idle[-1]._sock is socket_before
+    assert used._sock is not None
+    client._waiting.give(used)
 
 
 def test_close_closes_those_that_have_waited_too(redis_server: RedisServer, make_client: MakeClient) -> None:
