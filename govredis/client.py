@@ -41,7 +41,7 @@ pack_command: Callable[[Command], bytes] = hiredis.pack_command  # type: ignore[
 # Answers of a server that is up but cannot serve now. Redis 6.2 wraps what a script's own commands answered in
 # "ERR Error running script ... -READONLY ..."; 7.0 and newer pass it through.
 _CANNOT_SERVE_NOW = re.compile(
-    r"(?:^|[\s@:-])(LOADING|READONLY|MISCONF|OOM|CLUSTERDOWN|MASTERDOWN|TRYAGAIN|NOREPLICAS|BUSY) "
+    r"(?:^|[\s@:-])(LOADING|READONLY|MISCONF|OOM|CLUSTERDOWN|MASTERDOWN|TRYAGAIN|NOREPLICAS|BUSY|UNBLOCKED) "
 )
 # redis-py takes the word off the text of those that it knows.
 _CANNOT_SERVE_CLASSES = (
@@ -63,6 +63,10 @@ _NO_SETINFO = (
 
 # A deadline is for one exchange: more than this in one would need longer than any that suits a single command.
 _AT_ONCE = 500
+#: Seconds that one `pop` may wait.
+LONGEST_POP = 0.25
+#: Redis looks `hz` times a second, 10 by default, whether a BLPOP's time is over.
+_TICK = 0.1
 _BYTES_AT_ONCE = 1_000_000
 
 
@@ -71,14 +75,14 @@ class Script:
 
     Args:
         package: the package whose folder holds it.
-        filename: the .lua file.
+        filenames: the .lua files that make it up, in order.
     """
 
-    __slots__ = ("name", "sha", "source")
+    __slots__ = ("sha", "source")
 
-    def __init__(self, package: str, filename: str) -> None:
-        self.name = filename
-        self.source = files(package).joinpath(filename).read_text(encoding="utf-8")
+    def __init__(self, package: str, *filenames: str) -> None:
+        parts = [files(package).joinpath(filename).read_text(encoding="utf-8") for filename in filenames]
+        self.source = "\n".join(parts)
         self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
     def call(self, keys: Sequence[str], args: Sequence[Arg]) -> Command:
@@ -109,6 +113,8 @@ class RedisClient:
         except (TypeError, ValueError, redis.RedisError) as error:
             raise _wrong_url(config.redis_url, error) from None
         self._pool: Pool[Any] = Pool(lambda _: self._connect(), _disconnect, config.redis_connections, self.name)
+        # Of their own: those that wait must not keep the others from working.
+        self._waiting: Pool[Any] = Pool(lambda _: self._connect(), _disconnect, config.redis_connections, self.name)
         self.breaker = CircuitBreaker(self.name, self._probe)
         self._recoveries: list[Callable[[RedisClient], None]] = []
         self._direct = threading.local()
@@ -147,6 +153,24 @@ class RedisClient:
         except _NoScript:
             return self._round_trip(pack_command(("EVAL", script.source, str(len(keys)), *keys, *args)))
 
+    def pop(self, key: str, seconds: float) -> Any:
+        """The first element of a list, once there is one: BLPOP, on a connection of its own.
+
+        Args:
+            key: of the list.
+            seconds: to wait, LONGEST_POP at most; so long for a connection first, where all of them wait.
+
+        Returns None where none came, also from a Redis that hangs: nobody can tell that from a wait. Raises
+        BackendUnavailable, BackendError. An element whose reply is lost with its connection is gone.
+        """
+        if seconds < LONGEST_POP:
+            # To the point. Where the server is late, it costs the connection. Redis 6 takes 0.001, and 0, for "ever".
+            asked = patience = max(seconds, 0.002)
+        else:
+            seconds, asked, patience = LONGEST_POP, LONGEST_POP - _TICK, LONGEST_POP + _TICK
+        reply = self._round_trip(pack_command(("BLPOP", key, f"{asked:.3f}")), wait=(seconds, patience))
+        return None if reply is None else reply[1]
+
     def pipeline(self, commands: Sequence[Command], scripts: Sequence[Script] = ()) -> list[Any]:
         """Run several commands, in order, in one round trip for each 500 or MB. Others may come between.
 
@@ -178,29 +202,36 @@ class RedisClient:
             replies: list[Any] = self._round_trip(b"".join(loads + packed), len(loads) + len(packed))
             return replies[len(loads) :]
 
-    def _round_trip(self, packed: bytes, replies: int = 0) -> Any:
+    def _round_trip(self, packed: bytes, replies: int = 0, wait: tuple[float, float] | None = None) -> Any:
         breaker = self.breaker
         if not breaker.closed:
             self._check_breaker()
         generation = breaker.generation
-        pool = self._pool
-        connection = pool.take(self._timeout)
+        if wait is None:
+            pool, for_place, patience = self._pool, self._timeout, None
+        else:
+            pool, (for_place, patience) = self._waiting, wait
+        connection = pool.take(for_place)
         pooled = connection._sock is not None
         try:
-            return self._exchange(connection, packed, replies)
+            return self._exchange(pool, connection, packed, replies, patience)
         except redis.ConnectionError as error:
             if not pooled or _answered(error):
                 raise self._unavailable(error, generation) from error
         except redis.RedisError as error:
+            if patience is not None and isinstance(error, redis.TimeoutError):
+                return None
             raise self._unavailable(error, generation) from error
         # The connection had idled while its server went away or was restarted. So have the others.
         pool.drop_idle()
         if not breaker.closed:
             self._check_breaker()
-        connection = pool.take(self._timeout)
+        connection = pool.take(for_place)
         try:
-            return self._exchange(connection, packed, replies)
+            return self._exchange(pool, connection, packed, replies, patience)
         except redis.RedisError as error:
+            if patience is not None and isinstance(error, redis.TimeoutError):
+                return None
             raise self._unavailable(error, generation) from error
 
     def _check_breaker(self) -> None:
@@ -208,10 +239,13 @@ class RedisClient:
         if not getattr(self._direct, "open", False):
             self.breaker.check()
 
-    def _exchange(self, connection: Any, packed: bytes, replies: int) -> Any:
-        pool = self._pool
+    def _exchange(
+        self, pool: Pool[Any], connection: Any, packed: bytes, replies: int, patience: float | None = None
+    ) -> Any:
         try:
             connection.send_packed_command((packed,), False)
+            if patience is not None:
+                connection._sock.settimeout(patience)
             if not replies:
                 reply = connection.read_response()
             else:
@@ -299,7 +333,7 @@ class RedisClient:
             raise BackendUnavailable(redact(str(error))) from error
         finally:
             _disconnect(connection)
-        self._pool.drop_idle()
+        self._drop_idle()
         self._direct.open = True
         try:
             for replay in list(self._recoveries):
@@ -324,8 +358,9 @@ class RedisClient:
             raise error.__context__ from None  # redis-py 6.4 hides a signal handler's exception in its constructor so
 
     def renew_after_fork(self) -> None:
-        inherited = list(self._pool.live)
+        inherited = [*self._pool.live, *self._waiting.live]
         self._pool.renew()
+        self._waiting.renew()
         self._direct = threading.local()
         for connection in inherited:
             _disconnect(connection)  # redis-py closes the child's descriptor without shutting the parent's socket down
@@ -333,7 +368,11 @@ class RedisClient:
     def close(self) -> None:
         """Close the idle connections and end the probe. The client reconnects if it is used again."""
         self.breaker.close()
+        self._drop_idle()
+
+    def _drop_idle(self) -> None:
         self._pool.drop_idle()
+        self._waiting.drop_idle()
 
 
 class Rejected(BackendError):

@@ -916,3 +916,169 @@ def test_a_long_pipeline_goes_in_pieces(client: RedisClient, monkeypatch: pytest
     pieces.clear()
     assert client.pipeline([("SET", "k", "x" * 600_000)] * 3) == [b"OK"] * 3
     assert pieces == [2, 1]
+
+
+# -- waiting
+
+
+def test_pop_returns_the_element_or_none(redis_server: RedisServer, client: RedisClient) -> None:
+    assert client.pop("l", 0.25) is None
+    client.call("RPUSH", "l", "a", "b")
+    assert client.pop("l", 0.25) == b"a"
+    got: list[Any] = []
+
+    def wait() -> None:
+        while not got:
+            if (element := client.pop("empty", 0.25)) is not None:
+                got.append(element)
+
+    def push() -> None:
+        until(lambda: int(redis_server.command("INFO", "clients")["blocked_clients"]))
+        client.call("RPUSH", "empty", "c")
+
+    parallel(wait, push)
+    assert got == [b"c"]
+    client.call("SET", "no list", "")
+    with pytest.raises(BackendError, match="WRONGTYPE"):
+        client.pop("no list", 0.25)
+    assert client.pop("l", 0.01) == b"b"
+
+
+@pytest.mark.parametrize("hz", [1, 10])
+@pytest.mark.parametrize("seconds", [-1, 0, 0.001, 0.03, 0.2499, 0.25, 5])
+def test_pop_waits_so_long_however_late_the_server_is_and_that_is_no_outage(
+    redis_binary: str, make_client: MakeClient, seconds: float, hz: int
+) -> None:
+    with RedisServer(binary=redis_binary, config=[f"hz {hz}"]) as server:
+        client = make_client(server, socket_timeout=0.05)
+        took = []
+        for _ in range(3):
+            began = time.monotonic()
+            assert client.pop("l", seconds) is None
+            took.append(time.monotonic() - began)
+        assert min(took) < min(max(seconds, 0), 0.35) + 0.05
+        assert max(took) < 2
+        assert min(took) >= min(max(seconds, 0), 0.149)  # a whole slice ends when the server next looks
+        assert client.breaker.closed
+        assert client.breaker.times_opened == 0
+
+
+def test_those_that_wait_leave_the_others_their_connections(redis_server: RedisServer, make_client: MakeClient) -> None:
+    client = make_client(redis_server, redis_connections=1, socket_timeout=5)
+    answered: list[Any] = []
+
+    def others() -> None:
+        until(lambda: int(redis_server.command("INFO", "clients")["blocked_clients"]))
+        answered.append(client.call("PING"))
+        client.call("RPUSH", "l", "x")
+
+    def wait() -> None:
+        while client.pop("l", 0.25) is None:
+            pass
+
+    parallel(wait, others)
+    assert answered == [b"PONG"]
+    # And wait for a connection no longer than they would for the element.
+    held = client._waiting.take(1)
+    began = time.monotonic()
+    with pytest.raises(BackendUnavailable, match="all 1 connections"):
+        client.pop("l", 0.05)
+    assert time.monotonic() - began < 2
+    assert client.breaker.closed
+    client._waiting.give(held)
+
+
+def test_pop_from_a_server_that_hangs_or_is_gone(mortal_redis: RedisServer, make_client: MakeClient) -> None:
+    client = make_client(mortal_redis, socket_timeout=0.2)
+    assert client.pop("l", 0.01) is None
+    mortal_redis.pause()
+    assert client.pop("l", 0.01) is None
+    assert client.breaker.closed
+    with pytest.raises(BackendUnavailable):
+        client.call("PING")
+    assert not client.breaker.closed
+    with pytest.raises(BackendUnavailable):
+        client.pop("l", 0.01)
+    mortal_redis.resume()
+    until(lambda: works(client))
+    mortal_redis.restart(data="empty")
+    client.call("RPUSH", "l", "x")
+    assert client.pop("l", 0.2) == b"x"
+    mortal_redis.kill()
+    for _ in range(2):
+        with pytest.raises(BackendUnavailable):
+            client.pop("l", 0.01)
+    assert not client.breaker.closed
+
+
+def test_an_idle_waiting_connection_that_was_killed_is_replaced(redis_server: RedisServer, client: RedisClient) -> None:
+    client.call("RPUSH", "l", 1, 2, 3)
+    assert client.pop("l", 0.25) == b"1"
+    redis_server.command("CLIENT", "KILL", "TYPE", "normal")
+    assert client.pop("l", 0.25) == b"2"
+    assert client.breaker._refusals == 0
+
+
+def test_an_exception_while_it_waits_costs_the_connection(redis_server: RedisServer, client: RedisClient) -> None:
+    class Struck(BaseException):
+        pass
+
+    def strike(*_: object) -> None:
+        raise Struck
+
+    client.call("RPUSH", "l", "x")
+    client.pop("l", 0.25)
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(Struck):
+            client.pop("l", 0.25)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not client._waiting.idle
+    until(lambda: not int(redis_server.command("INFO", "clients")["blocked_clients"]))
+    client.call("RPUSH", "l", "y")
+    assert client.pop("l", 0.25) == b"y"
+
+
+def test_a_child_forked_while_its_parent_waits(redis_server: RedisServer, client: RedisClient) -> None:
+    client.call("RPUSH", "l", "x")
+    client.pop("l", 0.25)
+    used = client._waiting.take(1)
+    client.call("RPUSH", "l", "y")
+    client.pop("l", 0.25)
+    used.connect()
+    socket_before = client._waiting.idle[-1]._sock
+
+    def child() -> None:
+        assert not client._waiting.idle
+        assert used._sock is None
+        client.call("RPUSH", "child's", "y")
+        assert client.pop("child's", 0.25) == b"y"
+        client.close()
+
+    in_child(child)()
+    client.call("RPUSH", "l", "z")
+    assert client.pop("l", 0.25) == b"z"
+    assert client._waiting.idle[-1]._sock is socket_before
+    assert used._sock is not None
+    client._waiting.give(used)
+
+
+def test_close_closes_those_that_have_waited_too(redis_server: RedisServer, make_client: MakeClient) -> None:
+    before = descriptors()
+    client = make_client(redis_server)
+    client.call("RPUSH", "l", "x")
+    assert client.pop("l", 0.25) == b"x"
+    assert len(connections(redis_server)) == 2
+    client.close()
+    assert descriptors() == before
+    until(lambda: not connections(redis_server))
+
+
+def test_a_script_of_several_files_is_one() -> None:
+    whole = Script("govredis.locks", "queue.lua", "release.lua")
+    parts = [Script("govredis.locks", name).source for name in ("queue.lua", "release.lua")]
+    assert whole.source == "\n".join(parts)
+    assert whole.sha not in [Script("govredis.locks", "release.lua").sha]

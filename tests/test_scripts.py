@@ -51,6 +51,8 @@ class TestEachScript:
         local_keys = set(re.findall(r"local ([\w, ]+) = KEYS", body))
         names = {name.strip() for group in local_keys for name in group.split(",")}
         first_arguments = re.findall(r"redis\.call\('(?!TIME')\w+',\s*([^,)]+)", body)
+        # What follows a key's hash tag lives where the key does.
+        names |= set(re.findall(r"local (\w+) = KEYS\[\d\] \.\. ':' \.\. ", body))
         assert all(a.startswith("KEYS[") or a in names for a in first_arguments), first_arguments
 
 

@@ -1,26 +1,49 @@
--- Grant a lock, or say that it is held.
+-- Grant a lock, or say that it is held, and queue up for it. After queue.lua.
 --
 -- KEYS[1]  lock:{resource}: the holder's owner token, with the lease as its expiry
 -- KEYS[2]  its sibling "fence": the last fencing token granted
+-- KEYS[3]  its sibling "queue"
+-- KEYS[4]  its sibling "waiters"
 -- ARGV[1]  owner token of the caller
 -- ARGV[2]  ttl in milliseconds
 -- ARGV[3]  floor: the last fencing token that the caller's host knows of
 -- ARGV[4]  how long the fence is kept after the lease, in milliseconds
+-- ARGV[5]  1: queue up if it is held, or stay in the queue and be seen alive; 0: do not wait for it
 --
--- Reply: {1, fencing token} if granted (also if it was granted to this owner before: its reply was lost; then the same
--- token), {0, milliseconds until the holder's lease ends, -1 where it has no end} if held.
+-- Reply: {1, fencing token} if granted (also if it was granted to this owner before: it was handed over, or the reply was
+-- lost; then the same token), {0, milliseconds until the holder's lease ends, -1 where it has no end} if held.
 
 local holder = redis.call('GET', KEYS[1])
+local last = tonumber(redis.call('GET', KEYS[2])) or 0
+
+if not holder then
+  local head = first_waiter()
+  if head == ARGV[1] then
+    forget(head)
+  elseif head then
+    -- It ended without a release. Whoever came first is next, not whoever happens to notice.
+    hand_to(head, fence_after(last), ARGV[4])
+    holder = head
+  end
+end
+
 if holder and holder ~= ARGV[1] then
+  if ARGV[5] == '1' then
+    if not redis.call('ZSCORE', KEYS[3], ARGV[1]) then
+      local tail = tonumber(redis.call('ZRANGE', KEYS[3], -1, -1, 'WITHSCORES')[2]) or 0
+      redis.call('ZADD', KEYS[3], string.format('%d', math.max(now_us, tail + 1)), ARGV[1])
+    end
+    redis.call('HSET', KEYS[4], ARGV[1], string.format('%d', now_us))
+    redis.call('PEXPIRE', KEYS[3], KEPT_MS)
+    redis.call('PEXPIRE', KEYS[4], KEPT_MS)
+  end
   return {0, redis.call('PTTL', KEYS[1])}
 end
 
-local last = tonumber(redis.call('GET', KEYS[2])) or 0
-local fence = last
-if not holder or last == 0 then
-  -- Above all earlier ones, also where the fence was lost or the clock was set back (but not both).
-  local time = redis.call('TIME')
-  fence = math.max(last + 1, tonumber(time[1]) * 1000000 + tonumber(time[2]), tonumber(ARGV[3]) + 1)
+-- A floor that is not below it: who handed the lock over did not know of the new holder's host.
+local fence, floor = last, tonumber(ARGV[3])
+if not holder or last <= floor then
+  fence = math.max(tonumber(fence_after(last)), floor + 1)
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 redis.call('SET', KEYS[2], string.format('%d', fence), 'PX', string.format('%d', ARGV[2] + ARGV[4]))
