@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ def run(seconds: float = SECONDS) -> int:
     from .report import Screen, print_report
     from .story import tell
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not everywhere there is a µ
     screen = Screen()
 
     def story() -> int:

@@ -42,8 +42,9 @@ class Demo:
             [*COMMAND, *(options or ("--seconds", "12"))], cwd=REPOSITORY, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             # Celery would take a broker of the user's for its own.
+            # Nor does every terminal have a µ.
             env={
-                **os.environ, "TMPDIR": str(self.folder), "PYTHONUNBUFFERED": "1",
+                **os.environ, "PYTHONIOENCODING": "ascii", "TMPDIR": str(self.folder), "PYTHONUNBUFFERED": "1",
                 "CELERY_BROKER_URL": "redis://127.0.0.1:1/0", "CELERY_RESULT_BACKEND": "redis://127.0.0.1:1/0",
             },
         )  # fmt: skip
