@@ -28,8 +28,10 @@ def gov_of_settings(
     given = {name[len(prefix) :].lower() for name in names if name.startswith(prefix)}
     unknown = sorted(given - known - set(also))
     if unknown:
-        wanted = ", ".join(sorted(prefix + name for name in {*known, *also})).lower()
-        raise ConfigurationError(
-            f"{prefix.lower()}{unknown[0]} is no setting; these are, in the case of yours: {wanted}"
-        )
+
+        def shown(name: str) -> str:
+            return prefix + (name.upper() if prefix.isupper() else name)
+
+        wanted = ", ".join(sorted(map(shown, {*known, *also})))
+        raise ConfigurationError(f"{shown(unknown[0])} is no setting; these are: {wanted}")
     return GovRedis(Config.from_app(settings, prefix)) if given & known else None

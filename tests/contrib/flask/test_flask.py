@@ -150,7 +150,7 @@ def test_settings_are_put_over_the_environments(
     ("settings", "said"),
     [
         ({"GOVREDIS_SESSION_TTL": "an hour"}, "GOVREDIS_SESSION_TTL is 'an hour'; it must be a number of seconds"),
-        ({"GOVREDIS_SESION_HEADER": "X-Sid"}, "govredis_sesion_header is no setting; .* govredis_session_header"),
+        ({"GOVREDIS_SESION_HEADER": "X-Sid"}, "GOVREDIS_SESION_HEADER is no setting; .* GOVREDIS_SESSION_HEADER"),
         ({"GOVREDIS_SESSION_HEADER": "X Sid"}, "GOVREDIS_SESSION_HEADER is 'X Sid'; it must be a name of letters"),
         ({"GOVREDIS_SESSION_COOKIE": 7}, "GOVREDIS_SESSION_COOKIE is 7; it must be a name of letters.*, or None"),
         ({"GOVREDIS_REDIS_URL": "redis://u:hunter2@h:x"}, r"GOVREDIS_REDIS_URL is 'redis://u:\*\*\*@h:x'"),
