@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -11,21 +11,18 @@ from ..config import Config
 from ..errors import ConfigurationError
 
 
-def gov_of_settings(
-    settings: Mapping[str, Any], names: Iterable[str], prefix: str, also: Collection[str]
-) -> GovRedis | None:
+def gov_of_settings(settings: Mapping[str, Any], prefix: str, also: Collection[str]) -> GovRedis | None:
     """A GovRedis of the application's own if it has settings for one, put over the environment's; else None.
 
     Args:
-        settings: the application's configuration, asked by name.
-        names: those that it has.
+        settings: the application's configuration.
         prefix: of ours; followed by the name of a field of Config, in the prefix's case.
         also: the names after the prefix that are not Config's.
 
     Raises ConfigurationError for a bad value, and for a name with our prefix that is none of ours.
     """
     known = {f.name for f in fields(Config)}
-    given = {name[len(prefix) :].lower() for name in names if name.startswith(prefix)}
+    given = {name[len(prefix) :].lower() for name in settings if name.startswith(prefix)}
     unknown = sorted(given - known - set(also))
     if unknown:
 

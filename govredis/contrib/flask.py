@@ -134,7 +134,7 @@ class FlaskGovRedis:
         if _EXTENSION in app.extensions:
             raise ValueError(f"app {app.name!r} has a FlaskGovRedis already; init_app is called once for an app")
         also = [name.removeprefix("GOVREDIS_").lower() for name in (_HEADER, _COOKIE)]
-        made = gov_of_settings(app.config, app.config, "GOVREDIS_", also)
+        made = gov_of_settings(app.config, "GOVREDIS_", also)
         for name, default in (_HEADER, "X-Session-Id"), (_COOKIE, None):
             held = app.config.setdefault(name, default)
             if held is not None and not (isinstance(held, str) and _TOKEN.fullmatch(held)):

@@ -27,8 +27,8 @@ def gov_of(app: Celery) -> GovRedis:
     gov = govs.get(app)
     if gov == "":
         # Of two threads that make one each, one of the two, which has not connected yet, is forgotten.
-        settings = _settings(app)
-        made = gov_of_settings(settings, settings, "govredis_", [setting for setting, _ in INTERVALS.values()])
+        also = [setting for setting, _ in INTERVALS.values()]
+        made = gov_of_settings(_settings(app), "govredis_", also)
         gov = govs[app] = govs[app] or made
     return gov or get_gov()
 
