@@ -63,11 +63,12 @@ _NO_SETINFO = (
 
 # A deadline is for one exchange: more than this in one would need longer than any that suits a single command.
 _AT_ONCE = 500
+_BYTES_AT_ONCE = 1_000_000
+
 #: Seconds that one `pop` may wait.
 LONGEST_POP = 0.25
 #: Redis looks `hz` times a second, 10 by default, whether a BLPOP's time is over.
 _TICK = 0.1
-_BYTES_AT_ONCE = 1_000_000
 
 
 class Script:

@@ -288,6 +288,8 @@ def test_no_password_in_an_error(variable: str, held: Any) -> None:
 
 def test_redact_leaves_the_rest() -> None:
     assert redact("redis://user:pw@h:6379/0") == "redis://user:***@h:6379/0"
+    assert redact("{'password': 'secret'}") == "{'password': ***}"
+    assert redact("password:secret") == "password:***"
     assert redact("user:p@ss word@h:6379/0") == "user:***@h:6379/0"
     assert redact("redis://h:6379/0?password=a&db=1") == "redis://h:6379/0?password=***&db=1"
     assert redact("host=h password='a b' dbname=d") == "host=h password=*** dbname=d"

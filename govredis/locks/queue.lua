@@ -4,7 +4,8 @@
 -- KEYS[2]  its sibling "fence": the last fencing token granted
 -- KEYS[3]  its sibling "queue": the waiters' owner tokens by arrival; followed by a colon and one of them, the list by
 --          which that waiter is woken
--- KEYS[4]  its sibling "waiters": when each waiter was last seen, in microseconds; under '' who handed it over last, a space and the token
+-- KEYS[4]  its sibling "waiters": when each waiter was last seen, in microseconds; under '' who handed the lock over last,
+--          a space, and with which token
 --
 -- Reply: none.
 

@@ -74,6 +74,10 @@ def test_what_is_wrong_is_said_in_words(servers: Servers, bare: Servers) -> None
             {**good, "REDIS_URL": DEAD, "CELERY_BROKER_URL": ""},
             [["REDIS_URL"], ["CELERY_BROKER_URL (as REDIS_URL)", "Connection refused"]],
         ),
+        "a password that is not escaped": (
+            {**good, "CELERY_BROKER_URL": "redis://someone:secret/x@127.0.0.1:1/0"},
+            [["CELERY_BROKER_URL", "it is no URL", "%2F"]],
+        ),
         "no database": ({**good, "GOVREDIS_DATABASE_URL": ""}, [["GOVREDIS_DATABASE_URL is not set"]]),
         "no tables": (bare.environment, [["GOVREDIS_DATABASE_URL", "govredis migrate"]]),
         "another setting, said once": ({**good, "REDIS_LOCK_TIMEOUT": "soon"}, [["REDIS_LOCK_TIMEOUT", "soon"]]),

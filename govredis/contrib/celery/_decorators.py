@@ -62,10 +62,9 @@ def rate_limited(
     Called directly, by another task or eagerly, "retry" raises RateLimitExceeded: there is no message of its own to
     publish anew.
 
-    Raises ValueError at decoration for a bad argument, and where it stands above `@app.task`
-    or on an async function or a generator. What each run may raise
-    or promises when Redis is away is as for `RateLimiter.hit`. A run that was admitted and then ends early (a killed
-    worker, a conflict in `exclusive` below it) has used its place.
+    Raises ValueError at decoration for a bad argument, and where it stands above `@app.task` or on an async function or
+    a generator. What each run may raise or promises when Redis is away is as for `RateLimiter.hit`. A run that was
+    admitted and then ends early (a killed worker, a conflict in `exclusive` below it) has used its place.
     """
     if on_limit not in ("retry", "raise", "skip"):
         raise refuse("on_limit", on_limit, '"retry", "raise" or "skip"')
@@ -124,10 +123,10 @@ def exclusive(
 
     With both, put `exclusive` above `rate_limited`: a conflict then takes nothing of the limit.
 
-    Raises ValueError at decoration for a bad argument, and where it stands above `@app.task`
-    or on an async function or a generator. A run raises LockLost
-    where the lock was lost though the function succeeded, and LockUnavailable while nobody can be asked (Redis is away
-    for less than a second, or GOVREDIS_LOCK_FALLBACK=fail); "retry" takes that for a conflict.
+    Raises ValueError at decoration for a bad argument, and where it stands above `@app.task` or on an async function or
+    a generator. A run raises LockLost where the lock was lost though the function succeeded, and LockUnavailable while
+    nobody can be asked (Redis is away for less than a second, or GOVREDIS_LOCK_FALLBACK=fail); "retry" takes that for a
+    conflict.
     """
     if not isinstance(key, str):
         raise refuse("key", key, 'a template such as "agent:{agent_id}"')

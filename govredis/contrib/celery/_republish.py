@@ -50,8 +50,8 @@ def republish(task: Task, why: Exception, countdown: float, headers: dict[str, o
         headers: put over those of the message.
 
     It is encoded by the task's serializer, whatever that of the call was. What cannot be published (the broker is away)
-    is not lost: a task with acks_late is handed back to the broker; any other raises what the broker raised, and fails.
-    What cannot be encoded fails.
+    is not lost: a task with acks_late is handed back to the broker, after a second at most; any other raises what the
+    broker raised, and fails. What cannot be encoded fails.
     """
     request = task.request
     if not can_republish(task):

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from celery import Celery, shared_task
 from celery._state import _task_stack
-from celery.exceptions import Retry
-from kombu.exceptions import EncodeError
+from celery.exceptions import Reject, Retry
+from kombu.exceptions import EncodeError, OperationalError
 
 from govredis import Config, GovRedis, Limit, LockTimeout, LockUnavailable, RateLimitExceeded
-from govredis.contrib.celery import exclusive, init_celery, rate_limited
+from govredis.contrib.celery import _republish, exclusive, init_celery, rate_limited
 from govredis.testing.servers import RedisServer
 
 
@@ -368,6 +368,29 @@ class TestWithAMessage:
         self.run(task, object())
         with pytest.raises(EncodeError):
             self.run(task, object())
+
+    @pytest.mark.parametrize("late", [True, False])
+    def test_what_a_broker_refuses_comes_back_no_sooner_than_a_second(
+        self, app: Celery, late: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        waited: list[float] = []
+        monkeypatch.setattr(_republish.time, "sleep", waited.append)
+        # Nobody listens there.
+        app.conf.update(broker_url="redis://127.0.0.1:1/0", task_publish_retry=False)
+        app.conf.broker_transport_options = {"max_retries": 0}
+
+        @app.task(shared=False, acks_late=late)
+        @limited("1/minute")
+        def task(agent: str) -> None: ...
+
+        self.run(task, "a")
+        with pytest.raises(Reject if late else OperationalError) as caught:
+            self.run(task, "a")
+        if late:
+            assert caught.value.requeue
+            assert waited[-1:] == [1.0]
+        else:
+            assert 1.0 not in waited
 
     @pytest.mark.parametrize("ignored", [True, False])
     def test_whether_its_result_is_wanted_is_kept(self, app: Celery, ignored: bool) -> None:
