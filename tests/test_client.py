@@ -13,10 +13,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from govredis import BackendError, BackendUnavailable, Config, ConfigurationError
 from govredis.client import RedisClient, Script
@@ -292,11 +294,23 @@ def test_loading(redis_binary: str, make_client: MakeClient) -> None:
         client.pipeline([("SET", f"k{n}", value) for n in range(8)])
         server.command("SAVE")
         server.kill()
-        server.start()
-        # What was pooled is dead, so this connects anew, and is told.
-        with pytest.raises(BackendUnavailable, match=r"loading"):
-            client.call("GET", "k1")
-        assert not client.breaker.closed  # at once: it answers PING in the same way
+        with ThreadPoolExecutor(1) as pool, redis.Redis.from_url(server.url) as plain:
+            starting = pool.submit(server.start)
+
+            def loading() -> bool:
+                try:
+                    return not plain.ping()
+                except redis.BusyLoadingError:
+                    return True
+                except redis.ConnectionError:
+                    return False
+
+            until(loading, 60)
+            # What was pooled is dead, so this connects anew, and is told.
+            with pytest.raises(BackendUnavailable, match=r"loading"):
+                client.call("GET", "k1")
+            assert not client.breaker.closed  # at once: it answers PING in the same way
+            starting.result()
         until(lambda: client.breaker.closed, 60)
         assert client.call("GET", "k1") == value.encode()
 

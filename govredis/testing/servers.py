@@ -114,10 +114,12 @@ class RedisServer(Server):
         with contextlib.suppress(OSError), socket.socket(*[socket.AF_UNIX] * self._unix_socket) as client:
             client.settimeout(1)
             client.connect(str(self._socket) if self._unix_socket else ("127.0.0.1", self.port))
-            client.sendall(b"INFO server\r\n")
-            while not (reply.startswith(b"-") or b"uptime_in_seconds" in reply) and (chunk := client.recv(65536)):
+            # INFO is answered while the data is still being loaded; PING is not.
+            client.sendall(b"INFO server\r\nPING\r\n")
+            while not re.search(rb"^[+-].*\r\n", reply, re.MULTILINE) and (chunk := client.recv(65536)):
                 reply += chunk
-        return reply.startswith(b"-NOAUTH") or b"\nprocess_id:%d\r" % self._pid in reply
+        ours = b"\nprocess_id:%d\r" % self._pid in reply
+        return reply.startswith(b"-NOAUTH") or (ours and b"\n-LOADING" not in reply)
 
 
 class _Group(Managed):

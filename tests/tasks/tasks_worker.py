@@ -37,19 +37,6 @@ def until(what: str, seen: Callable[[], T], timeout: float = PATIENCE) -> T:
     return answer
 
 
-def restart(broker: RedisServer) -> None:
-    """With its data; returns when it has loaded them, and takes commands."""
-    broker.restart()
-
-    def loaded() -> bool:
-        try:
-            return bool(broker.command("PING"))
-        except redis.BusyLoadingError:
-            return False
-
-    until("it has loaded its data", loaded)
-
-
 def environment(**variables: str) -> dict[str, str]:
     """This process's, without what is ours, and with these."""
     ours = ("REDIS_", "GOVREDIS_", "CELERY_")

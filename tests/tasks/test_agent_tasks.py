@@ -5,7 +5,7 @@ from __future__ import annotations
 from uuid import uuid4
 
 import pytest
-from tasks_worker import Worker, restart, stored, until
+from tasks_worker import Worker, stored, until
 
 from govredis import GovRedis
 
@@ -99,7 +99,7 @@ def test_postgres_and_the_broker_away_at_once(worker: Worker, gov: GovRedis) -> 
         worker.wait_ended(store)  # it could not be published anew
     finally:
         worker.servers.postgres.resume()
-        restart(worker.servers.broker)
+        worker.servers.broker.restart()
     until("it is stored", lambda: stored(gov, agent) == ["found"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from uuid import uuid4
 
-from tasks_worker import Worker, restart, stored, until
+from tasks_worker import Worker, stored, until
 
 from govredis import GovRedis
 
@@ -56,7 +56,7 @@ def test_broker_killed_while_tasks_run_and_a_process_is_free(worker: Worker, gov
     worker.wait_began(*short, *long)
     worker.servers.broker.kill()
     worker.wait_ended(*short)  # while there is nobody to be told
-    restart(worker.servers.broker)
+    worker.servers.broker.restart()
     batch.discoveries(10)
     batch.check()
 
@@ -67,7 +67,7 @@ def test_broker_killed_while_all_processes_work_and_tasks_are_queued(worker: Wor
     batch.discoveries(15)
     worker.wait_began(*running)
     worker.servers.broker.kill()
-    restart(worker.servers.broker)
+    worker.servers.broker.restart()
     batch.check()
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from kombu import Connection
-from tasks_worker import restart
 
 from govredis.testing.servers import RedisServer
 from tasks import broker as mended
@@ -26,7 +25,7 @@ def connect(broker: RedisServer) -> Iterator[Callable[[], Connection]]:
 
     yield connect
     if not broker.running:
-        restart(broker)
+        broker.restart()
     mended._untold.clear()
     for connection in made:
         connection.close()
@@ -54,7 +53,7 @@ def test_an_ack_that_failed_is_repeated(broker: RedisServer, connect: Callable[[
     message = channel.basic_get("queue")
     broker.kill()
     message.ack()
-    restart(broker)
+    broker.restart()
     assert unacked(broker) == 1
     connect().channel().qos.restore_visible()  # as a worker does when it has connected
     assert unacked(broker) == 0
@@ -99,7 +98,7 @@ def test_what_was_not_told_is_told_when_the_connection_is_closed(
     done, kept = channel.basic_get("queue"), channel.basic_get("queue")
     broker.kill()
     done.ack()
-    restart(broker)
+    broker.restart()
     connection.close()
     assert unacked(broker) == 0
     assert queued(broker) == [kept.payload] == [{"is": "b"}]
@@ -116,7 +115,7 @@ def test_a_message_that_could_not_be_noted_goes_back(
     broker.kill() if away == "killed" else broker.pause()
     with pytest.raises(ERRORS):
         channel.qos.append(popped, popped.delivery_tag)
-    restart(broker) if away == "killed" else broker.resume()
+    broker.restart() if away == "killed" else broker.resume()
     assert queued(broker) == [{"is": "b"}]
     connect().channel().qos.restore_visible()
     assert queued(broker) == [{"is": "a"}, {"is": "b"}]
@@ -129,7 +128,7 @@ def test_a_reject_that_failed_is_repeated(broker: RedisServer, connect: Callable
     message = channel.basic_get("queue")
     broker.kill()
     message.reject(requeue=True)
-    restart(broker)
+    broker.restart()
     connect().channel().qos.restore_visible()
     assert queued(broker) == [{"is": "a"}]
     assert unacked(broker) == 0

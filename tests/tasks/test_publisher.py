@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tasks_worker import ROOT, environment, restart
+from tasks_worker import ROOT, environment
 
 from govredis.testing.servers import RedisServer
 
@@ -86,13 +86,13 @@ def test_a_broker_that_refuses(broker: RedisServer, publisher: Publisher, fresh:
     answers = [*publisher.publish(1), *publisher.publish(2), *fresh.publish(3)]
     assert {error for _, error in answers} == {REFUSED}
     assert max(seconds for seconds, _ in answers) < 0.9  # at once
-    restart(broker)
+    broker.restart()
     assert [error for _, error in [*publisher.publish(4), *fresh.publish(5)]] == ["", ""]
     assert queued(broker) == {"0": 1, "4": 1, "5": 1}
 
 
 def test_a_broker_that_was_restarted_between_two_publishes(broker: RedisServer, publisher: Publisher) -> None:
     broker.kill()
-    restart(broker)
+    broker.restart()
     assert publisher.publish(1)[0][1] == ""
     assert queued(broker) == {"0": 1, "1": 1}

@@ -137,6 +137,15 @@ class TestRedis:
             assert server.url == url
             assert server.pid != pid
 
+    def test_it_is_there_when_its_data_is(self, binary: str) -> None:
+        with RedisServer(binary=binary, persistent=True, config=["key-load-delay 30"]) as server:
+            with redis.Redis.from_url(server.url) as client, client.pipeline(transaction=False) as pipeline:
+                for n in range(10_000):
+                    pipeline.set(f"n{n}", n)
+                pipeline.execute()
+            server.kill()
+            assert server.restart("keep").command("DBSIZE") == 10_000
+
     def test_without_persistence_nothing_can_be_kept(self) -> None:
         with RedisServer() as server:
             with pytest.raises(ValueError, match=r"persistent=True"):
