@@ -25,12 +25,13 @@ class KeyTemplate:
     Args:
         template: text with the function's argument names in braces.
         function: the decorated function.
+        shared: it may name no argument: all callers are to share one key, as they may a lock.
 
-    Raises ValueError at once for a name that is not an argument, for a template without any (every caller would share
-    one identity), and for one that cannot be parsed.
+    Raises ValueError at once for a name that is not an argument, for a template without any unless it may be shared
+    (every caller would have one identity), and for one that cannot be parsed.
     """
 
-    def __init__(self, template: str, function: Callable[..., Any]) -> None:
+    def __init__(self, template: str, function: Callable[..., Any], *, shared: bool = False) -> None:
         self.template = template
         self._signature = inspect.signature(function)
         try:
@@ -39,7 +40,7 @@ class KeyTemplate:
             raise ValueError(f"key {template!r}: {error}") from None
         known = [p.name for p in self._signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         where = f"key {template!r} of {getattr(function, '__qualname__', function)!s}"
-        if not names:
+        if not names and not shared:
             raise ValueError(f"{where} names no argument; it must name at least one of {', '.join(known) or '(none)'}")
         for name in names:
             if name.split(".")[0].split("[")[0] not in known:
@@ -54,6 +55,13 @@ class KeyTemplate:
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return _format.vformat(self.template, (), bound.arguments)
+
+
+def refuse_unless_plain(function: Any, decorator: str) -> None:
+    """Raise ValueError for what only begins when it is called: what surrounds the call would be over by then."""
+    kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+    if any(kind(function) for kind in kinds):
+        raise ValueError(f"{function.__qualname__} only begins when it is called; @{decorator} is for plain functions")
 
 
 def _names(template: str) -> Iterator[str]:

@@ -172,6 +172,25 @@ class RedisClient:
         reply = self._round_trip(pack_command(("BLPOP", key, f"{asked:.3f}")), wait=(seconds, patience))
         return None if reply is None else reply[1]
 
+    def send(self, packed: bytes) -> Pending:
+        """Send what `pack_command` made of one command, and take its reply later.
+
+        Over a connection of those that wait in `pop`, the last one first. Raises BackendUnavailable.
+        """
+        breaker = self.breaker
+        if not breaker.closed:
+            self._check_breaker()
+        generation = breaker.generation
+        connection = self._waiting.take(self._timeout)
+        try:
+            connection.send_packed_command((packed,), False)
+        except BaseException as error:
+            self._waiting.drop(connection)
+            if isinstance(error, redis.RedisError):
+                raise self._unavailable(error, generation) from error
+            raise
+        return Pending(self, connection, generation)
+
     def pipeline(self, commands: Sequence[Command], scripts: Sequence[Script] = ()) -> list[Any]:
         """Run several commands, in order, in one round trip for each 500 or MB. Others may come between.
 
@@ -244,7 +263,8 @@ class RedisClient:
         self, pool: Pool[Any], connection: Any, packed: bytes, replies: int, patience: float | None = None
     ) -> Any:
         try:
-            connection.send_packed_command((packed,), False)
+            if packed:  # else it was sent before
+                connection.send_packed_command((packed,), False)
             if patience is not None:
                 connection._sock.settimeout(patience)
             if not replies:
@@ -374,6 +394,34 @@ class RedisClient:
     def _drop_idle(self) -> None:
         self._pool.drop_idle()
         self._waiting.drop_idle()
+
+
+class Pending:
+    """A command that was sent, and whose reply is still to be taken. One that nobody takes costs its connection.
+
+    To be used by one thread at a time.
+    """
+
+    __slots__ = ("_client", "_connection", "_generation")
+
+    def __init__(self, client: RedisClient, connection: Any, generation: int) -> None:
+        self._client = client
+        self._connection = connection
+        self._generation = generation
+
+    def reply(self) -> Any:
+        """The reply; waits for it if it is not there yet. To be taken once.
+
+        Raises BackendUnavailable; BackendError, also where the server did not know a script: it is not sent again.
+        """
+        client = self._client
+        connection, self._connection = self._connection, None
+        if connection is None:
+            raise BackendUnavailable("the reply was taken before")
+        try:
+            return client._exchange(client._waiting, connection, b"", 0)
+        except redis.RedisError as error:
+            raise client._unavailable(error, self._generation) from error
 
 
 class Rejected(BackendError):

@@ -1,6 +1,8 @@
-"""Locks: DistributedLock, and HeldLock, the handle of one that is held."""
+"""Locks: DistributedLock, and what it makes and returns."""
 
-from .held import HeldLock
+from .held import HeldLock, HeldLocks
+from .holders import LockHolder
 from .lock import DistributedLock
+from .shared import ReadWriteLock, Semaphore
 
-__all__ = ["DistributedLock", "HeldLock"]
+__all__ = ["DistributedLock", "HeldLock", "HeldLocks", "LockHolder", "ReadWriteLock", "Semaphore"]

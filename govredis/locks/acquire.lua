@@ -1,9 +1,7 @@
--- Grant a lock, or say that it is held, and queue up for it. After queue.lua.
+-- Grant a lock, or say that it is held, and queue up for it. After queue.lua and hand.lua.
 --
 -- KEYS[1]  lock:{resource}: the holder's owner token, with the lease as its expiry
 -- KEYS[2]  its sibling "fence": the last fencing token granted
--- KEYS[3]  its sibling "queue"
--- KEYS[4]  its sibling "waiters"
 -- ARGV[1]  owner token of the caller
 -- ARGV[2]  ttl in milliseconds
 -- ARGV[3]  floor: the last fencing token that the caller's host knows of
@@ -28,15 +26,7 @@ if not holder then
 end
 
 if holder and holder ~= ARGV[1] then
-  if ARGV[5] == '1' then
-    if not redis.call('ZSCORE', KEYS[3], ARGV[1]) then
-      local tail = tonumber(redis.call('ZRANGE', KEYS[3], -1, -1, 'WITHSCORES')[2]) or 0
-      redis.call('ZADD', KEYS[3], string.format('%d', math.max(now_us, tail + 1)), ARGV[1])
-    end
-    redis.call('HSET', KEYS[4], ARGV[1], string.format('%d', now_us))
-    redis.call('PEXPIRE', KEYS[3], KEPT_MS)
-    redis.call('PEXPIRE', KEYS[4], KEPT_MS)
-  end
+  if ARGV[5] == '1' then queue_up(ARGV[1]) end
   return {0, redis.call('PTTL', KEYS[1])}
 end
 

@@ -20,13 +20,14 @@ import stat
 import struct
 import time
 import zlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeVar
 
 from .._fork import renew_in_child
 from ..errors import ConfigurationError, LockUnavailable
 
 #: Token, deadline, passer, owner, boot; then a CRC, by which a half-written one is told.
-_RECORD = struct.Struct("<Qd?60p47p")
+_RECORD = struct.Struct("<Qd?70p37p")
 _RECORD_BYTES = _RECORD.size + 4
 _OPEN_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -57,6 +58,21 @@ class Record(NamedTuple):
     boot: str
 
 
+class Guard(Protocol):
+    """What keeps holders apart on this host, as an attempt and a lease use it. See HostGuard, and shared_guard.py."""
+
+    def last_token(self) -> int: ...
+
+    def enter(self, token: int, owner: str, deadline: float, *, may_pass: bool) -> bool: ...
+
+    def refresh(self, token: int, deadline: float) -> bool: ...
+
+    def leave(self) -> None: ...
+
+
+G = TypeVar("G", bound=Guard)
+
+
 class LockFolder:
     """Where the lock files are.
 
@@ -70,23 +86,40 @@ class LockFolder:
         self.boot = ""
 
     def guard(self, key: str) -> HostGuard:
-        """Open the file of a key.
+        """Open the file of a key, for one holder at a time. Raises as `open`."""
+        return self.open(key, HostGuard)
+
+    def look(self, key: str) -> Record | None:
+        """The record of whoever is inside on this host, or None. Raises as `open`, and makes no file."""
+        if not os.path.exists(self._file(key)):
+            return None
+        guard = self.open(key, HostGuard)
+        try:
+            return guard.look()
+        finally:
+            guard.leave()
+
+    def open(self, key: str, kind: Callable[[str, str], G]) -> G:
+        """Open the file of a key, or those beside it: returns `kind(path, boot id)`.
 
         Raises ConfigurationError for a folder that another user controls, or no folder; LockUnavailable where the
         system has no descriptor or no space left.
         """
         if not self.boot:
             self._prepare()
-        # A hash: keys may hold slashes and be longer than a file name.
-        path = f"{self.path}/{hashlib.sha256(key.encode()).hexdigest()[:40]}"
+        path = self._file(key)
         try:
             try:
-                return HostGuard(path, self.boot)
+                return kind(path, self.boot)
             except FileNotFoundError:  # the folder was removed under us
                 self._prepare()
-                return HostGuard(path, self.boot)
+                return kind(path, self.boot)
         except OSError as error:  # no descriptor left, no space left
             raise LockUnavailable(f"lock file {path} cannot be opened: {error.strerror}") from error
+
+    def _file(self, key: str) -> str:
+        # A hash: keys may hold slashes and be longer than a file name.
+        return f"{self.path}/{hashlib.sha256(key.encode()).hexdigest()[:40]}"
 
     def _prepare(self) -> None:
         try:
@@ -117,6 +150,8 @@ class HostGuard:
         "inside",
     )
 
+    _how = fcntl.LOCK_EX
+
     def __init__(self, path: str, boot: str) -> None:
         self._path = path
         self._boot = boot
@@ -133,6 +168,27 @@ class HostGuard:
         """The last fencing token that was let in on this host; 0 for none."""
         record = self._read()
         return record.token if record is not None else 0
+
+    def look(self) -> Record | None:
+        """The record of whoever is inside, or None. For an instant nobody can go in."""
+        record = self._read()
+        if record is None or (record.passer and self._is_fresh(record)):
+            return record
+        if not self._try_flock(fcntl.LOCK_SH):
+            return record
+        self._unlock()
+        return None
+
+    def claim(self, suffix: str) -> str | None:
+        """The owner of the last record if it ends with `suffix` and is gone for good. Nobody else goes in then."""
+        record = self._read()
+        if record is None or not record.owner.endswith(suffix) or not self._try_flock():
+            return None
+        record = self._read()
+        if record is not None and record.owner.endswith(suffix) and not (record.passer and self._is_fresh(record)):
+            return record.owner
+        self._unlock()
+        return None
 
     def enter(self, token: int, owner: str, deadline: float, *, may_pass: bool) -> bool:
         """Go in if nobody else is, and nobody with a higher token has been. Never waits, but for 20 ms where it passes.
@@ -216,10 +272,10 @@ class HostGuard:
         self.inside = self._flocked = False
         self._close()
 
-    def _try_flock(self) -> bool:
+    def _try_flock(self, how: int | None = None) -> bool:
         while True:
             try:
-                fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._files[0], (how or self._how) | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     return False

@@ -5,17 +5,24 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from .._counters import Counters
 from .._fork import renew_in_child
-from ..errors import BackendError, BackendUnavailable, LockLost, check_ttl
-from .guard import HostGuard, clock
+from ..errors import BackendError, BackendUnavailable, GovRedisError, LockLost, check_ttl
+from .arbiter import CONFIRM, Arbiter, Resource
+from .attempt import Grant
+from .guard import Guard, clock
+from .holders import Entry
 from .renewal import renewer
 
-if TYPE_CHECKING:
-    from .lock import DistributedLock
+#: Seconds after which a lock that is held comes on the list of those that are.
+_LISTED_AFTER = 0.1
+
+#: Seconds that a release waits for the renewal of the same lock. That takes two round trips, each with its timeout.
+_PATIENCE = 1.0
 
 log = logging.getLogger("govredis")
 
@@ -25,43 +32,48 @@ class Lease:
 
     Args:
         arbiter: sends the extensions and the release.
-        key, owner, token: of the lock.
+        resource, owner: of the lock.
         ttl: seconds.
-        deadline: of `clock`, from when the grant was *sent*.
+        grant: what the attempt won; its deadline counts from when it was *sent*.
         guard: entered.
-        degraded: True if Redis was away: the guard alone holds it.
         renew: False: it ends at its deadline.
         max_hold: seconds after which it is renewed no more.
+        counters: of the GovRedis.
     """
 
     def __init__(
         self,
-        arbiter: DistributedLock,
-        key: str,
+        arbiter: Arbiter,
+        resource: Resource,
         owner: str,
-        token: int,
         ttl: float,
-        deadline: float,
-        guard: HostGuard,
-        degraded: bool,
+        grant: Grant,
+        guard: Guard,
         renew: bool,
         max_hold: float | None,
+        counters: Counters,
     ) -> None:
         self._arbiter = arbiter
-        self.key = key
+        self._resource = resource
+        self.key = resource.key
         self.owner = owner
-        self.token = token
+        self.token, self.deadline, self.degraded, self._confirm = grant
         self.ttl = ttl
-        self.deadline = deadline
         self.guard = guard
-        self.degraded = degraded
         self.lost: str | None = None
         self.over = False
         self.callbacks: list[Callable[[], object]] = []
-        self._renew_until = (clock() + max_hold if max_hold is not None else float("inf")) if renew else 0.0
+        now = clock()
+        self._renew_until = (now + max_hold if max_hold is not None else float("inf")) if renew else 0.0
+        self._counters = counters
         self._mutex = threading.RLock()
         self._abandoned = False
-        self.due = deadline - (ttl * 2 / 3 if renew else 0)
+        self._ending = False
+        #: As it stands on the list of what is held.
+        self._listed: str | None = None
+        # First for the list, on which no lock comes that is gone again by then.
+        self._next = self._next_renewal()
+        self.due = min(self._next, now + _LISTED_AFTER)
         renew_in_child(self)
 
     def start(self) -> None:
@@ -73,6 +85,14 @@ class Lease:
         self.over = True
         self.lost = "it belongs to the parent process"
         self.callbacks = []
+        self._confirm = None
+
+    def of(self, arbiter: Arbiter) -> bool:
+        return self._arbiter is arbiter
+
+    def entry(self) -> Entry:
+        """What stands, or will, on the list of what is held."""
+        return Entry(self._resource.kind, self._resource.name, self.owner, self.token)
 
     def tick(self) -> None:
         """Renew, if it is still to be renewed; declare the loss when its time has come."""
@@ -80,21 +100,27 @@ class Lease:
             if self._abandoned:
                 self.over = True
                 self.guard.leave()
+            if self._ending:
+                self.end()
             if self.over:
                 renewer.discard(self)
                 return
+            self._settle()
             now = clock()
             renewing = now < self._renew_until
             if self.lost is None and now >= self.deadline:
                 self._lose("its lease ran out before it could be renewed")
-            if self.lost is None:
+            if self.lost is None and now >= self._next:
                 try:
                     extended = renewing and self._extend(self.ttl)
                 except BackendError as error:
                     log.warning("lock %s could not be renewed: %s", self.key, error)
                     extended = False
                 again = self.ttl / (3 if extended else 10)
-                self.due = min(now + again, self.deadline) if renewing else self.deadline
+                self._next = min(now + again, self.deadline) if renewing else self.deadline
+            if self.lost is None:
+                self._enlist()
+                self.due = self._next
             if self.lost is not None:
                 # Lost in Redis, but this process is still inside: on this host nobody else shall be.
                 if renewing and self.guard.refresh(self.token, now + self.ttl):
@@ -104,19 +130,51 @@ class Lease:
                 callbacks, self.callbacks = self.callbacks, []
             else:
                 callbacks = []
+            if self._ending:
+                self.due = 0.0
         for callback in callbacks:
             try:
                 callback()
             except Exception:
                 log.exception("on_lost callback of %s failed", self.key)
 
+    def _next_renewal(self) -> float:
+        if clock() >= self._renew_until:
+            return self.deadline
+        # Of one that was handed over and is not confirmed yet, the deadline is near; and so is this.
+        return self.deadline - min(self.ttl, CONFIRM if self._confirm is not None else self.ttl) * 2 / 3
+
+    def _settle(self) -> None:
+        """Take in Redis's reply to the confirmation of a hand-over, if it has not been."""
+        confirm, self._confirm = self._confirm, None
+        if confirm is not None and (deadline := confirm()) is not None:
+            self.deadline = deadline
+            self._next = self._next_renewal()
+
+    def left(self) -> float:
+        """Seconds; less than 0 where the lease has ended."""
+        if self._confirm is not None:
+            with self._mutex:
+                self._settle()
+        return self.deadline - clock()
+
+    def _enlist(self) -> None:
+        if self.degraded:
+            return
+        try:
+            self._listed = self._arbiter.enlist(self._resource, self.owner, self.token, self.deadline - clock())
+        except BackendError:
+            # Only the list lacks it; the renewal tells whether more is wrong.
+            self._counters.add("locks.unlisted")
+
     def _lose(self, why: str) -> None:
         self.lost = why
-        self._arbiter.counters.add("locks.lost")
+        self._counters.add("locks.lost")
         log.warning("lock %s was lost: %s", self.key, why)
 
     def _extend(self, ttl: float) -> bool:
         """Make the lease end `ttl` from now. False if Redis was away (the lease stands) or the lock is lost."""
+        self._settle()
         sent = clock()
         if sent >= self.deadline:
             self._lose("its lease ran out")
@@ -129,11 +187,11 @@ class Lease:
                 return False
         else:
             try:
-                if not self._arbiter.send_extend(self.key, self.owner, self.token, ttl):
+                if not self._arbiter.extend(self._resource, self.owner, self.token, ttl):
                     self._lose("somebody else holds it, or has held it")
                     return False
             except BackendUnavailable:
-                self._arbiter.counters.add("locks.renewals_missed")
+                self._counters.add("locks.renewals_missed")
                 # It may have been carried out all the same, which matters where it shortens the lease.
                 self.deadline = min(self.deadline, sent + ttl)
                 return False
@@ -148,7 +206,8 @@ class Lease:
             if self.lost is not None:
                 self.due = 0.0  # for the callbacks
             else:
-                self.due = self.deadline - (ttl * 2 / 3 if clock() < self._renew_until else 0)
+                self._next = self.deadline - (ttl * 2 / 3 if clock() < self._renew_until else 0)
+                self.due = min(self.due, self._next)
         renewer.add(self)
         if self.lost is not None:
             raise LockLost(f"lock {self.key} was lost: {self.lost}")
@@ -156,9 +215,18 @@ class Lease:
             raise BackendUnavailable(f"Redis is away: lock {self.key} keeps the lease that it has")
 
     def end(self) -> bool:
-        with self._mutex:
+        if not self._mutex.acquire(timeout=_PATIENCE):
+            # Whoever has it may be waiting for this very thread: a collection runs destructors anywhere, in the midst
+            # of a renewal too, and they release locks. The renewal thread sees to it.
+            held = not self.over and self.lost is None and clock() < self.deadline
+            self._ending, self.due = True, 0.0
+            renewer.add(self)
+            return held
+        try:
             if self.over:
                 return False
+            # Before the release, which it must not come after.
+            self._settle()
             held = self.lost is None and clock() < self.deadline
             self.over = True
             try:
@@ -169,12 +237,14 @@ class Lease:
                 # A signal handler's exception struck somewhere in there: all of it is harmless the second time.
                 self._let_go()
                 raise
+        finally:
+            self._mutex.release()
 
     def _let_go(self) -> bool:
         renewer.discard(self)
         # The guard first: while anybody on this host could get in through Redis, it has been left already.
         self.guard.leave()
-        return self.degraded or self._arbiter.send_release(self.key, self.owner, self.token)
+        return self.degraded or self._arbiter.release(self._resource, self.owner, self.token, self._listed)
 
     def abandon(self) -> None:
         """Stop renewing, without a word to Redis: the lease runs out by itself.
@@ -213,12 +283,12 @@ class HeldLock:
         lease = self._lease
         if lease.over or lease.lost is not None:
             return 0.0
-        return max(0.0, lease.deadline - clock())
+        return max(0.0, lease.left())
 
     def raise_if_lost(self) -> None:
         """Raise LockLost if the lease has ended while held. Asks nobody: cheap enough for every step of a loop."""
         lease = self._lease
-        if lease.lost is not None or (not lease.over and clock() >= lease.deadline):
+        if lease.lost is not None or (not lease.over and clock() >= lease.deadline and lease.left() < 0):
             raise LockLost(f"lock {self.name!r} was lost: {lease.lost or 'its lease ran out'}")
 
     def extend(self, ttl: float | None = None) -> None:
@@ -278,3 +348,61 @@ class HeldLock:
     def __repr__(self) -> str:
         state = "over" if self._lease.over else f"{self.remaining():.1f} s left"
         return f"<HeldLock {self.name!r} token={self.token} {state}{' degraded' if self.degraded else ''}>"
+
+
+class HeldLocks(Mapping[str, HeldLock]):
+    """Several locks that are held together, by name: use it with `with`, or call `release`.
+
+    `degraded` is True if one of them is. Each is a HeldLock of its own, with its own token and lease.
+    """
+
+    def __init__(self, held: dict[str, HeldLock]) -> None:
+        self._held = held
+        self.degraded = any(lock.degraded for lock in held.values())
+
+    def __getitem__(self, name: str) -> HeldLock:
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def remaining(self) -> float:
+        """Seconds until the first of the leases ends if it is not renewed. Asks nobody."""
+        return min(lock.remaining() for lock in self._held.values())
+
+    def raise_if_lost(self) -> None:
+        """Raise LockLost if one of them is lost. Asks nobody."""
+        for lock in self._held.values():
+            lock.raise_if_lost()
+
+    def release(self) -> bool:
+        """Let go of all. True if all were held until now. Never raises for Redis being away, as HeldLock.release."""
+        return all(self._each(HeldLock.release))
+
+    def __enter__(self) -> HeldLocks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        """Release. Raises LockLost if one was lost and the body succeeded; never hides the body's own error."""
+        self._each(lambda lock: lock.__exit__(kind, error, trace))
+        return False
+
+    def _each(self, end: Callable[[HeldLock], bool]) -> list[bool]:
+        """End all, the last first, whatever becomes of the others. Raises the first error."""
+        ended, failed = [], None
+        for lock in reversed(self._held.values()):
+            try:
+                ended.append(end(lock))
+            except GovRedisError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+        return ended
+
+    def __repr__(self) -> str:
+        return f"<HeldLocks {list(self._held.values())!r}>"

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import os
-import random
-import time
+import functools
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
 
 from .._counters import Counters
-from .._fork import renew_in_child
-from ..client import LONGEST_POP, RedisClient, Script
-from ..errors import BackendUnavailable, LockTimeout, LockUnavailable, check_timeout, check_ttl
+from .._templates import KeyTemplate, refuse_unless_plain
+from ..client import RedisClient, Script
+from ..errors import BackendUnavailable, LockTimeout, LockUnavailable, check_timeout, check_ttl, refuse
 from ..keys import Keys, sibling
-from .guard import HostGuard, LockFolder, clock
-from .held import HeldLock, Lease
+from .arbiter import FENCE_KEPT_MS, Arbiter, Resource
+from .attempt import Attempt
+from .guard import Guard, LockFolder, clock
+from .held import HeldLock, HeldLocks, Lease
+from .holders import Entry, LockHolder, read_holder, read_list, still_held
+from .renewal import renewer
+from .shared import MOST_SLOTS, ReadWriteLock, Semaphore, cells
 
-_random = random.SystemRandom()  # leaves the application's alone, and differs in forked children
-
-#: How long Redis must have been away before anybody goes on without it: a stall must not split the holders.
-GRACE = 1.0
-_SHORTEST_WAIT, _LONGEST_WAIT = 0.002, 0.05
-#: The fence outlives the lease by a day; after that the server's clock, being the larger, takes its place.
-_FENCE_KEPT_MS = "86400000"
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class DistributedLock:
@@ -62,20 +61,16 @@ class DistributedLock:
         self._fallback = fallback
         self._folder = LockFolder(folder)
         self.counters = counters
-        self._acquire = Script(__package__, "queue.lua", "acquire.lua")
-        self._release = Script(__package__, "queue.lua", "release.lua")
-        self._extend = Script(__package__, "extend.lua")
-        if redis is not None:
-            redis.on_recovery(self._replay)
-        self.renew_after_fork()
-        renew_in_child(self)
-
-    def renew_after_fork(self) -> None:
-        self._nonce = f"{os.getpid()}-{os.urandom(6).hex()}"
-        self._owners = itertools.count()
-        #: Grants that may be nobody's: (key, owner, token) of releases and lost acquires that Redis has not answered.
-        #: Without a lock, which a signal handler or a destructor that releases could find taken by what it interrupts.
-        self._owed: set[tuple[str, str, int]] = set()
+        self._arbiter = Arbiter(
+            redis, ("queue.lua", "hand.lua"), ("acquire.lua", "extend.lua", "release.lua"), keys.held_locks()
+        )
+        self._shared = Arbiter(
+            redis,
+            ("queue.lua", "slots.lua"),
+            ("slots_acquire.lua", "slots_extend.lua", "slots_release.lua"),
+            keys.held_locks(),
+        )
+        self._force = Script(__package__, "queue.lua", "hand.lua", "force.lua")
 
     def acquire(
         self,
@@ -98,8 +93,8 @@ class DistributedLock:
         Returns a HeldLock: use it with `with`. Raises LockTimeout if somebody else held it all the while,
         LockUnavailable if Redis was away and the fallback forbids another way or its grace had not passed.
         """
-        wait = None if timeout is None else check_timeout(timeout)
-        return self._wait_for(name, wait, ttl, renew, max_hold)
+        resource = self._resource(name)
+        return self._hold(self._arbiter, resource, self._folder.guard(resource.key), timeout, ttl, renew, max_hold)
 
     def try_acquire(self, name: str, *, ttl: float | None = None, renew: bool = True) -> HeldLock | None:
         """Hold the lock if nobody else does; None if somebody does. Never waits.
@@ -107,49 +102,196 @@ class DistributedLock:
         Raises LockUnavailable as `acquire`.
         """
         try:
-            return self._wait_for(name, 0.0, ttl, renew, None)
+            return self.acquire(name, timeout=0, ttl=ttl, renew=renew)
         except LockTimeout:
             return None
 
-    # -- for Lease -----------------------------------------------------------------------------------------------
+    def acquire_for(self, run: str, name: str, *, ttl: float | None = None) -> HeldLock:
+        """One try of `acquire` for a run that may be begun again after a crash, as a Celery task of the same id is.
 
-    def send_extend(self, key: str, owner: str, token: int, ttl: float) -> bool:
-        """True if extended, False if lost. Raises BackendUnavailable."""
-        assert self._redis is not None
-        return bool(self._redis.run(self._extend, self._cells(key)[:2], owner, _ms(ttl), str(token), _FENCE_KEPT_MS))
+        Whoever died on this host while it held the lock for the same run is succeeded at once: the kernel has freed its
+        file, so that it is certainly gone. Elsewhere nobody can tell, and its lease is waited for.
 
-    def send_release(self, key: str, owner: str, token: int) -> bool:
-        """Whether it was still the owner's; where Redis is away, it is released on recovery, and True."""
-        assert self._redis is not None
+        Args:
+            run: what identifies it.
+        """
+        resource = self._resource(name)
+        guard = self._folder.guard(resource.key)
+        suffix = f"~{hashlib.sha256(run.encode()).hexdigest()[:12]}"
+        owner = guard.claim(suffix) or self._arbiter.owner("lock") + suffix
+        return self._hold(self._arbiter, resource, guard, 0, ttl, True, None, owner)
+
+    def acquire_many(
+        self,
+        names: Iterable[str],
+        *,
+        timeout: float | None = 5.0,
+        ttl: float | None = None,
+        renew: bool = True,
+        max_hold: float | None = None,
+    ) -> HeldLocks:
+        """Wait for several locks, and hold all of them; or none. Arguments as of `acquire`; `timeout` is for all.
+
+        They are taken in sorted order, so that two callers that want the same ones never wait for each other. Returns a
+        HeldLocks: use it with `with`. Raises ValueError for no name, and what `acquire` raises.
+        """
+        wanted = sorted(set(names)) if not isinstance(names, str) else []
+        if not wanted:
+            raise refuse("names", names, "the names of the locks, one at least")
+        for name in wanted:
+            self._keys.lock(name)
+        until = None if timeout is None else clock() + check_timeout(timeout)
+        held: dict[str, HeldLock] = {}
         try:
-            return bool(self._redis.run(self._release, self._cells(key), owner, str(token), _FENCE_KEPT_MS))
-        except BackendUnavailable:
-            self._owe(key, owner, token)
-            return True
+            for name in wanted:
+                left = None if until is None else max(0.0, until - clock())
+                held[name] = self.acquire(name, timeout=left, ttl=ttl, renew=renew, max_hold=max_hold)
+            return HeldLocks(held)
+        except BaseException:
+            HeldLocks(held).release()
+            raise
+
+    def locked(
+        self,
+        name: str,
+        *,
+        timeout: float | None = 5.0,
+        ttl: float | None = None,
+        renew: bool = True,
+        max_hold: float | None = None,
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Hold a lock during the calls of a function, one of its own each.
+
+        Args:
+            name: of the lock: a template of the function's argument names, "user:{user_id}", or a plain name.
+            timeout, ttl, renew, max_hold: as of `acquire`.
+
+        Raises ValueError at decoration for a bad argument, and on an async function or a generator. A call raises what
+        `acquire` raises, and LockLost where the lock was lost though the function succeeded.
+        """
+        if not isinstance(name, str):
+            raise refuse("name", name, 'a template such as "user:{user_id}"')
+        _check(timeout, ttl, max_hold)
+
+        def decorate(function: Callable[P, R]) -> Callable[P, R]:
+            refuse_unless_plain(function, "locked")
+            template = KeyTemplate(name, function, shared=True)
+
+            @functools.wraps(function)
+            def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+                filled = template.fill(args, kwargs)
+                with self.acquire(filled, timeout=timeout, ttl=ttl, renew=renew, max_hold=max_hold):
+                    return function(*args, **kwargs)
+
+            return alone
+
+        return decorate
+
+    def rwlock(self, name: str) -> ReadWriteLock:
+        """A lock that several readers may hold, or one writer. Independent of the lock of that name."""
+        key = self._keys.lock(name)
+        return ReadWriteLock(self._hold, self._shared, self._folder, name, key)
+
+    def semaphore(self, name: str, *, slots: int) -> Semaphore:
+        """A lock that so many may hold at once, 1 to 1,000. Independent of the lock of that name.
+
+        All who use it shall say the same number; where they do not, each grants by its own.
+        """
+        key = self._keys.lock(name)
+        if type(slots) is not int or not 1 <= slots <= MOST_SLOTS:
+            raise refuse("slots", slots, f"a whole number from 1 to {MOST_SLOTS}")
+        return Semaphore(self._hold, self._shared, self._folder, name, key, slots)
+
+    # -- who holds what ------------------------------------------------------------------------------------------
+
+    def holder(self, name: str) -> LockHolder | None:
+        """Who holds the lock of that name; None if nobody does, which may have changed by now.
+
+        Redis away: who holds it on this host, by its lock file, `degraded`; LockUnavailable where the fallback is
+        "fail". A try of somebody else's on this host may then find it held in the very instant of this look.
+        """
+        resource = self._resource(name)
+        try:
+            if self._redis is not None:
+                return read_holder(self._redis, name, resource.cells)
+        except BackendUnavailable as error:
+            if self._fallback == "fail":
+                raise LockUnavailable(f"lock {resource.key}: {error}") from error
+        record = self._folder.look(resource.key)
+        if record is None:
+            return None
+        return LockHolder(name, "lock", record.owner, record.token, max(0.0, record.deadline - clock()), True)
+
+    def is_locked(self, name: str) -> bool:
+        """Whether `holder` finds one, which may have changed by now. Raises as it does."""
+        return self.holder(name) is not None
+
+    def held(self) -> list[LockHolder]:
+        """All locks that are held through govredis on this Redis, of every kind, by name.
+
+        By a list of our own (`govredis:locks`), without a scan: two round trips. A lock comes on it a tenth of a second
+        after its grant (this process's own at once), and is then asked for. Not on it: what an async service holds, and
+        what was granted while Redis was away. Raises BackendUnavailable.
+        """
+        redis = self._reached("what is held is listed there")
+        leases = [lease for lease in renewer.leases() if isinstance(lease, Lease) and not lease.degraded]
+        mine = [lease.entry() for lease in leases if lease.of(self._arbiter) or lease.of(self._shared)]
+        entries = {(e.kind, e.name, e.owner): e for e in (*read_list(redis, self._keys.held_locks()), *mine)}
+        return still_held(redis, [(entry, self._cells(entry)) for entry in entries.values()])
+
+    def force_release(self, name: str) -> bool:
+        """Take the lock from whoever holds it, an outsider too; the waiter that has waited longest gets it.
+
+        For an operator who knows that the holder is gone. Its owner finds its lock lost at its next renewal, a third of
+        its ttl later at the latest. On the holder's own host nobody else gets in before it lets go or dies: its lock
+        file is not forced. Returns whether somebody held it. Raises BackendUnavailable: it is not done later.
+        """
+        resource = self._resource(name)
+        redis = self._reached("there is nothing to be forced")
+        return bool(redis.run(self._force, resource.cells, FENCE_KEPT_MS))
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _cells(self, key: str) -> tuple[str, str, str, str]:
-        return key, sibling(key, "fence"), sibling(key, "queue"), sibling(key, "waiters")
-
-    def _wait_for(
-        self, name: str, timeout: float | None, ttl: float | None, renew: bool, max_hold: float | None
-    ) -> HeldLock:
+    def _resource(self, name: str) -> Resource:
         key = self._keys.lock(name)
-        ttl = self._ttl if ttl is None else check_ttl(ttl)
-        if max_hold is not None:
-            check_ttl(max_hold, "max_hold")
-        attempt = _Attempt(self, key, ttl, self._folder.guard(key), f"{self._nonce}-{next(self._owners)}")
+        cells = key, sibling(key, "fence"), sibling(key, "queue"), sibling(key, "waiters")
+        return Resource("lock", name, key, cells, ())
+
+    def _cells(self, entry: Entry) -> tuple[str, ...]:
+        if entry.kind == "lock":
+            return self._resource(entry.name).cells
+        return cells(self._keys.lock(entry.name), "semaphore" if entry.kind == "semaphore" else "rwlock")
+
+    def _reached(self, why: str) -> RedisClient:
+        if self._redis is None:
+            raise LockUnavailable(f"Redis is disabled (REDIS_ENABLED=0): {why}")
+        return self._redis
+
+    def _hold(
+        self,
+        arbiter: Arbiter,
+        resource: Resource,
+        guard: Guard,
+        timeout: float | None,
+        ttl: float | None,
+        renew: bool,
+        max_hold: float | None,
+        owner: str = "",
+    ) -> HeldLock:
+        _check(timeout, ttl, max_hold)
+        if ttl is None:
+            ttl = self._ttl
+        attempt = Attempt(arbiter, resource, ttl, guard, owner or arbiter.owner(resource.kind), self._fallback)
         lease: Lease | None = None
         try:
-            token, deadline, degraded = attempt.run(timeout)
-            self.counters.add("locks.degraded_grants" if degraded else "locks.grants")
-            if degraded and attempt.known:
-                self._owe(key, attempt.owner, 0)
-            lease = Lease(self, key, attempt.owner, token, ttl, deadline, attempt.guard, degraded, renew, max_hold)
-            held = HeldLock(name, lease)
+            grant = attempt.run(timeout)
+            if grant.degraded and attempt.known:
+                arbiter.owe(resource, attempt.owner, 0)
+            lease = Lease(arbiter, resource, attempt.owner, ttl, grant, attempt.guard, renew, max_hold, self.counters)
+            held = HeldLock(resource.name, lease)
             # Last, when there is a handle whose collection would end it.
             lease.start()
+            self._count(attempt, "locks.degraded_grants" if grant.degraded else "locks.grants")
             return held
         except BaseException as error:
             if lease is not None:
@@ -157,145 +299,20 @@ class DistributedLock:
             else:
                 attempt.give_up()
             if isinstance(error, LockTimeout):
-                self.counters.add("locks.timeouts")
+                self._count(attempt, "locks.timeouts")
             raise
 
-    def _owe(self, key: str, owner: str, token: int) -> None:
-        self._owed.add((key, owner, token))
-        if self._redis is not None:
-            self._redis.replay_soon("locks are to be released on it")
-
-    def _replay(self, redis: RedisClient) -> None:
-        """Release what may have been granted to nobody: a hung server executes what timed out when it wakes."""
-        owed = list(self._owed)
-        if not owed:
-            return
-        calls = [
-            self._release.call(self._cells(key), (owner, str(token), _FENCE_KEPT_MS)) for key, owner, token in owed
-        ]
-        redis.pipeline(calls, (self._release,))
-        self._owed.difference_update(owed)
+    def _count(self, attempt: Attempt, outcome: str) -> None:
+        self.counters.add(outcome)
+        if attempt.waits_since is not None:
+            self.counters.add("locks.waits")
+            self.counters.add("locks.waited_ms", round((clock() - attempt.waits_since) * 1000))
 
 
-def _ms(ttl: float) -> str:
-    # One more: Redis counts from the start of the current millisecond, and shall not forget before we do.
-    return str(math.ceil(ttl * 1000) + 1)
-
-
-class _Attempt:
-    """One call of acquire: Redis first, the host guard second, the fallback where Redis is away."""
-
-    def __init__(self, lock: DistributedLock, key: str, ttl: float, guard: HostGuard, owner: str) -> None:
-        self._lock = lock
-        self._redis = lock._redis
-        self._key = key
-        self._ttl = ttl
-        self.guard = guard
-        self.owner = owner
-        #: Redis has granted it to us, or has us in the queue; or may have: some try of ours got no answer.
-        self.known = False
-        self._queued = False
-        self._token = 0
-        #: The last token that this host is known to have let in: asked for only where it turned out to matter.
-        self._floor = 0
-        self._away_since: float | None = None
-        self._unanswered: BackendUnavailable | None = None
-
-    def run(self, timeout: float | None) -> tuple[int, float, bool]:
-        """Returns the token, the deadline of the lease, and whether it is degraded."""
-        started = clock()
-        deadline = None if timeout is None else started + timeout
-        wait = _SHORTEST_WAIT
-        while True:
-            self._queued = False
-            left = math.inf if deadline is None else deadline - clock()
-            won = self._try_redis(left > 0) if self._redis is not None else self._fall_back("Redis is disabled")
-            if won is not None:
-                return won
-            if left <= 0:
-                if self._unanswered is not None and not self._grace_is_over():
-                    raise LockUnavailable(
-                        f"lock {self._key}: {self._unanswered}; the grace of {GRACE:g} s is not over"
-                    ) from self._unanswered
-                raise LockTimeout(f"lock {self._key} was held by others for all of {timeout:g} s")
-            if not self._queued or not self._wait_for_turn(left):
-                # Redis is away, or does not let us wait, or has granted what the host's guard does not let in.
-                time.sleep(min(left, wait * _random.uniform(0.5, 1.0)))
-                wait = min(_LONGEST_WAIT, wait * 2)
-
-    def _wait_for_turn(self, left: float) -> bool:
-        """Until the lock is handed to us; or until it is time to be seen alive, and to see how the holder is.
-
-        False if that could not be waited for.
-        """
-        assert self._redis is not None
-        try:
-            self._redis.pop(f"{sibling(self._key, 'queue')}:{self.owner}", min(left, LONGEST_POP))
-        except BackendUnavailable:
-            return False  # the next try finds out too, and knows what to do
-        return True
-
-    def _try_redis(self, waits: bool) -> tuple[int, float, bool] | None:
-        assert self._redis is not None
-        lock = self._lock
-        sent = clock()
-        before, self.known = self.known, True
-        try:
-            granted, token = self._redis.run(
-                lock._acquire,
-                lock._cells(self._key),
-                self.owner,
-                _ms(self._ttl),
-                str(self._floor),
-                _FENCE_KEPT_MS,
-                "1" if waits else "0",
-            )
-        except BackendUnavailable as error:
-            # Without a cause it was our breaker or our pool that said no: nothing was sent.
-            self.known = before or error.__cause__ is not None
-            return self._without_redis(error)
-        self._away_since = self._unanswered = None
-        if not granted:
-            self._queued = waits
-            self.known = before or waits
-            return None
-        self._token = token
-        if self.guard.enter(token, self.owner, sent + self._ttl, may_pass=True):
-            return token, sent + self._ttl, False
-        self._floor = self.guard.last_token()
-        if self._floor >= token:
-            # Somebody on this host was let in with a token of a clock ahead of Redis's. It is our turn all the same.
-            return self._try_redis(waits)
-        # Somebody on this host is still inside, whatever Redis says. Other hosts need not wait for us meanwhile.
-        lock.send_release(self._key, self.owner, token)
-        self.known = before
-        return None
-
-    def _without_redis(self, error: BackendUnavailable) -> tuple[int, float, bool] | None:
-        assert self._redis is not None
-        self._unanswered = error
-        if error.__cause__ is None and self._redis.breaker.closed:
-            return None  # our own pool is full: Redis is there, and may have granted the lock to others
-        if self._away_since is None:
-            self._away_since = clock() - self._redis.breaker.away_for()
-        if not self._grace_is_over():
-            return None
-        return self._fall_back(error)
-
-    def _grace_is_over(self) -> bool:
-        return self._away_since is not None and clock() - self._away_since >= GRACE
-
-    def _fall_back(self, why: object) -> tuple[int, float, bool] | None:
-        if self._lock._fallback == "fail":
-            raise LockUnavailable(f"lock {self._key}: {why}")
-        now = clock()
-        token = max(self.guard.last_token() + 1, time.time_ns() // 1000)
-        if self.guard.enter(token, self.owner, now + self._ttl, may_pass=False):
-            return token, now + self._ttl, True
-        return None
-
-    def give_up(self) -> None:
-        """Leave nothing behind: not held, or an exception struck."""
-        self.guard.leave()
-        if self.known:
-            self._lock.send_release(self._key, self.owner, self._token)
+def _check(timeout: float | None, ttl: float | None, max_hold: float | None) -> None:
+    if timeout is not None:
+        check_timeout(timeout)
+    if ttl is not None:
+        check_ttl(ttl)
+    if max_hold is not None:
+        check_ttl(max_hold, "max_hold")

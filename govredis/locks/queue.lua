@@ -1,11 +1,9 @@
--- Who is next: the beginning of acquire.lua and release.lua, which use these functions.
+-- Who is next: the beginning of the scripts that grant and release, which use these functions.
 --
--- KEYS[1]  lock:{resource}: the holder's owner token, with the lease as its expiry
--- KEYS[2]  its sibling "fence": the last fencing token granted
--- KEYS[3]  its sibling "queue": the waiters' owner tokens by arrival; followed by a colon and one of them, the list by
---          which that waiter is woken
--- KEYS[4]  its sibling "waiters": when each waiter was last seen, in microseconds; under '' who handed the lock over last,
---          a space, and with which token
+-- KEYS[3]  the queue: the waiters' owner tokens by arrival; followed by a colon and one of them, the list by which that
+--          waiter is woken, and told its fencing token
+-- KEYS[4]  the waiters: when each of them was last seen, in microseconds; under '' who released last, a space, and with
+--          which token
 --
 -- Reply: none.
 
@@ -35,12 +33,23 @@ local function first_waiter()
   end
 end
 
--- For a moment only: the waiter makes it a lease when it wakes up, and if it does not, the next one is granted the lock.
-local function hand_to(owner, fence, fence_kept_ms)
+-- At the end, or where it was. Until now nobody has handed it anything: what is still in its list was of an earlier turn.
+local function queue_up(owner)
+  local wake = KEYS[3] .. ':' .. owner
+  redis.call('DEL', wake)
+  if not redis.call('ZSCORE', KEYS[3], owner) then
+    local tail = tonumber(redis.call('ZRANGE', KEYS[3], -1, -1, 'WITHSCORES')[2]) or 0
+    redis.call('ZADD', KEYS[3], string.format('%d', math.max(now_us, tail + 1)), owner)
+  end
+  redis.call('HSET', KEYS[4], owner, string.format('%d', now_us))
+  redis.call('PEXPIRE', KEYS[3], KEPT_MS)
+  redis.call('PEXPIRE', KEYS[4], KEPT_MS)
+end
+
+-- Wake one that was handed the lock. It has it for a moment only: it makes it a lease when it wakes up.
+local function wake_up(owner, fence)
   local wake = KEYS[3] .. ':' .. owner
   forget(owner)
-  redis.call('SET', KEYS[1], owner, 'PX', CONFIRM_MS)
-  redis.call('SET', KEYS[2], fence, 'PX', fence_kept_ms)
-  redis.call('RPUSH', wake, '1')
+  redis.call('RPUSH', wake, fence)
   redis.call('PEXPIRE', wake, CONFIRM_MS)
 end

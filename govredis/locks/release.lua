@@ -1,4 +1,5 @@
--- Release a lock, if it is still the caller's, to the waiter that has waited longest; or leave the queue. After queue.lua.
+-- Release a lock, if it is still the caller's, to the waiter that has waited longest; or leave the queue. After queue.lua
+-- and hand.lua.
 --
 -- KEYS[1]  lock:{resource}
 -- KEYS[2]  its sibling "fence"

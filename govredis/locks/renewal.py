@@ -51,6 +51,10 @@ class Renewer:
             elif lease.due < self._wakes_at:
                 self._changed.notify()
 
+    def leases(self) -> list[Renewable]:
+        with self._lock:
+            return list(self._leases)
+
     def discard(self, lease: Renewable) -> None:
         with self._lock:
             self._leases.discard(lease)

@@ -13,7 +13,7 @@ import pytest
 from govredis import BackendUnavailable, GovRedis, LockLost, LockTimeout, LockUnavailable
 from govredis.keys import sibling
 from govredis.locks import DistributedLock
-from govredis.locks import lock as lock_module
+from govredis.locks.attempt import GRACE
 from govredis.testing.servers import RedisServer
 
 KEY = "lock:x"
@@ -188,7 +188,7 @@ def test_a_release_without_redis_is_true_and_carried_out_later(
     assert held.release() is False
     mortal_redis.resume()
     eventually(lambda: mortal_redis.command("GET", KEY) is None)
-    eventually(lambda: not locks._owed)
+    eventually(lambda: not locks._arbiter.owed)
     assert locks.acquire("x", timeout=10).release()
 
 
@@ -200,9 +200,9 @@ def test_an_acquire_whose_reply_was_lost_leaves_no_ghost(
     mortal_redis.pause()
     with pytest.raises(LockUnavailable):
         locks.acquire("x", timeout=timeout, ttl=1000)
-    assert locks._owed
+    assert locks._arbiter.owed
     mortal_redis.resume()
-    eventually(lambda: not locks._owed)
+    eventually(lambda: not locks._arbiter.owed)
     # It was carried out, on waking: the fence tells. And undone.
     assert mortal_redis.command("GET", sibling(KEY, "fence"))
     assert mortal_redis.command("GET", KEY) is None
@@ -217,7 +217,7 @@ def test_nor_does_one_that_went_on_to_the_fallback(
     with locks.acquire("x", timeout=20, ttl=1000) as held:
         assert held.degraded
         mortal_redis.resume()
-        eventually(lambda: not locks._owed)
+        eventually(lambda: not locks._arbiter.owed)
         assert mortal_redis.command("GET", sibling(KEY, "fence"))
         assert mortal_redis.command("GET", KEY) is None
 
@@ -303,7 +303,7 @@ def test_a_full_pool_is_no_outage(make_gov: Callable[..., GovRedis], redis_serve
     gov._redis.call("PING")  # type: ignore[union-attr]
     taken = gov._redis._pool.take(1)  # type: ignore[union-attr]
     with pytest.raises(LockUnavailable, match="all 1 connections"):
-        gov.locks.acquire("full", timeout=lock_module.GRACE + 0.5)
+        gov.locks.acquire("full", timeout=GRACE + 0.5)
     gov._redis._pool.give(taken)  # type: ignore[union-attr]
     with gov.locks.acquire("full") as held:
         assert not held.degraded

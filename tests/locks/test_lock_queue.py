@@ -18,6 +18,7 @@ from govredis.testing.servers import RedisServer
 
 KEY = "lock:x"
 FENCE, QUEUE, WAITERS = (sibling(KEY, name) for name in ("fence", "queue", "waiters"))
+CELLS = KEY, FENCE, QUEUE, WAITERS
 DAY = 86_400_000
 
 
@@ -40,13 +41,13 @@ class Script:
         self._locks, self._redis, self.plain = locks, locks._redis, plain_redis
 
     def acquire(self, me: str, ttl: int = 60_000, floor: int = 0, waits: int = 1) -> Any:
-        return self._run(self._locks._acquire, me, ttl, floor, DAY, waits)
+        return self._run(self._locks._arbiter.acquire_script, me, ttl, floor, DAY, waits)
 
     def release(self, me: str, token: int = 0) -> Any:
-        return self._run(self._locks._release, me, token, DAY)
+        return self._run(self._locks._arbiter.release_script, me, token, DAY)
 
     def _run(self, script: Any, *args: Any) -> Any:
-        return self._redis.run(script, self._locks._cells(KEY), *map(str, args))
+        return self._redis.run(script, CELLS, *map(str, args))
 
     @property
     def holder(self) -> Any:
@@ -220,7 +221,7 @@ def test_no_extension_of_the_one_before_after_a_hand_over(script: Script) -> Non
     script.acquire("next")
     script.release("me", token)
     arguments = ("me", "60000", str(token), str(DAY))
-    extend = script._locks._extend
+    extend = script._locks._arbiter.extend_script
     assert script._redis.run(extend, (KEY, FENCE), *arguments) == 0
     script.plain.delete(KEY)
     assert script._redis.run(extend, (KEY, FENCE), *arguments) == 0
@@ -556,7 +557,7 @@ def test_handed_the_lock_in_the_instant_of_its_timeout_it_has_it(
 
 
 @pytest.mark.parametrize("error", [redis_py.ConnectionError, redis_py.TimeoutError])
-@pytest.mark.parametrize("cut", ["queueing", "waking", "confirming", "releasing", "giving up"])
+@pytest.mark.parametrize("cut", ["queueing", "waking", "granting", "confirming", "releasing", "giving up"])
 def test_a_reply_lost_after_the_execution_hangs_nobody_and_leaves_no_ghost(
     make_gov: Callable[..., GovRedis],
     locks: DistributedLock,
@@ -578,11 +579,15 @@ def test_a_reply_lost_after_the_execution_hangs_nobody_and_leaves_no_ghost(
     def cut_after(pool: Any, connection: Any, packed: bytes, *args: Any) -> Any:
         reply = exchange(pool, connection, packed, *args)
         now = ""
-        if b"BLPOP" in packed:
+        if not packed:
+            now = "confirming"
+        elif b"BLPOP" in packed:
             now = "waking" if reply else ""
-        elif theirs._acquire.sha.encode() in packed:
-            now = "confirming" if reply[0] else "queueing"
-        elif theirs._release.sha.encode() in packed:
+            if cut == "granting":
+                return None  # the element is lost too: it finds out by asking
+        elif theirs._arbiter.acquire_script.sha.encode() in packed:
+            now = "granting" if reply[0] else "queueing"
+        elif theirs._arbiter.release_script.sha.encode() in packed:
             now = "giving up" if cut == "giving up" else "releasing"
         if now == cut and not cuts:
             cuts.append(now)
@@ -605,7 +610,7 @@ def test_a_reply_lost_after_the_execution_hangs_nobody_and_leaves_no_ghost(
         assert later.token > held.token
         assert later.release()
     assert cuts == [cut]
-    eventually(lambda: not theirs._owed)
+    eventually(lambda: not theirs._arbiter.owed)
     assert locks.acquire("x", timeout=10).release()
     eventually(lambda: nothing_is_left(plain_redis))
     assert theirs.counters.get("locks.lost") == 0
@@ -646,7 +651,7 @@ def test_all_get_it_in_the_end_one_at_a_time_whatever_befell_redis_while_they_wa
         turn.result(60)
     assert len(tokens) == 7
     assert tokens == sorted(set(tokens))
-    eventually(lambda: not any(locks._owed for locks in govs))
+    eventually(lambda: not any(locks._arbiter.owed for locks in govs))
     assert mortal_redis.command("EXISTS", KEY, QUEUE) == 0
 
 
@@ -661,7 +666,7 @@ def test_gone_on_without_redis_it_does_not_stay_in_the_queue(
     with waiting.result(20) as held:
         assert held.degraded
         mortal_redis.resume()
-        eventually(lambda: not locks._owed)
+        eventually(lambda: not locks._arbiter.owed)
         assert mortal_redis.command("EXISTS", QUEUE) == 0
         assert mortal_redis.command("HLEN", WAITERS) == 0
         assert mortal_redis.command("GET", KEY) == "on another host"

@@ -1,4 +1,4 @@
-"""Every order of events among three who want a lock, in a model of queue.lua, acquire.lua and release.lua.
+"""Every order of events among three who want a lock, in a model of queue.lua, acquire.lua, release.lua and attempt.py.
 
 Checked in every state that can be reached: one holder at most, and Redis knows it; who is granted the lock has waited
 longest of those that live; who was handed it was woken; whoever waits gets it if nobody else acts; who is gone has left
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 CLIENTS = range(3)
+WAITING = "waits", "woken"
 RULES = [
     "only the first is granted a free lock",
     "who notices a free lock hands it to the first",
@@ -25,6 +26,9 @@ RULES = [
     "who gives up leaves the queue",
     "who gives up hands on what it was handed",
     "without waiting nobody queues",
+    "queueing up empties the list",
+    "who wakes up late asks anew",
+    "a confirmation is settled before the release",
 ]
 
 
@@ -40,13 +44,17 @@ class State:
     queue: tuple[int, ...] = ()
     unseen: frozenset[int] = frozenset()
     woken: frozenset[int] = frozenset()
-    #: What is so: who is out, waits, holds or is dead; and those that wait and live by arrival, but the passed-over.
+    #: In whose lists something of an earlier turn is, and confirmations that are on their way.
+    stale: frozenset[int] = frozenset()
+    confirming: frozenset[int] = frozenset()
+    #: What is so: who is out, waits, was woken, holds, has lost it or is dead; and those that wait and live by arrival,
+    #: but the passed-over.
     doing: tuple[str, ...] = ("out",) * len(CLIENTS)
     arrived: tuple[int, ...] = ()
 
     def does(self, client: int, what: str) -> State:
         doing = tuple(what if c == client else d for c, d in enumerate(self.doing))
-        arrived = self.arrived if what == "waits" else _without(self.arrived, client)
+        arrived = self.arrived if what in WAITING else _without(self.arrived, client)
         if what == "waits" and client not in arrived:
             arrived += (client,)
         return replace(self, doing=doing, arrived=arrived)
@@ -89,7 +97,9 @@ class Model:
             if waits or not self._rule("without waiting nobody queues"):
                 keeps = me in s.queue and self._rule("a retry keeps its place")
                 queue = s.queue if keeps else (*_without(s.queue, me), me)
-                s = replace(s, queue=queue, unseen=s.unseen - {me})
+                if me in s.woken and not self._rule("queueing up empties the list"):
+                    s = replace(s, stale=s.stale | {me})
+                s = replace(s, queue=queue, unseen=s.unseen - {me}, woken=s.woken - {me})
             return s, False
         queue = s.queue if s.holder == me else _without(s.queue, me)
         return replace(s, holder=me, confirmed=True, queue=queue, woken=s.woken - {me}), True
@@ -111,6 +121,11 @@ class Model:
         s, granted = self.acquire(s, me)
         return s.does(me, "holds" if granted else "waits")
 
+    def _confirmed(self, s: State, me: int) -> State:
+        """It has arrived. Whoever has lost the lock meanwhile may have it back, and releases it."""
+        s, _ = self.acquire(s, me, waits=False)
+        return replace(s, confirming=s.confirming - {me})
+
     def after(self, s: State) -> list[State]:
         found: list[State] = []
         for me, does in enumerate(s.doing):
@@ -123,21 +138,35 @@ class Model:
                 then, granted = self.acquire(s, me)
                 if granted:
                     found.append(then)  # its reply was lost: it goes on waiting
+                found.append(replace(s, woken=s.woken - {me}))  # an element lost with its connection
+                if me in s.woken:
+                    found.append(replace(s, woken=s.woken - {me}).does(me, "woken"))
+                if me in s.stale:
+                    found.append(replace(s, stale=s.stale - {me}, confirming=s.confirming | {me}).does(me, "holds"))
+                found.append(replace(s, unseen=s.unseen | {me}))  # stopped for a second
+            if does == "woken":
+                if s.holder == me or not self._rule("who wakes up late asks anew"):
+                    found.append(replace(s, confirming=s.confirming | {me}).does(me, "holds"))
+                found.append(self._asked(s, me))
+            if does in WAITING:
                 gone = self.release(s, me) if self._rule("who gives up hands on what it was handed") else s
                 if gone is s and self._rule("who gives up leaves the queue"):
                     gone = replace(s, queue=_without(s.queue, me))
                 found.append(gone.does(me, "out"))
-                found.append(replace(s, woken=s.woken - {me}))  # an element lost with its connection, or taken
-                found.append(replace(s, unseen=s.unseen | {me}))  # stopped for a second
-            if does == "holds":
-                released = self.release(s, me).does(me, "out")
+            if does in ("holds", "lost"):
+                before = s
+                if me in s.confirming and self._rule("a confirmation is settled before the release"):
+                    before = self._confirmed(s, me)
+                released = self.release(before, me).does(me, "out")
                 found.append(released)
                 found.append(self.release(released, me))  # it arrived twice
-            if does in ("waits", "holds"):
+            if does in (*WAITING, "holds", "lost"):
                 found.append(s.does(me, "dead"))
                 found.append(replace(s.does(me, "dead"), unseen=s.unseen | {me}))
             if does == "dead" and me not in s.unseen:
                 found.append(replace(s, unseen=s.unseen | {me}))
+            if me in s.confirming:
+                found.append(self._confirmed(s, me))
         if (ended := self.expire(s)) is not s:
             found.append(ended)
         return found
@@ -146,9 +175,12 @@ class Model:
         """A lease that nobody renews, or a hand-over that nobody confirms."""
         if s.holder is None:
             return s
+        holds = s.doing[s.holder]
         if not s.confirmed and self._rule("a hand-over ends if not confirmed"):
+            if holds == "holds":
+                return replace(s.does(s.holder, "lost"), holder=None)  # its own clock says so no later
             return replace(s, holder=None, arrived=_without(s.arrived, s.holder))
-        return replace(s, holder=None, confirmed=False) if s.confirmed and s.doing[s.holder] == "dead" else s
+        return replace(s, holder=None, confirmed=False) if s.confirmed and holds in ("dead", "lost") else s
 
     # -- what must be so
 
@@ -156,7 +188,7 @@ class Model:
         holds = [c for c in CLIENTS if s.doing[c] == "holds"]
         if len(holds) > 1:
             raise Broken(f"{holds} hold it")
-        if holds and (s.holder != holds[0] or not s.confirmed):
+        if holds and (s.holder != holds[0] or (not s.confirmed and holds[0] not in s.confirming)):
             raise Broken(f"{holds} holds it, and Redis does not know")
         if s.holder not in (None, before.holder):
             # Who was passed over in this very step, and queued up anew, stands in the new order only.
@@ -166,7 +198,7 @@ class Model:
                 raise Broken(f"{s.holder} got it before {waited[0]}")
             if not s.confirmed and s.holder in before.unseen:
                 raise Broken(f"{s.holder} was handed it, and has not been seen")
-            if not s.confirmed and s.holder not in s.woken:
+            if not s.confirmed and s.holder not in s.woken and s.doing[s.holder] != "woken":
                 raise Broken(f"{s.holder} was handed it and not woken")
         if s.holder is None and s.queue and before.holder is not None and s.doing[before.holder] == "out":
             raise Broken(f"{before.holder} released it, and {s.queue} were not told")
@@ -175,7 +207,7 @@ class Model:
                 raise Broken(f"{c} has left something")
         if s.holder in s.queue:
             raise Broken(f"{s.holder} holds it and queues")
-        if not holds and "waits" in s.doing:
+        if not holds and not s.confirming and any(d in WAITING for d in s.doing):
             self._somebody_gets_it(s)
 
     def _somebody_gets_it(self, s: State) -> None:
@@ -183,11 +215,11 @@ class Model:
         s = replace(s, unseen=s.unseen | {c for c in CLIENTS if s.doing[c] == "dead"})
         for _ in range(3):
             for me in CLIENTS:
-                if s.doing[me] == "waits":
+                if s.doing[me] in WAITING:
                     s, granted = self.acquire(s, me)
                     if granted:
                         return
-            if s.holder is not None and s.doing[s.holder] != "waits":
+            if s.holder is not None and s.doing[s.holder] not in WAITING:
                 s = self.expire(s)
         raise Broken(f"nobody gets it: {s}")
 

@@ -427,12 +427,10 @@ def test_tokens_rise_over_release_expiry_and_flushall(locks: DistributedLock, pl
 
 def run(locks: DistributedLock, script: str, *args: Any) -> Any:
     assert locks._redis
-    keys = locks._cells(KEY)
-    if script == "_extend":
-        keys = keys[:2]
-    elif script == "_acquire" and len(args) == 4:
+    if script == "acquire" and len(args) == 4:
         args = (*args, 0)
-    return locks._redis.run(getattr(locks, script), keys, *map(str, args))
+    cells = KEY, *(sibling(KEY, name) for name in ("fence", "queue", "waiters"))
+    return locks._redis.run(getattr(locks._arbiter, f"{script}_script"), cells, *map(str, args))
 
 
 DAY = 86_400_000
@@ -441,51 +439,51 @@ DAY = 86_400_000
 def test_a_repeated_acquire_with_the_own_owner_succeeds_with_the_same_token(
     locks: DistributedLock, plain_redis: Any
 ) -> None:
-    granted, token = run(locks, "_acquire", "me", 5000, 0, DAY)
+    granted, token = run(locks, "acquire", "me", 5000, 0, DAY)
     assert granted == 1
-    assert run(locks, "_acquire", "me", 90_000, 0, DAY) == [1, token]
+    assert run(locks, "acquire", "me", 90_000, 0, DAY) == [1, token]
     assert plain_redis.pttl(KEY) > 80_000
-    held, left = run(locks, "_acquire", "other", 5000, 0, DAY)
+    held, left = run(locks, "acquire", "other", 5000, 0, DAY)
     assert held == 0
     assert 80_000 < left <= 90_000
     plain_redis.delete(FENCE)
-    granted, again = run(locks, "_acquire", "me", 5000, 0, DAY)
+    granted, again = run(locks, "acquire", "me", 5000, 0, DAY)
     assert granted
     assert again > token, "the fence was evicted: no token that is not the highest"
-    assert run(locks, "_release", "me", again, DAY) == 1
+    assert run(locks, "release", "me", again, DAY) == 1
     plain_redis.set(KEY, "for ever")
-    assert run(locks, "_acquire", "me", 5000, 0, DAY) == [0, -1]
+    assert run(locks, "acquire", "me", 5000, 0, DAY) == [0, -1]
 
 
 def test_the_floor_raises_the_token(locks: DistributedLock) -> None:
     floor = time.time_ns() // 1000 + 10**12
-    assert run(locks, "_acquire", "me", 5000, floor, DAY) == [1, floor + 1]
+    assert run(locks, "acquire", "me", 5000, floor, DAY) == [1, floor + 1]
 
 
 @pytest.mark.parametrize("loss", ["none", "expired", "flushed"])
 def test_an_extension_that_arrives_after_the_release_brings_no_ghost(
     locks: DistributedLock, plain_redis: Any, loss: str
 ) -> None:
-    _, token = run(locks, "_acquire", "me", 5000, 0, DAY)
+    _, token = run(locks, "acquire", "me", 5000, 0, DAY)
     if loss == "expired":
         plain_redis.delete(KEY)
     elif loss == "flushed":
         plain_redis.flushall()
-    assert run(locks, "_release", "me", token, DAY) == (loss == "none")
-    assert run(locks, "_extend", "me", 5000, token, DAY) == 0
+    assert run(locks, "release", "me", token, DAY) == (loss == "none")
+    assert run(locks, "extend", "me", 5000, token, DAY) == 0
     assert not plain_redis.exists(KEY)
 
 
 def test_a_release_that_arrives_twice_was_one(locks: DistributedLock, plain_redis: Any) -> None:
     """Its reply was lost with the connection, and it was sent again: the lock was held until then all the same."""
-    _, token = run(locks, "_acquire", "me", 5000, 0, DAY)
-    assert run(locks, "_release", "me", token, DAY) == 1
-    assert run(locks, "_release", "me", token, DAY) == 1
-    _, later = run(locks, "_acquire", "another", 5000, 0, DAY)
+    _, token = run(locks, "acquire", "me", 5000, 0, DAY)
+    assert run(locks, "release", "me", token, DAY) == 1
+    assert run(locks, "release", "me", token, DAY) == 1
+    _, later = run(locks, "acquire", "another", 5000, 0, DAY)
     assert later > token + 1
-    assert run(locks, "_release", "me", token, DAY) == 0
-    assert run(locks, "_release", "another", later, DAY) == 1
-    assert run(locks, "_release", "me", token, DAY) == 0
+    assert run(locks, "release", "me", token, DAY) == 0
+    assert run(locks, "release", "another", later, DAY) == 1
+    assert run(locks, "release", "me", token, DAY) == 0
 
 
 def test_extend_after_data_loss_re_establishes_unless_somebody_has_held_it_since(
@@ -497,8 +495,8 @@ def test_extend_after_data_loss_re_establishes_unless_somebody_has_held_it_since
     assert plain_redis.get(KEY) == held._lease.owner
     assert int(plain_redis.get(FENCE)) == held.token
     plain_redis.flushall()
-    _, token = run(locks, "_acquire", "on another host", 5000, 0, DAY)
-    assert run(locks, "_release", "on another host", token, DAY) == 1
+    _, token = run(locks, "acquire", "on another host", 5000, 0, DAY)
+    assert run(locks, "release", "on another host", token, DAY) == 1
     with pytest.raises(LockLost):
         held.extend(30)
     assert not plain_redis.exists(KEY)
@@ -506,10 +504,10 @@ def test_extend_after_data_loss_re_establishes_unless_somebody_has_held_it_since
 
 
 def test_a_fence_is_raised_by_the_release_of_nobody_elses_only(locks: DistributedLock, plain_redis: Any) -> None:
-    _, token = run(locks, "_acquire", "me", 5000, 0, DAY)
-    assert run(locks, "_release", "another", 0, DAY) == 0
+    _, token = run(locks, "acquire", "me", 5000, 0, DAY)
+    assert run(locks, "release", "another", 0, DAY) == 0
     assert int(plain_redis.get(FENCE)) == token
-    assert run(locks, "_extend", "me", 5000, token, DAY) == 1
+    assert run(locks, "extend", "me", 5000, token, DAY) == 1
 
 
 # -- with another process ----------------------------------------------------------------------------------------------

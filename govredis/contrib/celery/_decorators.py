@@ -10,7 +10,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, overload
 from celery import Task, current_task
 from celery.local import Proxy
 
-from ..._templates import KeyTemplate
+from ..._templates import KeyTemplate, refuse_unless_plain
 from ...errors import LockTimeout, LockUnavailable, RateLimitExceeded, check_ttl, refuse
 from ...limits.calls import LimitedCalls
 from ...limits.rates import Rate
@@ -108,11 +108,13 @@ def exclusive(
     """Run a task only while it holds the lock of its key. Put it between `@app.task` and the function.
 
     The lock is renewed while the task runs, and released when the function ends, however it does: returned, raised,
-    timed out, revoked with SIGTERM. Of a worker process that is killed (-9) it ends within the ttl. What a lock
-    promises, and what no lock can, when Redis is away too, is in DistributedLock and HeldLock.
+    timed out, revoked with SIGTERM. Of a worker process that is killed (-9) it ends within the ttl; delivered again on
+    the same host, the same task (by its id) takes it over at once. Not from one that still runs, which a message that
+    is delivered twice (after its visibility_timeout, say) may meet; and not on another host, which cannot tell. What a
+    lock promises, and what no lock can, when Redis is away too, is in DistributedLock and HeldLock.
 
     Args:
-        key: a template of the task's argument names, "agent:{agent_id}": the lock's name.
+        key: the lock's name: a template of the task's argument names, "agent:{agent_id}", or a name for all its runs.
         ttl: seconds of the lock's lease; None: REDIS_LOCK_TIMEOUT.
         on_conflict: somebody else holds it. "retry" publishes the message anew, to run in half a second, then in
             twice the time each time, up to half a minute: its `retries` and `max_retries` do not know of it. "raise"
@@ -137,15 +139,20 @@ def exclusive(
 
     def decorate(function: Callable[P, R]) -> Callable[P, R | None]:
         _refuse_tasks(function, "exclusive")
-        template = KeyTemplate(key, function)
+        template = KeyTemplate(key, function, shared=True)
 
         @_wraps(function)
         def alone(*args: P.args, **kwargs: P.kwargs) -> R | None:
             gov = current_gov()
+            name = template.fill(args, kwargs)
+            mine = can_republish(current_task) and runs(current_task, function)
             try:
-                held = gov.locks.acquire(template.fill(args, kwargs), timeout=0, ttl=ttl)
+                if mine:
+                    held = gov.locks.acquire_for(current_task.request.id, name, ttl=ttl)
+                else:
+                    held = gov.locks.acquire(name, timeout=0, ttl=ttl)
             except (LockTimeout, LockUnavailable) as conflict:
-                if on_conflict == "retry" and can_republish(current_task) and runs(current_task, function):
+                if on_conflict == "retry" and mine:
                     gov.counters.add("celery.conflicts.retry")
                     conflicts = int((current_task.request.headers or {}).get(_CONFLICTS, 0))
                     wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(conflicts, 10))
@@ -170,9 +177,7 @@ def _refuse_tasks(function: Any, decorator: str) -> None:
         raise ValueError(f"@{decorator} stands above @app.task; it must stand below it, next to the function")
     if not callable(function):
         raise refuse("what is decorated", function, "the function of a task")
-    kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
-    if any(kind(function) for kind in kinds):
-        raise ValueError(f"{function.__qualname__} only begins when it is called; @{decorator} is for plain functions")
+    refuse_unless_plain(function, decorator)
 
 
 def _wraps(function: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:

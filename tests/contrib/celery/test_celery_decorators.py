@@ -105,13 +105,22 @@ class TestRefusals:
         with pytest.raises(ValueError, match=words):
             make()
 
-    @pytest.mark.parametrize("key", ["{nobody}", "everybody", "{agent", "{0}", "{}"])
+    @pytest.mark.parametrize("key", ["{nobody}", "{agent", "{0}", "{}"])
     def test_bad_templates(self, key: str) -> None:
         def function(agent: str) -> None: ...
 
         for decorate in (limited("1/hour", key=key), exclusive(key)):
             with pytest.raises(ValueError, match="key"):
                 decorate(function)
+
+    def test_a_limit_names_whom_it_is_for_and_a_lock_may_be_everybodys(self, app: Celery, gov: GovRedis) -> None:
+        def function(agent: str) -> bool:
+            return gov.locks.is_locked("everybody")
+
+        with pytest.raises(ValueError, match="names no argument"):
+            limited("1/hour", key="everybody")(function)
+        assert app.task(exclusive("everybody")(function), name="alone")("agent-1") is True
+        assert not gov.locks.is_locked("everybody")
 
 
 class TestFunctions:

@@ -1,0 +1,24 @@
+-- Give a holder a new lease. After queue.lua and slots.lua.
+--
+-- KEYS[1]  the holders
+-- ARGV[1]  owner token of the caller
+-- ARGV[2]  ttl in milliseconds
+-- ARGV[3]  fencing token of the caller
+-- ARGV[4]  how long the fence is kept after the lease, in milliseconds
+-- ARGV[5]  slots
+--
+-- Reply: 1 if extended, 0 if lost. A holder whose lease still runs, by its own clock, gets back what Redis has lost (a
+-- restart without data, a FLUSHALL) if there is room, unless the whole was granted since; the whole, unless anything was.
+
+local owner, token = ARGV[1], tonumber(ARGV[3])
+local last, whole, made = read_fence()
+
+if not redis.call('ZSCORE', KEYS[1], owner) then
+  if token >= made then return 0 end
+  if (wants_whole(owner) and last or whole) > token then return 0 end
+  if not fits(owner, tonumber(ARGV[5])) then return 0 end
+end
+hold(owner, ARGV[2])
+if wants_whole(owner) then whole = math.max(whole, token) end
+write_fence(math.max(last, token), whole, made, string.format('%d', ARGV[2] + ARGV[4]))
+return 1

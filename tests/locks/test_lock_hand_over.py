@@ -1,0 +1,186 @@
+"""What is handed over is entered at once; Redis makes it a lease meanwhile, and its reply is taken in later."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from govredis import BackendUnavailable, GovRedis, HeldLock, LockLost
+from govredis.client import Pending, RedisClient
+from govredis.keys import sibling
+from govredis.locks import DistributedLock
+from govredis.locks import held as held_module
+from govredis.testing.servers import RedisServer
+
+KEY = "lock:x"
+FENCE, QUEUE = sibling(KEY, "fence"), sibling(KEY, "queue")
+
+
+@pytest.fixture
+def locks(make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> DistributedLock:
+    return make_gov(redis_url=redis_server.url, socket_timeout=5).locks
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as made:
+        yield made
+
+
+@pytest.fixture
+def waiting(
+    locks: DistributedLock, pool: ThreadPoolExecutor, plain_redis: Any, eventually: Callable[..., Any]
+) -> Callable[..., Future[HeldLock]]:
+    """Another thread that waits for the lock, once it does."""
+
+    def wait(**options: Any) -> Future[HeldLock]:
+        future = pool.submit(lambda: locks.acquire("x", **{"timeout": 30, **options}))
+        eventually(lambda: plain_redis.zcard(QUEUE) == 1)
+        return future
+
+    return wait
+
+
+def replies(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
+    """Has it logged when the reply to a confirmation is taken, and when a script is run."""
+    reply, run = Pending.reply, RedisClient.run
+
+    def replied(self: Pending) -> Any:
+        log.append("confirmed")
+        return reply(self)
+
+    def ran(self: RedisClient, *args: Any) -> Any:
+        log.append("ran")
+        return run(self, *args)
+
+    monkeypatch.setattr(Pending, "reply", replied)
+    monkeypatch.setattr(RedisClient, "run", ran)
+
+
+def test_it_is_entered_without_a_reply_of_redis_which_is_taken_in_before_anything_else_is_sent(
+    locks: DistributedLock, waiting: Any, monkeypatch: pytest.MonkeyPatch, plain_redis: Any
+) -> None:
+    monkeypatch.setattr(held_module, "_LISTED_AFTER", 1000)
+    held = locks.acquire("x")
+    future = waiting(ttl=60)
+    log: list[str] = []
+    replies(monkeypatch, log)
+    held.release()
+    mine = future.result(20)
+    seen = log.count("ran")
+    assert log == ["ran"] * seen, "the release; and whoever woke up between to be seen alive"
+    assert mine.token == int(plain_redis.get(FENCE))
+    assert mine.token > held.token
+    assert mine.release()
+    assert log[seen:] == ["confirmed", "ran"]
+    assert not plain_redis.exists(KEY)
+
+
+@pytest.mark.parametrize("renew", [True, False])
+def test_confirmed_it_has_its_own_ttl(
+    locks: DistributedLock, waiting: Any, plain_redis: Any, renew: bool, eventually: Any
+) -> None:
+    held = locks.acquire("x")
+    future = waiting(ttl=100, renew=renew)
+    held.release()
+    with future.result(20) as mine:
+        eventually(lambda: plain_redis.pttl(KEY) > 90_000)
+        assert 90 < mine.remaining() <= 100
+        mine.raise_if_lost()
+
+
+def test_a_script_flush_between_costs_a_renewal(locks: DistributedLock, waiting: Any, plain_redis: Any) -> None:
+    held = locks.acquire("x")
+    future = waiting(ttl=100)
+    release = locks._arbiter.release_script
+    plain_redis.script_flush()
+    plain_redis.script_load(release.source)
+    held.release()
+    with future.result(20) as mine:
+        lost = threading.Event()
+        mine.on_lost(lost.set)
+        assert not lost.wait(1.2), "the hand-over alone is good for a second"
+        assert plain_redis.get(KEY) == mine._lease.owner
+        assert mine.remaining() > 90
+
+
+def test_one_that_redis_does_not_confirm_is_lost_within_the_second(
+    locks: DistributedLock, waiting: Any, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert locks._redis
+    send = locks._redis.send
+
+    def taken_away(packed: bytes) -> Pending:
+        plain_redis.set(KEY, "forced")
+        return send(packed)
+
+    monkeypatch.setattr(locks._redis, "send", taken_away)
+    held = locks.acquire("x")
+    future = waiting(ttl=100)
+    held.release()
+    mine = future.result(20)
+    lost = threading.Event()
+    mine.on_lost(lost.set)
+    assert mine.remaining() <= 1
+    assert lost.wait(20)
+    with pytest.raises(LockLost):
+        mine.raise_if_lost()
+    assert mine.release() is False
+    assert plain_redis.get(KEY) == "forced"
+    assert not plain_redis.zcard(QUEUE), "it did not queue up again"
+
+
+def test_what_cannot_be_confirmed_is_asked_for(
+    locks: DistributedLock, waiting: Any, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert locks._redis
+
+    def cut(packed: bytes) -> Pending:
+        raise BackendUnavailable("cut")
+
+    monkeypatch.setattr(locks._redis, "send", cut)
+    held = locks.acquire("x")
+    future = waiting(ttl=100)
+    held.release()
+    with future.result(20) as mine:
+        assert plain_redis.pttl(KEY) > 90_000
+        assert mine.remaining() > 90
+
+
+def test_what_is_in_the_list_from_an_earlier_turn_wakes_nobody(locks: DistributedLock, plain_redis: Any) -> None:
+    assert locks._redis
+    cells = KEY, FENCE, QUEUE, sibling(KEY, "waiters")
+    plain_redis.set(KEY, "another")
+    plain_redis.rpush(f"{QUEUE}:me", 1)
+    locks._redis.run(locks._arbiter.acquire_script, cells, "me", "1000", "0", "1000", "1")
+    assert plain_redis.zrange(QUEUE, 0, -1) == ["me"]
+    assert not plain_redis.exists(f"{QUEUE}:me")
+
+
+def test_a_release_does_not_wait_for_a_renewal_that_waits_for_it(
+    locks: DistributedLock, plain_redis: Any, monkeypatch: pytest.MonkeyPatch, eventually: Any
+) -> None:
+    """A collection runs a destructor that releases a lock in the midst of another renewal; and the other way round."""
+    monkeypatch.setattr(held_module, "_PATIENCE", 0.05)
+    held = locks.acquire("x")
+    taken, go_on = threading.Event(), threading.Event()
+
+    def renew() -> None:
+        with held._lease._mutex:
+            taken.set()
+            assert go_on.wait(20)
+
+    renewing = threading.Thread(target=renew)
+    renewing.start()
+    assert taken.wait(20)
+    assert held.release() is True
+    assert plain_redis.exists(KEY)
+    go_on.set()
+    renewing.join()
+    eventually(lambda: not plain_redis.exists(KEY))
+    assert locks.acquire("x", timeout=5).release()
+    assert held.release() is False
