@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import click
 
 from .api import GovRedis
 from .errors import BackendError, ConfigurationError
+from .locks import LockHolder
 
 _GOV = "govredis.gov"
 
@@ -30,7 +31,7 @@ def _gov() -> Iterator[GovRedis]:
         else:
             with GovRedis.from_env() as gov:
                 yield gov
-    except (ConfigurationError, BackendError) as error:
+    except (ConfigurationError, BackendError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -55,4 +56,56 @@ def health() -> None:
         sys.exit(1)
 
 
-COMMANDS = (migrate, health)
+@click.group(invoke_without_command=True)
+def locks() -> None:
+    """Show the locks that are held, of every kind. A holder from outside is found by its name only: locks show NAME."""
+    if click.get_current_context().invoked_subcommand is None:
+        with _gov() as gov:
+            held = gov.locks.held()
+        if held:
+            _print_holders(held)
+        else:
+            click.echo("no locks are held")
+
+
+@locks.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Show who holds the lock NAME. Exits with 1 if nobody does."""
+    with _gov() as gov:
+        holder = gov.locks.holder(name)
+    if holder is None:
+        click.echo(f"{name} is not locked")
+        sys.exit(1)
+    _print_holders([holder])
+    if holder.degraded:
+        click.echo("without Redis: this is what the lock file of this host says, for this host")
+
+
+@locks.command()
+@click.argument("name")
+def release(name: str) -> None:
+    """Take the lock NAME from its holder, who is gone for certain. Exits with 1 if nobody holds it.
+
+    The waiter that has waited longest gets it. A holder that lives all the same finds out at its next renewal.
+    """
+    with _gov() as gov:
+        released = gov.locks.force_release(name)
+    click.echo(f"{name} is released" if released else f"{name} is not locked")
+    if not released:
+        sys.exit(1)
+
+
+def _print_holders(holders: Iterable[LockHolder]) -> None:
+    rows = [("NAME", "KIND", "TOKEN", "ENDS IN", "OWNER")]
+    for h in holders:
+        ends = "never" if h.remaining is None else f"{h.remaining:.1f} s"
+        # An outsider's owner may be anything, and this may be a terminal.
+        owner = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in h.owner)
+        rows.append((h.name, h.kind, "-" if h.token is None else str(h.token), ends, owner))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+COMMANDS = (migrate, health, locks)

@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import psycopg2
 import pytest
 
-from govredis import Config
+from govredis import Config, GovRedis, LockLost
 from govredis.testing.servers import PostgresServer, RedisServer
 
 NOWHERE = "redis://127.0.0.1:1/0"
@@ -102,3 +103,48 @@ def test_without_its_extra_it_prints_the_install_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "the govredis command needs its extra: pip install 'govredis[cli]'\n"
+
+
+def test_locks_are_shown_and_released(redis_server: RedisServer, make_gov: Callable[..., GovRedis]) -> None:
+    where = {"REDIS_URL": redis_server.url}
+    assert govredis("locks", **where).stdout == "no locks are held\n"
+    gov = make_gov(redis_url=redis_server.url, socket_timeout=5)
+    redis_server.command("SET", "lock:outsider", "\x1b[31mred")
+    held, reader = gov.locks.acquire("agent-123"), gov.locks.rwlock("report").read()
+    while len(gov.locks._redis.call("ZRANGE", "govredis:locks", "0", "-1")) < 2:  # type: ignore[union-attr]
+        time.sleep(0.01)
+    shown = govredis("locks", **where)
+    assert shown.returncode == 0, shown.stderr
+    title, *rows = [line.split() for line in shown.stdout.splitlines()]
+    assert title == ["NAME", "KIND", "TOKEN", "ENDS", "IN", "OWNER"]
+    assert [row[:3] for row in rows] == [
+        ["agent-123", "lock", str(held.token)],
+        ["report", "read", str(reader.token)],
+    ]
+    one = govredis("locks", "show", "outsider", **where)
+    assert one.returncode == 0, one.stderr
+    assert one.stdout.splitlines()[1].split() == ["outsider", "lock", "-", "never", r"\x1b[31mred"]
+    assert govredis("locks", "release", "agent-123", **where).stdout == "agent-123 is released\n"
+    with pytest.raises(LockLost):
+        held.extend()
+    for command in "show", "release":
+        nobody = govredis("locks", command, "agent-123", **where)
+        assert (nobody.returncode, nobody.stdout) == (1, "agent-123 is not locked\n")
+    bad = govredis("locks", "show", "{", **where)
+    assert (bad.returncode, bad.stdout) == (1, "")
+    assert bad.stderr.startswith("Error: lock name is '{'; it must be")
+    reader.release()
+    assert held.release() is False
+
+
+def test_locks_without_redis(make_gov: Callable[..., GovRedis]) -> None:
+    gov = make_gov(redis_enabled=False)
+    folder = gov.config.lock_folder or ""
+    with gov.locks.acquire("x"):
+        shown = govredis("locks", "show", "x", REDIS_ENABLED="0", GOVREDIS_LOCK_FOLDER=folder)
+    assert shown.returncode == 0, shown.stderr
+    assert "without Redis: this is what the lock file of this host says" in shown.stdout
+    for command in ["locks"], ["locks", "release", "x"]:
+        refused = govredis(*command, REDIS_ENABLED="0")
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("Error: Redis is disabled")
