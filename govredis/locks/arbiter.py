@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -151,6 +152,7 @@ class Arbiter:
         self.owed.difference_update(owed)
 
 
+@functools.lru_cache(100)
 def _ms(ttl: float) -> str:
     # One more: Redis counts from the start of the current millisecond, and shall not forget before we do.
     return str(math.ceil(ttl * 1000) + 1)

@@ -46,6 +46,26 @@ class Attempt:
         fallback: "file" or "fail".
     """
 
+    __slots__ = (
+        "_arbiter",
+        "_asked",
+        "_away_since",
+        "_confirmation",
+        "_confirming",
+        "_fallback",
+        "_floor",
+        "_queued",
+        "_redis",
+        "_resource",
+        "_token",
+        "_ttl",
+        "_unanswered",
+        "guard",
+        "known",
+        "owner",
+        "waits_since",
+    )
+
     def __init__(
         self, arbiter: Arbiter, resource: Resource, ttl: float, guard: Guard, owner: str, fallback: str
     ) -> None:

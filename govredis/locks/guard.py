@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import stat
@@ -31,13 +32,10 @@ _RECORD = struct.Struct("<Qd?70p37p")
 _RECORD_BYTES = _RECORD.size + 4
 _OPEN_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
-if hasattr(time, "CLOCK_BOOTTIME"):
-
-    def clock() -> float:
-        """Seconds on a clock that all processes of the host share, that is never set, and runs on in suspend."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
-else:
-    clock = time.monotonic
+#: Seconds on a clock that all processes of the host share, that is never set, and runs on in suspend.
+clock: Callable[[], float] = (
+    functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
+)
 
 
 def _boot_id() -> str:
@@ -84,6 +82,7 @@ class LockFolder:
         # Not tempfile.gettempdir(): two processes of one user with different TMPDIR would not exclude each other.
         self.path = folder if folder is not None else f"/tmp/govredis-locks-{os.geteuid()}"
         self.boot = ""
+        self._file = functools.lru_cache(1000)(self._make_file)
 
     def guard(self, key: str) -> HostGuard:
         """Open the file of a key, for one holder at a time. Raises as `open`."""
@@ -117,7 +116,7 @@ class LockFolder:
         except OSError as error:  # no descriptor left, no space left
             raise LockUnavailable(f"lock file {path} cannot be opened: {error.strerror}") from error
 
-    def _file(self, key: str) -> str:
+    def _make_file(self, key: str) -> str:
         # A hash: keys may hold slashes and be longer than a file name.
         return f"{self.path}/{hashlib.sha256(key.encode()).hexdigest()[:40]}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,10 +17,7 @@ from .arbiter import CONFIRM, Arbiter, Resource
 from .attempt import Grant
 from .guard import Guard, clock
 from .holders import Entry
-from .renewal import renewer
-
-#: Seconds after which a lock that is held comes on the list of those that are.
-_LISTED_AFTER = 0.1
+from .renewal import FIRST_TICK, renewer
 
 #: Seconds that a release waits for the renewal of the same lock. That takes two round trips, each with its timeout.
 _PATIENCE = 1.0
@@ -40,6 +38,31 @@ class Lease:
         max_hold: seconds after which it is renewed no more.
         counters: of the GovRedis.
     """
+
+    __slots__ = (
+        "__weakref__",
+        "_abandoned",
+        "_arbiter",
+        "_confirm",
+        "_counters",
+        "_ending",
+        "_listed",
+        "_mutex",
+        "_next",
+        "_renew_until",
+        "_resource",
+        "callbacks",
+        "deadline",
+        "degraded",
+        "due",
+        "guard",
+        "key",
+        "lost",
+        "over",
+        "owner",
+        "token",
+        "ttl",
+    )
 
     def __init__(
         self,
@@ -64,7 +87,7 @@ class Lease:
         self.over = False
         self.callbacks: list[Callable[[], object]] = []
         now = clock()
-        self._renew_until = (now + max_hold if max_hold is not None else float("inf")) if renew else 0.0
+        self._renew_until = 0.0 if not renew else math.inf if max_hold is None else now + max_hold
         self._counters = counters
         self._mutex = threading.RLock()
         self._abandoned = False
@@ -72,8 +95,8 @@ class Lease:
         #: As it stands on the list of what is held.
         self._listed: str | None = None
         # First for the list, on which no lock comes that is gone again by then.
-        self._next = self._next_renewal()
-        self.due = min(self._next, now + _LISTED_AFTER)
+        self._next = self._next_renewal(now)
+        self.due = min(self._next, now + FIRST_TICK)
         renew_in_child(self)
 
     def start(self) -> None:
@@ -138,18 +161,19 @@ class Lease:
             except Exception:
                 log.exception("on_lost callback of %s failed", self.key)
 
-    def _next_renewal(self) -> float:
-        if clock() >= self._renew_until:
+    def _next_renewal(self, now: float) -> float:
+        if now >= self._renew_until:
             return self.deadline
         # Of one that was handed over and is not confirmed yet, the deadline is near; and so is this.
-        return self.deadline - min(self.ttl, CONFIRM if self._confirm is not None else self.ttl) * 2 / 3
+        span = self.ttl if self._confirm is None or self.ttl < CONFIRM else CONFIRM
+        return self.deadline - span * 2 / 3
 
     def _settle(self) -> None:
         """Take in Redis's reply to the confirmation of a hand-over, if it has not been."""
         confirm, self._confirm = self._confirm, None
         if confirm is not None and (deadline := confirm()) is not None:
             self.deadline = deadline
-            self._next = self._next_renewal()
+            self._next = self._next_renewal(clock())
 
     def left(self) -> float:
         """Seconds; less than 0 where the lease has ended."""

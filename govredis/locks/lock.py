@@ -23,6 +23,8 @@ from .shared import MOST_SLOTS, ReadWriteLock, Semaphore, cells
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_REMEMBERED = 1000
+
 
 class DistributedLock:
     """Locks by name. `with gov.locks.acquire("agent-123", timeout=5) as held: ...`
@@ -70,6 +72,8 @@ class DistributedLock:
             ("slots_acquire.lua", "slots_extend.lua", "slots_release.lua"),
             keys.held_locks(),
         )
+        #: The same names come again and again.
+        self._resource = functools.lru_cache(_REMEMBERED)(self._make_resource)
         self._force = Script(__package__, "queue.lua", "hand.lua", "force.lua")
 
     def acquire(
@@ -252,7 +256,7 @@ class DistributedLock:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _resource(self, name: str) -> Resource:
+    def _make_resource(self, name: str) -> Resource:
         key = self._keys.lock(name)
         cells = key, sibling(key, "fence"), sibling(key, "queue"), sibling(key, "waiters")
         return Resource("lock", name, key, cells, ())

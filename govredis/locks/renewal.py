@@ -11,6 +11,10 @@ from .guard import clock
 
 log = logging.getLogger("govredis")
 
+#: Seconds after which a lease is first due, or earlier. The thread sleeps no longer after it was woken: locks that come
+#: and go in rapid succession would else wake it each time.
+FIRST_TICK = 0.1
+
 #: The thread outlives the last lock by this many seconds, so that short locks do not start one each.
 _IDLE = 5.0
 
@@ -68,22 +72,23 @@ class Renewer:
     def _wait(self) -> list[Renewable] | None:
         """Those that are due, once some are; None when this thread is to end."""
         with self._lock:
+            longest = FIRST_TICK
             while True:
                 if self._thread is not threading.current_thread():
                     return None  # an exception struck `add` just when it had started this one: there is another
-                if not self._leases:
-                    self._wakes_at = clock() + _IDLE
-                    self._changed.wait(_IDLE)
-                    if not self._leases:
-                        self._thread = None
-                        return None
                 now = clock()
-                first = min([lease.due for lease in list(self._leases)], default=now)
+                first = min([lease.due for lease in list(self._leases)], default=now + longest)
                 if first <= now:
                     return [lease for lease in list(self._leases) if lease.due <= now]
                 # It may be released before, which wakes nobody.
-                self._wakes_at = min(first, now + _IDLE)
-                self._changed.wait(self._wakes_at - now)
+                self._wakes_at = min(first, now + longest)
+                if self._changed.wait(self._wakes_at - now):
+                    longest = FIRST_TICK
+                elif self._leases or longest < _IDLE:
+                    longest = _IDLE
+                else:
+                    self._thread = None
+                    return None
 
     def _tick(self, lease: Renewable) -> None:
         try:

@@ -64,7 +64,7 @@ def replies(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
 def test_it_is_entered_without_a_reply_of_redis_which_is_taken_in_before_anything_else_is_sent(
     locks: DistributedLock, waiting: Any, monkeypatch: pytest.MonkeyPatch, plain_redis: Any
 ) -> None:
-    monkeypatch.setattr(held_module, "_LISTED_AFTER", 1000)
+    monkeypatch.setattr(held_module, "FIRST_TICK", 1000)
     held = locks.acquire("x")
     future = waiting(ttl=60)
     log: list[str] = []
