@@ -24,6 +24,8 @@ from rich.table import Table
 from govredis import Config, GovRedis
 from govredis.testing.servers import RedisServer
 
+from . import hand_over
+
 Call = Callable[[], object]
 Contest = tuple[str, int, dict[str, Call]]
 
@@ -224,4 +226,12 @@ def main() -> None:
                 )
             table.add_section()
         gov.close()
+        Console(width=100).print(table)
+        table = Table(title=f"Microseconds from a release to the next of {hand_over.WAITING} waiting processes, median")
+        for column in ("by", "median", "of a bare wake"):
+            table.add_column(column, justify="left" if column == "by" else "right", no_wrap=True)
+        medians = hand_over.measure(server.url, folder)
+        bare = next(iter(medians.values()))
+        for name, median in medians.items():
+            table.add_row(name, f"{median:.0f}", "" if median == bare else f"x {median / bare:.1f}")
         Console(width=100).print(table)
