@@ -172,6 +172,8 @@ def go_round(locks: Any, folder: str, port: int, me: int, ttl: float) -> list[st
             board[me, "inside"] = 1
             look("at the beginning")
             value, before = register.read(), counts.read()
+            if random.random() < 0.2:
+                time.sleep(random.random() * 0.004)
             if board[me, "park"]:
                 board[me, "parked"] = 1
                 while board[me, "park"]:

@@ -83,12 +83,19 @@ class LockSet:
         self.board[slot, "park"] = 1
         self.wait(lambda: self.board[slot, "parked"])
 
+    def unpark(self, slot: int) -> None:
+        self.board[slot, "park"] = 0
+
+    def redis_grants_it_to_others(self) -> None:
+        """Having lost its data, while somebody is inside."""
+        self.wait(lambda: self.redis.command("EXISTS", sibling("lock:x", "fence")))
+
     def stop(self, slot: int) -> None:
         self.workers[slot].stop()
         self.board[slot, "excused"] = 1
 
     def resume(self, slot: int) -> None:
-        self.board[slot, "park"] = 0
+        self.unpark(slot)
         self.workers[slot].resume()
 
     def kill(self, slot: int) -> None:
@@ -242,10 +249,15 @@ def is_killed_and_restarted_with_its_data(processes: LockSet) -> None:
 
 
 def is_killed_and_restarted_without_data(processes: LockSet) -> None:
-    for _ in range(3):
+    for slot in 0, 1:
         processes.redis.kill()
         processes.redis.restart("empty")
         processes.goes_on()
+        processes.park(slot)
+        processes.redis.kill()
+        processes.redis.restart("empty")
+        processes.redis_grants_it_to_others()
+        processes.unpark(slot)
 
 
 def is_away_for_longer_than_the_grace_and_loses_its_data(processes: LockSet) -> None:
@@ -258,9 +270,14 @@ def is_away_for_longer_than_the_grace_and_loses_its_data(processes: LockSet) -> 
 
 
 def is_flushed(processes: LockSet) -> None:
-    for _ in range(50):
+    for _ in range(30):
         processes.redis.command("FLUSHALL")
         processes.somebody_goes_on()
+    for slot in range(5):
+        processes.park(slot)
+        processes.redis.command("FLUSHALL")
+        processes.redis_grants_it_to_others()
+        processes.unpark(slot)
 
 
 def forgets_its_scripts(processes: LockSet) -> None:
@@ -273,6 +290,21 @@ def drops_all_connections(processes: LockSet) -> None:
     for _ in range(30):
         processes.redis.command("CLIENT", "KILL", "TYPE", "normal")
         processes.somebody_goes_on()
+
+
+def test_a_holder_that_outlasts_its_ttl_without_redis_is_alone_on_its_host(lock_set: Callable[..., LockSet]) -> None:
+    processes = lock_set(ttl=2.0)
+    processes.goes_on()
+    for slot in 0, 1:
+        processes.park(slot)
+        processes.redis.kill()
+        time.sleep(2.5)  # the outage, longer than the ttl
+        processes.redis.restart("empty")
+        processes.redis_grants_it_to_others()
+        processes.unpark(slot)
+        processes.goes_on()
+    processes.end()
+    processes.check(passed=False, lossless=False)
 
 
 @pytest.mark.parametrize(
