@@ -199,11 +199,15 @@ def test_a_child_does_not_keep_what_a_dead_parent_had(
         "import time\n"
         "warnings.simplefilter('ignore')\n"
         f"guard = LockFolder({folder.path!r}).guard('lock:x')\n"  # a thread that is still waiting, say
+        "read, write = os.pipe()\n"
         "child = os.fork()\n"
         "if not child:\n"
         "    [os.close(fd) for fd in (0, 1, 2)]\n"
+        "    os.write(write, b'.')\n"  # past its at-fork hooks, which a killed parent does not wait for
         "    time.sleep(60)\n"
         "    os._exit(0)\n"
+        "os.close(write)\n"
+        "assert os.read(read, 1) == b'.'\n"
         "assert guard.enter(1, 'owner-1', clock() + 1000, may_pass=False)"
     )
     child = worker.eval("child")
