@@ -277,10 +277,10 @@ def test_no_two_on_this_host_through_everything_that_befalls_redis(
 
     def work_goes_on(by: int = 60) -> None:
         goal = count() + by
-        eventually(lambda: count() >= goal, 30)
+        eventually(lambda: count() >= goal, 120)
 
     def on_redis() -> None:
-        eventually(lambda: mortal_redis.command("GET", KEY), 30)
+        eventually(lambda: mortal_redis.command("GET", KEY), 120)
 
     work_goes_on()
     mortal_redis.kill()
