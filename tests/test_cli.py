@@ -16,7 +16,7 @@ from govredis.testing.servers import PostgresServer, RedisServer
 
 NOWHERE = "redis://127.0.0.1:1/0"
 #: A busy machine is no outage.
-PATIENT = {f"GOVREDIS_{what}_TIMEOUT": "10" for what in ("SOCKET", "CONNECT", "POSTGRES")}
+PATIENT = {"GOVREDIS_SOCKET_TIMEOUT": "10", "GOVREDIS_CONNECT_TIMEOUT": "10"}
 
 
 def govredis(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -25,6 +25,15 @@ def govredis(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name not in ours} | variables
     command = [os.path.join(os.path.dirname(sys.executable), "govredis"), *args]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+
+
+def health(wanted: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`govredis health`; anew where it does not say what is wanted: PostgreSQL has half a second, on a busy machine."""
+    for _ in range(10):
+        done = govredis("health", **variables)
+        if json.loads(done.stdout)["status"] == wanted:
+            break
+    return done
 
 
 @pytest.fixture
@@ -55,7 +64,7 @@ def test_migrate(empty_database: str) -> None:
 
 
 def test_health_passes(redis_server: RedisServer, postgres_server: PostgresServer) -> None:
-    done = govredis("health", REDIS_URL=redis_server.url, GOVREDIS_DATABASE_URL=postgres_server.url, **PATIENT)
+    done = health("pass", REDIS_URL=redis_server.url, GOVREDIS_DATABASE_URL=postgres_server.url, **PATIENT)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["status"] == "pass"
@@ -63,7 +72,7 @@ def test_health_passes(redis_server: RedisServer, postgres_server: PostgresServe
 
 
 def test_health_is_0_on_warn_and_1_on_fail(postgres_server: PostgresServer, empty_database: str) -> None:
-    warns = govredis("health", REDIS_URL=NOWHERE, GOVREDIS_DATABASE_URL=postgres_server.url, **PATIENT)
+    warns = health("warn", REDIS_URL=NOWHERE, GOVREDIS_DATABASE_URL=postgres_server.url)
     assert (json.loads(warns.stdout)["status"], warns.returncode) == ("warn", 0)
     fails = govredis("health", REDIS_URL=NOWHERE, GOVREDIS_DATABASE_URL=empty_database)
     assert (json.loads(fails.stdout)["status"], fails.returncode) == ("fail", 1)

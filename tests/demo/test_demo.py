@@ -157,9 +157,9 @@ class TestAsAProcess:
             while ask("agents/agent-1")["version"] < version:
                 pass
             assert ask("agents/agent-1")["metadata"] == {"name": "Agent 1", "team": "search"}
-            while "beat" not in (health := ask("govredis/health"))["checks"]:
-                pass
-            assert health["status"] == "pass"
+            deadline = time.monotonic() + 60
+            while "beat" not in (health := ask("govredis/health"))["checks"] or health["status"] != "pass":
+                assert time.monotonic() < deadline, health
             demo.process.send_signal(signal.SIGINT)
             status, _, err = demo.end()
             assert (status, err) == (0, "")
