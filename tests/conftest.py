@@ -17,6 +17,7 @@ import pytest
 import redis as redis_py
 
 from govredis import Config, GovRedis, configure
+from govredis.health import monitor as health_module
 from govredis.testing.servers import PostgresServer, RedisServer, redis_binaries
 
 
@@ -99,9 +100,12 @@ MORTAL = {"mortal_redis", "keeping_redis", "mortal_postgres"}
 
 
 @pytest.fixture
-def patience(request: pytest.FixtureRequest) -> dict[str, float]:
+def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Timeouts by which a busy machine is no outage: what is tested is what happens, not how soon."""
-    if MORTAL & set(request.fixturenames):
+    mortal = bool(MORTAL & set(request.fixturenames))
+    assert health_module._POSTGRES_DEADLINE == 0.5  # which is no setting
+    monkeypatch.setattr(health_module, "_POSTGRES_DEADLINE", 2 if mortal else 20)
+    if mortal:
         return {"socket_timeout": 1, "connect_timeout": 1}
     return {"socket_timeout": 10, "connect_timeout": 10, "postgres_timeout": 20}
 

@@ -14,18 +14,10 @@ import pytest
 
 from govredis import BackendError, BackendUnavailable, ConfigurationError, GovRedis, HealthReport
 from govredis.health import Check, HealthMonitor
-from govredis.health import monitor as monitor_module
 from govredis.testing.servers import PostgresServer, RedisServer
 
 AWAY = "redis://user:hunter2@127.0.0.1:1/0"
 PG_AWAY = "postgresql://postgres:hunter2@127.0.0.1:1/postgres"
-
-
-@pytest.fixture(autouse=True)
-def patient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than the half second for PostgreSQL, which a busy machine may not keep."""
-    assert monitor_module._POSTGRES_DEADLINE == 0.5
-    monkeypatch.setattr(monitor_module, "_POSTGRES_DEADLINE", 2 if "mortal_postgres" in request.fixturenames else 20)
 
 
 def by_name(report: HealthReport) -> dict[str, Check]:
