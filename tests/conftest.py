@@ -6,6 +6,8 @@ A missing server is an error of the fixture, so the test fails: nothing here ski
 from __future__ import annotations
 
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import redis as redis_py
 
 from govredis import Config, GovRedis, configure
+from govredis.health import monitor as health_module
 from govredis.testing.servers import PostgresServer, RedisServer, redis_binaries
 
 
@@ -92,13 +95,28 @@ def mortal_postgres() -> Iterator[PostgresServer]:
         yield server
 
 
+#: Servers of a test's own, which it may make hang: each call that finds out waits for its timeout.
+MORTAL = {"mortal_redis", "keeping_redis", "mortal_postgres"}
+
+
 @pytest.fixture
-def make_gov(tmp_path: Path) -> Iterator[Callable[..., GovRedis]]:
-    """Makes GovRedis objects with a lock folder of the test's own; closes them."""
+def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Timeouts by which a busy machine is no outage: what is tested is what happens, not how soon."""
+    mortal = bool(MORTAL & set(request.fixturenames))
+    assert health_module._POSTGRES_DEADLINE == 0.5  # which is no setting
+    monkeypatch.setattr(health_module, "_POSTGRES_DEADLINE", 2 if mortal else 20)
+    if mortal:
+        return {"socket_timeout": 1, "connect_timeout": 1}
+    return {"socket_timeout": 10, "connect_timeout": 10, "postgres_timeout": 20}
+
+
+@pytest.fixture
+def make_gov(tmp_path: Path, patience: dict[str, float]) -> Iterator[Callable[..., GovRedis]]:
+    """Makes GovRedis objects, patient ones, with a lock folder of the test's own; closes them."""
     made: list[GovRedis] = []
 
     def make(**settings: Any) -> GovRedis:
-        gov = GovRedis(Config(**{"lock_folder": str(tmp_path / "locks"), **settings}))
+        gov = GovRedis(Config(**{"lock_folder": str(tmp_path / "locks"), **patience, **settings}))
         made.append(gov)
         return gov
 
@@ -106,6 +124,24 @@ def make_gov(tmp_path: Path) -> Iterator[Callable[..., GovRedis]]:
     for gov in made:
         gov.close()
     configure(None)
+
+
+@pytest.fixture
+def oversleeping() -> Iterator[Callable[[], float]]:
+    """The seconds for which this machine has left a thread standing that was due: bounds of time allow for them."""
+    slept, ended = [0.0], threading.Event()
+
+    def sleep() -> None:
+        before = time.monotonic()
+        while not ended.wait(0.01):
+            slept[0] += time.monotonic() - before - 0.01
+            before = time.monotonic()
+
+    thread = threading.Thread(target=sleep)
+    thread.start()
+    yield lambda: slept[0]
+    ended.set()
+    thread.join()
 
 
 @pytest.fixture

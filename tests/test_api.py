@@ -47,6 +47,7 @@ def test_the_process_wide_one_is_made_once_from_the_environment(
 ) -> None:
     monkeypatch.setenv("REDIS_URL", redis_server.url)
     monkeypatch.setenv("GOVREDIS_KEY_PREFIX", "made:")
+    monkeypatch.setenv("GOVREDIS_SOCKET_TIMEOUT", "10")
     found: list[GovRedis] = []
     barrier = threading.Barrier(8)
 
@@ -62,7 +63,7 @@ def test_the_process_wide_one_is_made_once_from_the_environment(
     assert len(found) == 8
     assert len(set(map(id, found))) == 1
     with found[0] as gov:
-        assert gov.config == Config(redis_url=redis_server.url, key_prefix="made:")
+        assert gov.config == Config(redis_url=redis_server.url, key_prefix="made:", socket_timeout=10)
         govredis.get_session_cache().bind("s1", "a1")
         assert redis_server.command("EXISTS", "made:session:s1") == 1
 
@@ -92,6 +93,7 @@ def test_settings_reach_the_features(
     monkeypatch.setenv("REDIS_SESSION_TTL", "60")
     monkeypatch.setenv("REDIS_METADATA_TTL", "30")
     monkeypatch.setenv("GOVREDIS_KEY_PREFIX", "app:")
+    monkeypatch.setenv("GOVREDIS_SOCKET_TIMEOUT", "10")
     with GovRedis.from_env() as gov:
         gov.sessions.bind("s1", "a1")
         gov.metadata.set("a1", {"x": 1})
@@ -207,14 +209,13 @@ def test_created_before_a_fork_and_used_after(gov: GovRedis) -> None:
 
 
 def test_no_thread_or_descriptor_leaks(
-    redis_server: RedisServer, postgres_server: PostgresServer, tmp_path: Path
+    make_gov: MakeGov, redis_server: RedisServer, postgres_server: PostgresServer
 ) -> None:
     def descriptors() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
 
     def use() -> None:
-        config = Config(redis_url=redis_server.url, database_url=postgres_server.url, lock_folder=str(tmp_path))
-        with GovRedis(config) as gov:
+        with make_gov(redis_url=redis_server.url, database_url=postgres_server.url) as gov:
             gov.sessions.bind("s1", "a1")
             gov.limits.hit("a1", "100/hour", operation="op")
             with gov.locks.acquire("l1", timeout=5):
@@ -222,11 +223,11 @@ def test_no_thread_or_descriptor_leaks(
             gov.postgres.fetch("SELECT 1")
 
     use()  # the renewal thread outlives the last lock for a while
-    threads, before = threading.active_count(), descriptors()
+    threads, before = set(threading.enumerate()), descriptors()
     for _ in range(5):
         use()
     assert descriptors() == before
-    assert threading.active_count() <= threads
+    assert set(threading.enumerate()) <= threads
 
 
 def test_without_the_postgres_extra_the_install_line_is_said() -> None:

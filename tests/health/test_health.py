@@ -119,7 +119,7 @@ class TestStatus:
                 monitor, _ = ticking(hung)
                 began = time.monotonic()
                 assert monitor.check().status == "fail"
-                # 0.2 + 0.1 s for Redis and 0.5 s for PostgreSQL, and what a busy machine adds; not the 30 s.
+                # 2 s for Redis and 2 s for PostgreSQL, and what a busy machine adds; not the 30 s.
                 assert time.monotonic() - began < 10
         finally:
             mortal_redis.resume()
@@ -245,20 +245,23 @@ class TestBeat:
     def test_is_unknown_until_the_first(self, gov: GovRedis) -> None:
         assert "beat" not in {check.name for check in gov.health.check().checks}
 
-    @pytest.mark.parametrize(("age", "status"), [(0, "pass"), (29, "pass"), (31, "warn"), (86_000, "warn")])
+    @pytest.mark.parametrize(("age", "status"), [(0, "pass"), (290, "pass"), (310, "warn"), (86_000, "warn")])
     def test_warns_of_three_that_did_not_come(self, gov: GovRedis, plain_redis: Any, age: int, status: str) -> None:
-        assert gov.health.beat(10) is True
+        assert gov.health.beat(100) is True
         assert 86_390 < plain_redis.ttl("govredis:heartbeat") <= 86_400
         # As old as that: the age is what is gone of its day.
+        began = time.monotonic()
         plain_redis.pexpire("govredis:heartbeat", 86_400_000 - age * 1000)
         report = gov.health.check()
+        took = time.monotonic() - began
         assert [check.name for check in report.checks] == ["redis", "postgres", "counters", "beat"]
         beat = report.checks[-1]
         assert (report.status, beat.status) == (status, status)
-        assert beat.data["every"] == 10
-        assert age <= beat.data["seconds_since"] < age + 0.9
+        assert beat.data["every"] == 100
+        since = beat.data["seconds_since"]
+        assert age <= since < age + took + 0.01
         assert beat.output == (
-            "" if status == "pass" else f"no heartbeat for {age:.0f} s: beat is gone, or every worker"
+            "" if status == "pass" else f"no heartbeat for {since:.0f} s: beat is gone, or every worker"
         )
         assert json.loads(json.dumps(report.as_dict()))["checks"]["beat"][0]["status"] == status
 
@@ -273,7 +276,7 @@ class TestBeat:
         gov.health.beat(36_000)
         assert plain_redis.ttl("govredis:heartbeat") > 3 * 36_000
         beat = gov.health.check().checks[-1]
-        assert (beat.status, beat.data["seconds_since"] < 1) == ("pass", True)
+        assert (beat.status, beat.data["seconds_since"] < 100) == ("pass", True)
 
     def test_what_nobody_here_has_written_is_warned_of(self, gov: GovRedis, plain_redis: Any) -> None:
         plain_redis.set("govredis:heartbeat", "x")

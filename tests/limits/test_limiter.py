@@ -54,7 +54,7 @@ def limits(
         "postgres": {"redis_url": AWAY, "database_url": postgres_server.url},
         "local": {"redis_url": AWAY, "database_url": PG_AWAY},
     }
-    return make_gov(**urls[request.param], socket_timeout=5, postgres_timeout=5).limits
+    return make_gov(**urls[request.param]).limits
 
 
 class TestCalls:
@@ -271,7 +271,7 @@ class TestFallback:
         self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, mortal_postgres: PostgresServer
     ) -> None:
         """At most N per store, whoever dies in the middle of the traffic."""
-        gov = make_gov(redis_url=mortal_redis.url, database_url=mortal_postgres.url, postgres_timeout=5)
+        gov = make_gov(redis_url=mortal_redis.url, database_url=mortal_postgres.url, postgres_timeout=10)
         hits = lambda: [gov.limits.hit("a", "20/hour") for _ in range(30)]  # noqa: E731
         results = hits()
         mortal_redis.kill()
@@ -398,6 +398,7 @@ class TestPurge:
         with holder.cursor() as cursor:
             cursor.execute("SELECT 1 FROM govredis_limit_windows WHERE key = 'held' FOR UPDATE")
             assert gov.limits.purge() == 1
+        holder.rollback()  # closing alone does not wait until the server has noticed
         holder.close()
         assert gov.limits.purge() == 1
 

@@ -12,7 +12,7 @@ import pytest
 
 from govredis.testing.servers import PostgresServer, RedisServer
 
-N, WINDOW_US = 50, 250_000
+N, WINDOW_US = 50, 500_000
 PROCESSES, SECONDS = 8, 1.5
 
 # The second limit admits all; it only keeps the log from being pruned, so that the test can read the whole of it.
@@ -20,7 +20,7 @@ WORKER = f"""
 import json, sys, time
 from govredis import Config, GovRedis, Limit
 rate = [Limit({N}, {WINDOW_US / 1e6}), Limit(1000000, 3600)]
-limits = GovRedis(Config(socket_timeout=5, postgres_timeout=10, **json.loads(sys.argv[1]))).limits
+limits = GovRedis(Config(socket_timeout=5, connect_timeout=5, postgres_timeout=10, **json.loads(sys.argv[1]))).limits
 limits.peek("k", rate)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -52,7 +52,7 @@ def hammer(**settings: str) -> list[tuple[int, int, bool, int, str]]:
             assert worker.stdin is not None
             worker.stdin.write("go\n")
             worker.stdin.flush()
-        return [tuple(call) for worker in workers for call in json.loads(worker.communicate(timeout=60)[0])]
+        return [tuple(call) for worker in workers for call in json.loads(worker.communicate(timeout=180)[0])]
     finally:
         for worker in workers:
             worker.kill()

@@ -73,12 +73,12 @@ class Worker:
 
 
 @pytest.fixture
-def make_worker(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+def make_worker(tmp_path: Path, patience: dict[str, float]) -> Iterator[Callable[..., Worker]]:
     """Starts processes that share the lock folder of `make_gov`; ends them."""
     made: list[Worker] = []
 
     def make(**settings: Any) -> Worker:
-        made.append(Worker(**{"lock_folder": str(tmp_path / "locks"), **settings}))
+        made.append(Worker(**{"lock_folder": str(tmp_path / "locks"), **patience, **settings}))
         return made[-1]
 
     yield make
@@ -90,7 +90,7 @@ def make_worker(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
 def eventually() -> Callable[..., Any]:
     """Polls until a call returns something true, and returns it; fails after `within` seconds."""
 
-    def wait(condition: Callable[[], Any], within: float = 10.0) -> Any:
+    def wait(condition: Callable[[], Any], within: float = 30.0) -> Any:
         deadline = time.monotonic() + within
         while not (found := condition()):
             assert time.monotonic() < deadline, f"not within {within:g} s"

@@ -199,11 +199,15 @@ def test_a_child_does_not_keep_what_a_dead_parent_had(
         "import time\n"
         "warnings.simplefilter('ignore')\n"
         f"guard = LockFolder({folder.path!r}).guard('lock:x')\n"  # a thread that is still waiting, say
+        "read, write = os.pipe()\n"
         "child = os.fork()\n"
         "if not child:\n"
         "    [os.close(fd) for fd in (0, 1, 2)]\n"
+        "    os.write(write, b'.')\n"  # past its at-fork hooks, which a killed parent does not wait for
         "    time.sleep(60)\n"
         "    os._exit(0)\n"
+        "os.close(write)\n"
+        "assert os.read(read, 1) == b'.'\n"
         "assert guard.enter(1, 'owner-1', clock() + 1000, may_pass=False)"
     )
     child = worker.eval("child")
@@ -280,17 +284,20 @@ def test_a_record_of_another_boot_vouches_for_nobody_but_its_token_stands(
     assert enter(guard, 10)
 
 
-def test_refresh_lengthens_and_never_shortens_and_is_refused_too_late(opened: Callable[[], HostGuard]) -> None:
+def test_refresh_lengthens_and_never_shortens_and_is_refused_too_late(
+    opened: Callable[[], HostGuard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = clock()
+    monkeypatch.setattr(guard_module, "clock", lambda: now)
     guard = opened()
-    assert not guard.refresh(1, clock() + 10), "it is not inside"
-    assert enter(guard, 1, ttl=0.2)
-    assert guard.refresh(1, clock() + 0.4)
+    assert not guard.refresh(1, now + 10), "it is not inside"
+    assert guard.enter(1, "owner-1", now + 0.2, may_pass=False)
+    assert guard.refresh(1, now + 0.4)
     longer = record_of(guard).deadline
-    assert guard.refresh(1, clock() + 0.1)
+    assert guard.refresh(1, now + 0.1)
     assert record_of(guard).deadline == longer
-    while clock() < longer:
-        time.sleep(0.01)
-    assert not guard.refresh(1, clock() + 10)
+    now = longer
+    assert not guard.refresh(1, now + 10)
     assert record_of(guard).deadline == longer, "it was written all the same"
 
 
@@ -310,7 +317,7 @@ def test_only_one_whose_record_ran_out_is_passed_and_only_by_whom_redis_has_gran
     opened: Callable[[], HostGuard],
 ) -> None:
     stopped, other, passer = opened(), opened(), opened()
-    assert enter(stopped, 1, ttl=0.3)
+    assert enter(stopped, 1, ttl=1.5)
     assert not pass_by(passer, 2, within=0.1)
     assert pass_by(passer, 2)
     assert passer.inside
@@ -328,15 +335,20 @@ def test_only_one_whose_record_ran_out_is_passed_and_only_by_whom_redis_has_gran
     assert enter(other, 3)
 
 
-def test_a_record_that_ran_out_is_not_passed_at_first_sight(opened: Callable[[], HostGuard]) -> None:
+def test_a_record_that_ran_out_is_not_passed_at_first_sight(
+    opened: Callable[[], HostGuard], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Who has just taken the flock has not written yet.
+    now = clock()
+    monkeypatch.setattr(guard_module, "clock", lambda: now)
     stopped, passer = opened(), opened()
-    assert enter(stopped, 1, ttl=0.001)
-    while stopped._is_fresh(record_of(stopped)):
-        time.sleep(0.001)
-    assert not enter(passer, 2, may_pass=True)
-    assert not enter(passer, 2, may_pass=True)
-    assert pass_by(passer, 2)
+    assert stopped.enter(1, "owner-1", now, may_pass=False)
+    now += 1000
+    assert not passer.enter(2, "owner-2", now + 10, may_pass=True)
+    now += 0.09
+    assert not passer.enter(2, "owner-2", now + 10, may_pass=True)
+    now += 0.02
+    assert passer.enter(2, "owner-2", now + 10, may_pass=True)
 
 
 def test_without_a_grant_of_redis_nobody_passes(opened: Callable[[], HostGuard]) -> None:

@@ -24,7 +24,17 @@ def locks(make_gov: Callable[..., GovRedis], mortal_redis: RedisServer) -> Distr
     return make_gov(redis_url=mortal_redis.url).locks
 
 
-def test_no_fallback_before_redis_has_been_away_for_a_second(locks: DistributedLock, mortal_redis: RedisServer) -> None:
+@pytest.fixture
+def long_grace(monkeypatch: pytest.MonkeyPatch) -> float:
+    """For what has to be done within it, on a machine that may stand still for a second."""
+    assert lock_module.GRACE == 1
+    monkeypatch.setattr(lock_module, "GRACE", 4.0)
+    return 4.0
+
+
+def test_no_fallback_before_redis_has_been_away_for_its_grace(
+    locks: DistributedLock, mortal_redis: RedisServer, long_grace: float
+) -> None:
     locks.acquire("x").release()
     mortal_redis.kill()
     down = time.monotonic()
@@ -35,9 +45,8 @@ def test_no_fallback_before_redis_has_been_away_for_a_second(locks: DistributedL
         assert not isinstance(caught.value, TimeoutError)
     with pytest.raises(LockUnavailable):
         locks.try_acquire("x")
-    assert time.monotonic() - down < 1, "this machine is too slow for this test to mean anything"
     with locks.acquire("x", timeout=20) as held:
-        assert time.monotonic() - down >= 1
+        assert time.monotonic() - down >= long_grace
         assert held.degraded
         assert "degraded" in repr(held)
         # From now on at once.
@@ -58,7 +67,7 @@ def test_degraded_there_is_one_holder_per_host_and_redis_grantees_wait_for_it_wh
     assert first[1] is False
     assert worker.eval("held.release()") is True
     mortal_redis.kill()
-    worker.run("held = locks.acquire('x', ttl=0.5, timeout=20)")
+    worker.run("held = locks.acquire('x', ttl=1.5, timeout=20)")
     second = worker.eval("(held.token, held.degraded)")
     assert second[1] is True
     with pytest.raises((LockTimeout, LockUnavailable)):
@@ -71,7 +80,7 @@ def test_degraded_there_is_one_holder_per_host_and_redis_grantees_wait_for_it_wh
         assert not other.degraded
     # Redis grants, and the file does not: longer than the ttl, since the degraded one is renewed as well.
     with pytest.raises(LockTimeout):
-        locks.acquire("x", timeout=0.8)
+        locks.acquire("x", timeout=2)
     assert mortal_redis.command("GET", KEY) is None
     assert worker.eval("held.raise_if_lost()") is None
     assert worker.eval("held.degraded") is True, "the mode of a held lock does not change"
@@ -115,9 +124,9 @@ def test_switched_off_it_is_degraded_at_once(
 
 def test_a_degraded_lease_is_renewed_and_ends_without(make_gov: Callable[..., GovRedis], eventually: Any) -> None:
     locks = make_gov(redis_enabled=False).locks
-    with locks.acquire("x", ttl=0.3) as held:
+    with locks.acquire("x", ttl=1.5) as held:
         first = held._lease.deadline
-        eventually(lambda: held._lease.deadline > first + 0.6)
+        eventually(lambda: held._lease.deadline > first + 1.6)
     with pytest.raises(LockLost), locks.acquire("x", ttl=0.1, renew=False) as held:
         eventually(lambda: not held.remaining())
         # On this host it is still inside.
@@ -136,7 +145,7 @@ def test_a_degraded_holder_that_was_stopped_past_its_record_is_lost(make_gov: Ca
 def test_renewal_gets_over_an_outage_shorter_than_the_ttl(
     locks: DistributedLock, mortal_redis: RedisServer, eventually: Callable[..., Any]
 ) -> None:
-    with locks.acquire("x", ttl=3) as held:
+    with locks.acquire("x", ttl=6) as held:
         mortal_redis.pause()
         eventually(lambda: locks.counters.get("locks.renewals_missed"))
         with pytest.raises(BackendUnavailable):
@@ -151,7 +160,7 @@ def test_renewal_gets_over_an_outage_shorter_than_the_ttl(
 def test_an_outage_longer_than_the_ttl_loses_it_but_nobody_on_the_host_gets_in(
     locks: DistributedLock, mortal_redis: RedisServer, eventually: Callable[..., Any]
 ) -> None:
-    with pytest.raises(LockLost), locks.acquire("x", ttl=0.8) as held:
+    with pytest.raises(LockLost), locks.acquire("x", ttl=1.5) as held:
         mortal_redis.kill()
         eventually(lambda: held._lease.lost)
         with pytest.raises(LockLost):
@@ -161,7 +170,7 @@ def test_an_outage_longer_than_the_ttl_loses_it_but_nobody_on_the_host_gets_in(
         mortal_redis.restart("empty")
         eventually(lambda: locks._redis and locks._redis.breaker.closed)
         with pytest.raises(LockTimeout):
-            locks.acquire("x", timeout=1)
+            locks.acquire("x", timeout=2)
     assert locks.acquire("x", timeout=0).release()
 
 
@@ -171,8 +180,8 @@ def test_an_extension_that_may_yet_shorten_the_lease_shortens_it(
     held = locks.acquire("x", ttl=100)
     mortal_redis.pause()
     with pytest.raises(BackendUnavailable):
-        held.extend(1)  # the hung server carries it out when it wakes
-    assert held.remaining() <= 1
+        held.extend(6)  # the hung server carries it out when it wakes
+    assert held.remaining() <= 6
     mortal_redis.resume()
     eventually(lambda: held.remaining() > 50 or held._lease.lost)
     assert held._lease.lost is None, "and renewal goes on"
@@ -223,7 +232,7 @@ def test_nor_does_one_that_went_on_to_the_fallback(
 
 
 def test_a_waiter_gets_over_a_stall_shorter_than_the_grace(
-    locks: DistributedLock, mortal_redis: RedisServer, eventually: Callable[..., Any]
+    locks: DistributedLock, mortal_redis: RedisServer, eventually: Callable[..., Any], long_grace: float
 ) -> None:
     locks.acquire("warm").release()
     mortal_redis.pause()
@@ -268,10 +277,10 @@ def test_no_two_on_this_host_through_everything_that_befalls_redis(
 
     def work_goes_on(by: int = 60) -> None:
         goal = count() + by
-        eventually(lambda: count() >= goal, 30)
+        eventually(lambda: count() >= goal, 120)
 
     def on_redis() -> None:
-        eventually(lambda: mortal_redis.command("GET", KEY), 30)
+        eventually(lambda: mortal_redis.command("GET", KEY), 120)
 
     work_goes_on()
     mortal_redis.kill()
@@ -299,7 +308,7 @@ def test_no_two_on_this_host_through_everything_that_befalls_redis(
 
 
 def test_a_full_pool_is_no_outage(make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> None:
-    gov = make_gov(redis_url=redis_server.url, redis_connections=1, socket_timeout=0.02)
+    gov = make_gov(redis_url=redis_server.url, redis_connections=1, socket_timeout=0.5)
     gov._redis.call("PING")  # type: ignore[union-attr]
     taken = gov._redis._pool.take(1)  # type: ignore[union-attr]
     with pytest.raises(LockUnavailable, match="all 1 connections"):

@@ -31,7 +31,8 @@ def locks(make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> Distr
 
 
 def threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name == "govredis-renewal"]
+    # One that is listed and not alive was struck while it started, in another file's tests: it never runs.
+    return [t for t in threading.enumerate() if t.name == "govredis-renewal" and t.is_alive()]
 
 
 # -- acquire, release ------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def test_contention_is_a_timeout_within_its_bound(locks: DistributedLock) -> Non
         started = time.monotonic()
         with pytest.raises(LockTimeout) as caught:
             locks.acquire("x", timeout=0.3)
-        assert 0.3 <= time.monotonic() - started < 2
+        assert 0.3 <= time.monotonic() - started < 4, "by default it would be 5"
         assert isinstance(caught.value, TimeoutError)
         assert not isinstance(caught.value, LockUnavailable)
         with pytest.raises(LockTimeout):
@@ -261,19 +262,19 @@ def test_a_handle_works_in_any_thread(locks: DistributedLock, plain_redis: Any) 
 
 def test_it_is_renewed_past_its_ttl(locks: DistributedLock, plain_redis: Any, eventually: Callable[..., Any]) -> None:
     lost: list[int] = []
-    with locks.acquire("x", ttl=0.6) as held:
+    with locks.acquire("x", ttl=1.5) as held:
         held.on_lost(lambda: lost.append(1))
         first = held._lease.deadline
-        eventually(lambda: held._lease.deadline > first + 1.2)
+        eventually(lambda: held._lease.deadline > first + 1.6)
         held.raise_if_lost()
-        assert 0 < held.remaining() <= 0.6
+        assert 0 < held.remaining() <= 1.5
         assert plain_redis.get(KEY) == held._lease.owner
         assert locks.try_acquire("x") is None
     assert not lost
 
 
 def test_without_renewal_it_ends_at_its_ttl_and_says_so(locks: DistributedLock, eventually: Callable[..., Any]) -> None:
-    held = locks.acquire("x", ttl=0.3, renew=False)
+    held = locks.acquire("x", ttl=1, renew=False)
     lost = threading.Event()
     where: list[str] = []
     held.on_lost(lambda: where.append(threading.current_thread().name))
@@ -311,12 +312,12 @@ def test_the_loss_is_known_at_the_deadline_even_if_no_thread_has_declared_it(
 
 
 def test_max_hold_bounds_the_renewal(locks: DistributedLock) -> None:
-    held = locks.acquire("x", ttl=0.3, max_hold=0.5)
+    started = time.monotonic()
+    held = locks.acquire("x", ttl=1.2, max_hold=1.5)
     lost = threading.Event()
     held.on_lost(lost.set)
-    started = time.monotonic()
-    assert lost.wait(10)
-    assert 0.4 < time.monotonic() - started < 5, "neither at its ttl nor much later than max_hold + ttl"
+    assert lost.wait(20)
+    assert 1.4 < time.monotonic() - started < 8, "neither at its ttl nor much later than max_hold + ttl"
     assert held.release() is False
 
 
@@ -325,8 +326,8 @@ def test_extend_makes_it_end_then_and_is_refused_when_over(locks: DistributedLoc
     held.extend(100)
     assert 90 < held.remaining() <= 100
     assert 90_000 < plain_redis.pttl(KEY) <= 100_001
-    held.extend(1)
-    assert 0 < held.remaining() <= 1
+    held.extend(4)
+    assert 0 < held.remaining() <= 4
     held.extend()
     assert 5 < held.remaining() <= 10
     held.release()
@@ -353,7 +354,7 @@ def test_a_loss_that_extend_finds_is_told_to_all(locks: DistributedLock, plain_r
 def test_a_loss_that_renewal_finds_is_told(
     locks: DistributedLock, plain_redis: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    held = locks.acquire("x", ttl=0.6)
+    held = locks.acquire("x", ttl=1.5)
     lost = threading.Event()
 
     def fail() -> None:
@@ -372,7 +373,7 @@ def test_a_loss_that_renewal_finds_is_told(
 def test_a_renewal_that_redis_answers_with_an_error_is_tried_again(
     locks: DistributedLock, plain_redis: Any, caplog: pytest.LogCaptureFixture, eventually: Callable[..., Any]
 ) -> None:
-    with locks.acquire("x", ttl=1.5) as held:
+    with locks.acquire("x", ttl=4) as held:
         first = held._lease.deadline
         with plain_redis.pipeline(transaction=True) as pipe:
             pipe.delete(KEY).hset(KEY, "a", "b").execute()
@@ -384,14 +385,14 @@ def test_a_renewal_that_redis_answers_with_an_error_is_tried_again(
 def test_a_lost_holder_still_keeps_others_out_on_its_host(
     locks: DistributedLock, plain_redis: Any, eventually: Callable[..., Any]
 ) -> None:
-    held = locks.acquire("x", ttl=0.3)
+    held = locks.acquire("x", ttl=1)
     lost = threading.Event()
     held.on_lost(lost.set)
     lose(plain_redis)
     assert lost.wait(10)
     plain_redis.delete(KEY)
     with pytest.raises(LockTimeout):  # longer than the ttl: the record is kept fresh
-        locks.acquire("x", timeout=0.8)
+        locks.acquire("x", timeout=1.6)
     held.release()
     assert locks.acquire("x", timeout=0).release()
 
@@ -518,7 +519,7 @@ def test_a_stopped_holder_is_passed_and_learns_of_it_and_does_not_disturb(
 ) -> None:
     worker = make_worker(redis_url=redis_server.url)
     worker.run(
-        "import threading\nlost = threading.Event()\nheld = locks.acquire('x', ttl=0.5)\n"
+        "import threading\nlost = threading.Event()\nheld = locks.acquire('x', ttl=1.5)\n"
         "held.on_lost(lost.set)\nheld.raise_if_lost()"
     )
     first = worker.eval("held.token")
@@ -549,7 +550,7 @@ def test_a_killed_holder_frees_its_file_at_once_and_redis_within_the_ttl(
     guard.leave()
     started = time.monotonic()
     assert locks.acquire("x", timeout=20).release()
-    assert time.monotonic() - started < 1.2 + 1
+    assert time.monotonic() - started < 1 + 5, "not when it would be by default, after 30"
 
 
 def test_a_flush_lets_nobody_on_this_host_in_beside_the_holder(
@@ -569,7 +570,7 @@ def test_a_flush_lets_nobody_on_this_host_in_beside_the_holder(
 @pytest.fixture
 def forked(make_worker: Callable[..., Any], redis_server: RedisServer) -> Iterator[Any]:
     worker = make_worker(redis_url=redis_server.url)
-    worker.run("held = locks.acquire('x', ttl=0.9)")
+    worker.run("held = locks.acquire('x', ttl=2)")
     yield worker
 
 
@@ -598,7 +599,7 @@ def test_a_forked_childs_handle_is_inert(
     # The parent keeps it, renews it, and keeps others out.
     assert plain_redis.get(KEY) == owner
     deadline = forked.eval("held._lease.deadline")
-    eventually(lambda: forked.eval("held._lease.deadline") > deadline + 0.9)
+    eventually(lambda: forked.eval("held._lease.deadline") > deadline + 2)
     with pytest.raises(LockTimeout):
         locks.acquire("x", timeout=0.1)
     assert forked.eval("held.release()") is True
@@ -653,7 +654,7 @@ def test_fork_while_another_thread_renews_and_waits(forked: Any, plain_redis: An
 def test_collected_while_held_it_warns_stops_renewing_and_ends_with_its_lease(
     locks: DistributedLock, plain_redis: Any, eventually: Callable[..., Any]
 ) -> None:
-    held = locks.acquire("x", ttl=0.6)
+    held = locks.acquire("x", ttl=2)
     with pytest.warns(ResourceWarning, match="'x' was collected while held"):
         del held
         gc.collect()
@@ -726,7 +727,7 @@ def test_one_thread_renews_all_and_ends_when_idle_and_starts_again(
 ) -> None:
     eventually(lambda: not threads())
     for _ in range(2):
-        with locks.acquire("x", ttl=0.5) as x, locks.acquire("y", ttl=0.3) as y, locks.acquire("z"):
+        with locks.acquire("x", ttl=1.5) as x, locks.acquire("y", ttl=1.2) as y, locks.acquire("z"):
             assert len(threads()) == 1
             until = max(x._lease.deadline, y._lease.deadline)
             eventually(lambda: min(x._lease.deadline, y._lease.deadline) > until)  # noqa: B023

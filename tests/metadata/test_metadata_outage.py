@@ -66,7 +66,7 @@ def test_what_is_owed_is_carried_out_before_this_process_reads_again(
     make_gov: Callable[..., GovRedis], redis_binary: str, how: str
 ) -> None:
     with RedisServer(binary=redis_binary, persistent=True) as server:
-        gov = make_gov(redis_url=server.url)
+        gov = make_gov(redis_url=server.url, socket_timeout=1)
         gov.metadata.set("a", "old")
         gov.metadata.set("b", "kept")
         if how == "killed":

@@ -376,7 +376,7 @@ class TestUnderTraffic:
     def test_ten_thousand_sessions_of_one_agent_end_in_one_call(
         self, make_gov: Callable[..., GovRedis], redis_server: RedisServer
     ) -> None:
-        gov = make_gov(redis_url=redis_server.url, socket_timeout=5)
+        gov = make_gov(redis_url=redis_server.url)
         assert gov._redis is not None
         sessions = [f"s{n}" for n in range(10_000)]
         index = gov._keys.agent_sessions("agent")

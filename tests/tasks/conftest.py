@@ -48,14 +48,8 @@ def worker(one_worker: Worker) -> Worker:
 
 @pytest.fixture
 def gov(make_gov: Callable[..., GovRedis], servers: Servers) -> GovRedis:
-    """Of another process than the worker's, on its servers; patient, for a busy machine."""
-    return make_gov(
-        redis_url=servers.cache.url,
-        database_url=servers.postgres.url,
-        socket_timeout=5,
-        connect_timeout=1,
-        postgres_timeout=10,
-    )
+    """Of another process than the worker's, on its servers."""
+    return make_gov(redis_url=servers.cache.url, database_url=servers.postgres.url)
 
 
 @pytest.fixture

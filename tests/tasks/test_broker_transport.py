@@ -19,7 +19,7 @@ def connect(broker: RedisServer) -> Iterator[Callable[[], Connection]]:
     made: list[Connection] = []
 
     def connect() -> Connection:
-        options = {"socket_timeout": 0.5, "socket_connect_timeout": 0.5, "max_retries": 0}
+        options = {"socket_timeout": 2, "socket_connect_timeout": 2, "max_retries": 0}
         made.append(Connection(broker.url, transport=mended.Transport, transport_options=options))
         return made[-1]
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -63,15 +63,18 @@ def queued(broker: RedisServer) -> Counter[str]:
     return Counter(message["headers"]["argsrepr"].split(", ")[1].rstrip(")") for message in messages)
 
 
-def test_a_broker_that_hangs(broker: RedisServer, publisher: Publisher, fresh: Publisher) -> None:
+def test_a_broker_that_hangs(
+    broker: RedisServer, publisher: Publisher, fresh: Publisher, oversleeping: Callable[[], float]
+) -> None:
     broker.pause()
     # Warm, its connection known to be broken, and a process that has never connected.
     answers = [*publisher.publish(1), *publisher.publish(2), *fresh.publish(3)]
     assert {error for _, error in answers} == {REFUSED}
-    assert max(seconds for seconds, _ in answers) < 1.9  # a second, on a busy machine; a second try would be another
+    # A second, on a busy machine; a second try would be another.
+    assert max(seconds for seconds, _ in answers) < 1.9 + oversleeping()
     many = publisher.publish(4, threads=25)  # ten of them have a connection, the others wait for one
     assert {error for _, error in many} == {REFUSED}
-    assert max(seconds for seconds, _ in many) < 3.9
+    assert max(seconds for seconds, _ in many) < 3.9 + oversleeping()
     broker.resume()
     assert [error for _, error in [*publisher.publish(5), *fresh.publish(6)]] == ["", ""]
     # Only what was sent before anybody could know may have arrived: once.
@@ -81,11 +84,13 @@ def test_a_broker_that_hangs(broker: RedisServer, publisher: Publisher, fresh: P
     assert seen["2"] == seen["3"] == seen["4"] == 0
 
 
-def test_a_broker_that_refuses(broker: RedisServer, publisher: Publisher, fresh: Publisher) -> None:
+def test_a_broker_that_refuses(
+    broker: RedisServer, publisher: Publisher, fresh: Publisher, oversleeping: Callable[[], float]
+) -> None:
     broker.kill()
     answers = [*publisher.publish(1), *publisher.publish(2), *fresh.publish(3)]
     assert {error for _, error in answers} == {REFUSED}
-    assert max(seconds for seconds, _ in answers) < 0.9  # at once
+    assert max(seconds for seconds, _ in answers) < 0.9 + oversleeping()  # at once
     broker.restart()
     assert [error for _, error in [*publisher.publish(4), *fresh.publish(5)]] == ["", ""]
     assert queued(broker) == {"0": 1, "4": 1, "5": 1}

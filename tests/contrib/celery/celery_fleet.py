@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 HERE = Path(__file__).parent
 #: Takes long only when something is broken.
-PATIENCE = 60.0
+PATIENCE = 180.0
 
 
 def until(what: str, seen: Callable[[], T], timeout: float = PATIENCE) -> T:

@@ -5,7 +5,7 @@ Not for each redis-server found: what is asked here is what Celery does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,12 +13,6 @@ from celery_fleet import Fleet
 
 from govredis import Config, GovRedis
 from govredis.testing.servers import PostgresServer, RedisServer
-
-
-@pytest.fixture
-def make_gov(make_gov: Callable[..., GovRedis]) -> Callable[..., GovRedis]:
-    """With timeouts that a busy machine keeps: what is tested here is what happens, not how soon."""
-    return lambda **settings: make_gov(**{"socket_timeout": 5, "connect_timeout": 1, **settings})
 
 
 @pytest.fixture(scope="session")

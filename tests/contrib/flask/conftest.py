@@ -58,7 +58,7 @@ class Gunicorn:
         self._process.wait(10)
 
     def get(self, path: str, agent: str = "agent-1") -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
         began = time.perf_counter()
         try:
             connection.request("GET", path, headers={"X-Agent": agent})
@@ -72,9 +72,9 @@ class Gunicorn:
     def ask(
         self, path: str, until: Callable[[list[Answer]], bool], *, agent: str = "agent-1", pause: float = 0
     ) -> list[Answer]:
-        """All answers that four clients at once get, until `until` of them, but for 30 seconds at most."""
+        """All answers that four clients at once get, until `until` of them, but for two minutes at most."""
         answers: list[Answer] = []
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
 
         def client() -> None:
             while not until(answers) and time.monotonic() < deadline:
@@ -84,7 +84,7 @@ class Gunicorn:
         with ThreadPoolExecutor(4) as clients:
             for ended in [clients.submit(client) for _ in range(4)]:
                 ended.result()
-        assert until(answers), f"not within 30 s, of {len(answers)} answers, the last {answers[-1:]}"
+        assert until(answers), f"not within 120 s, of {len(answers)} answers, the last {answers[-1:]}"
         return answers
 
 
