@@ -154,6 +154,11 @@ class RedisClient:
         except _NoScript:
             return self._round_trip(pack_command(("EVAL", script.source, str(len(keys)), *keys, *args)))
 
+    def resends(self) -> int:
+        """How many commands of this thread were sent a second time: one that was may have been carried out twice."""
+        count: int = getattr(self._direct, "resends", 0)
+        return count
+
     def pop(self, key: str, seconds: float) -> Any:
         """The first element of a list, once there is one: BLPOP, on a connection of its own.
 
@@ -244,6 +249,7 @@ class RedisClient:
             raise self._unavailable(error, generation) from error
         # The connection had idled while its server went away or was restarted. So have the others.
         pool.drop_idle()
+        self._direct.resends = self.resends() + 1
         if not breaker.closed:
             self._check_breaker()
         connection = pool.take(for_place)

@@ -120,15 +120,19 @@ class Arbiter:
             listed: what `enlist` returned.
         """
         assert self.redis is not None
+        before = self.redis.resends()
         args = (owner, str(token), FENCE_KEPT_MS, *resource.terms)
         try:
             if listed is None:
-                return bool(self.redis.run(self.release_script, resource.cells, *args))
-            commands = [self.release_script.call(resource.cells, args), ("ZREM", self._index, listed)]
-            return bool(self.redis.pipeline(commands, (self.release_script,))[0])
+                released = self.redis.run(self.release_script, resource.cells, *args)
+            else:
+                commands = [self.release_script.call(resource.cells, args), ("ZREM", self._index, listed)]
+                released = self.redis.pipeline(commands, (self.release_script,))[0]
         except BackendUnavailable:
             self.owe(resource, owner, token)
             return True
+        # Of two arrivals, the first may have released it, and others have held it before the second.
+        return bool(released) or self.redis.resends() != before
 
     def owe(self, resource: Resource, owner: str, token: int) -> None:
         """Have it released when Redis is back, before this process uses it for anything else."""

@@ -12,8 +12,7 @@ import pytest
 
 from govredis import BackendUnavailable, GovRedis, LockLost, LockTimeout, LockUnavailable
 from govredis.keys import sibling
-from govredis.locks import DistributedLock
-from govredis.locks.attempt import GRACE
+from govredis.locks import DistributedLock, attempt
 from govredis.testing.servers import RedisServer
 
 KEY = "lock:x"
@@ -27,8 +26,8 @@ def locks(make_gov: Callable[..., GovRedis], mortal_redis: RedisServer) -> Distr
 @pytest.fixture
 def long_grace(monkeypatch: pytest.MonkeyPatch) -> float:
     """For what has to be done within it, on a machine that may stand still for a second."""
-    assert lock_module.GRACE == 1
-    monkeypatch.setattr(lock_module, "GRACE", 4.0)
+    assert attempt.GRACE == 1
+    monkeypatch.setattr(attempt, "GRACE", 4.0)
     return 4.0
 
 
@@ -312,7 +311,7 @@ def test_a_full_pool_is_no_outage(make_gov: Callable[..., GovRedis], redis_serve
     gov._redis.call("PING")  # type: ignore[union-attr]
     taken = gov._redis._pool.take(1)  # type: ignore[union-attr]
     with pytest.raises(LockUnavailable, match="all 1 connections"):
-        gov.locks.acquire("full", timeout=GRACE + 0.5)
+        gov.locks.acquire("full", timeout=attempt.GRACE + 0.5)
     gov._redis._pool.give(taken)  # type: ignore[union-attr]
     with gov.locks.acquire("full") as held:
         assert not held.degraded

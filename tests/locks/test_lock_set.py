@@ -439,9 +439,6 @@ def test_replies_cut_after_execution(
     processes.check(passed=False, lossless=which != "released")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the release that arrives again is told from a lost lock only until the next holder's release"
-)
 def test_a_release_whose_reply_was_lost_was_one_whoever_held_the_lock_since(
     proxy: CuttingProxy, redis: RedisServer, make_gov: Callable[..., GovRedis], eventually: Callable[..., Any]
 ) -> None:

@@ -673,7 +673,9 @@ def test_released_and_collected_it_does_not_warn(locks: DistributedLock) -> None
         gc.collect()
 
 
-def test_a_destructor_run_by_a_collection_anywhere_does_not_deadlock(locks: DistributedLock) -> None:
+def test_a_destructor_run_by_a_collection_anywhere_does_not_deadlock(
+    locks: DistributedLock, eventually: Callable[..., Any]
+) -> None:
     released: list[int] = []
 
     class Owner:
@@ -697,8 +699,8 @@ def test_a_destructor_run_by_a_collection_anywhere_does_not_deadlock(locks: Dist
             list(pool.map(work, range(300), timeout=60))
     finally:
         gc.set_threshold(*threshold)
-        gc.collect()
-    assert len(released) == 300
+    # The renewal thread may be in the midst of a collection, and then nobody else's begins.
+    eventually(lambda: gc.collect() >= 0 and len(released) == 300)
 
 
 def test_a_thousand_cycles_leave_nothing(
