@@ -161,7 +161,9 @@ class CircuitBreaker:
             thread = threading.Thread(target=self._run, name="govredis-probe", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # no more threads, or the interpreter is going down: overdue callers probe
+            except RuntimeError as error:  # no more threads, or the interpreter is going down: overdue callers probe
+                if error.__context__ is not None:
+                    raise error.__context__ from None  # a signal handler's exception, struck in there
                 return
             self._thread = thread
 

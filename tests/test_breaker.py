@@ -330,6 +330,25 @@ def test_callers_do_not_probe_while_the_thread_does(probe: Probe) -> None:
         breaker.close()
 
 
+def test_a_strike_that_the_start_of_the_thread_hides_is_raised(
+    probe: Probe, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Struck(BaseException):
+        pass
+
+    def start(thread: threading.Thread) -> None:
+        try:
+            raise Struck
+        finally:
+            raise RuntimeError("release unlocked lock")  # as threading.Condition does, struck in its `wait`
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    breaker = CircuitBreaker("Redis", probe, clock=clock)
+    with pytest.raises(Struck):
+        breaker.failed(breaker.generation, "struck", timed_out=True)
+    assert not breaker.closed
+
+
 def test_where_threads_cannot_start_callers_probe(probe: Probe, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_more(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

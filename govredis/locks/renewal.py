@@ -51,6 +51,8 @@ class Renewer:
                 try:
                     thread.start()
                 except RuntimeError as error:
+                    if error.__context__ is not None:
+                        raise error.__context__ from None  # a signal handler's exception, struck in there
                     log.warning("locks are not renewed: %s", error)
             elif lease.due < self._wakes_at:
                 self._changed.notify()

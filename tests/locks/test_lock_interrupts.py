@@ -182,3 +182,27 @@ def test_a_release_in_a_signal_handler_does_not_wait_for_what_it_interrupted(
         signal.signal(signal.SIGALRM, release)
         os.kill(os.getpid(), signal.SIGALRM)
         assert released == [True]
+
+
+def test_a_strike_that_the_start_of_the_renewal_thread_hides_is_raised(
+    make_gov: Callable[..., GovRedis],
+    redis_server: RedisServer,
+    plain_redis: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    eventually: Callable[..., Any],
+) -> None:
+    locks = make_gov(redis_url=redis_server.url).locks
+    eventually(lambda: renewer._thread is None)
+
+    def start(thread: threading.Thread) -> None:
+        try:
+            raise Struck
+        finally:
+            raise RuntimeError("release unlocked lock")  # as threading.Condition does, struck in its `wait`
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(Struck):
+        locks.acquire("x")
+    monkeypatch.undo()
+    assert not plain_redis.exists("lock:x")
+    assert locks.acquire("x", timeout=0).release()
