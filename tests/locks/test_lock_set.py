@@ -141,8 +141,8 @@ class LockSet:
 
 
 @pytest.fixture
-def redis(redis_binary: str) -> Iterator[RedisServer]:
-    with RedisServer(binary=redis_binary, persistent=True) as server:
+def redis(one_redis_binary: str) -> Iterator[RedisServer]:
+    with RedisServer(binary=one_redis_binary, persistent=True) as server:
         yield server
 
 
