@@ -43,8 +43,11 @@ class DistributedLock:
     Whoever has waited longest is next: a release hands the lock over, and wakes just that waiter. One that has died, or
     has been stopped for a second, is passed over. A holder from outside (a plain SET NX) is respected, and its end
     noticed within a quarter of a second; an outsider that polls gets it when nobody waits. Without Redis, waiting
-    polls, every 2 to 50 ms, in no particular order. Every method raises ValueError for a bad name, ttl or
-    timeout before anything is sent.
+    polls, every 2 to 50 ms, in no particular order.
+
+    Uncontended, `acquire` and `release` are one round trip each; who is handed the lock goes in at once, while Redis
+    makes it a lease. Every method raises ValueError for a bad name, ttl or timeout before anything is sent. A lock
+    folder holds a file of 128 bytes for each name ever locked there, and one for each slot of a semaphore.
     """
 
     def __init__(
@@ -95,7 +98,8 @@ class DistributedLock:
             max_hold: seconds after which it is renewed no more; None: no bound.
 
         Returns a HeldLock: use it with `with`. Raises LockTimeout if somebody else held it all the while,
-        LockUnavailable if Redis was away and the fallback forbids another way or its grace had not passed.
+        LockUnavailable if Redis was away and the fallback forbids another way or its grace had not passed. The timeout
+        is kept to within 50 ms, and the socket timeout where Redis hangs just then.
         """
         resource = self._resource(name)
         return self._hold(self._arbiter, resource, self._folder.guard(resource.key), timeout, ttl, renew, max_hold)
