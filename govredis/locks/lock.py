@@ -139,15 +139,15 @@ class DistributedLock:
         They are taken in sorted order, so that two callers that want the same ones never wait for each other. Returns a
         HeldLocks: use it with `with`. Raises ValueError for no name, and what `acquire` raises.
         """
-        wanted = sorted(set(names)) if not isinstance(names, str) else []
-        if not wanted:
+        listed = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else []
+        if not listed:
             raise refuse("names", names, "the names of the locks, one at least")
-        for name in wanted:
+        for name in listed:
             self._keys.lock(name)
         until = None if timeout is None else clock() + check_timeout(timeout)
         held: dict[str, HeldLock] = {}
         try:
-            for name in wanted:
+            for name in sorted(set(listed)):
                 left = None if until is None else max(0.0, until - clock())
                 held[name] = self.acquire(name, timeout=left, ttl=ttl, renew=renew, max_hold=max_hold)
             return HeldLocks(held)
