@@ -417,13 +417,15 @@ class HeldLocks(Mapping[str, HeldLock]):
         return False
 
     def _each(self, end: Callable[[HeldLock], bool]) -> list[bool]:
-        """End all, the last first, whatever becomes of the others. Raises the first error."""
-        ended, failed = [], None
+        """End all, the last first, whatever becomes of the others. Raises the first error, or what struck meanwhile."""
+        ended: list[bool] = []
+        failed: BaseException | None = None
         for lock in reversed(self._held.values()):
             try:
                 ended.append(end(lock))
-            except GovRedisError as error:
-                failed = failed or error
+            except BaseException as error:  # noqa: BLE001
+                if failed is None or (isinstance(failed, GovRedisError) and not isinstance(error, GovRedisError)):
+                    failed = error
         if failed is not None:
             raise failed
         return ended

@@ -151,8 +151,9 @@ class DistributedLock:
                 left = None if until is None else max(0.0, until - clock())
                 held[name] = self.acquire(name, timeout=left, ttl=ttl, renew=renew, max_hold=max_hold)
             return HeldLocks(held)
-        except BaseException:
-            HeldLocks(held).release()
+        except BaseException as error:
+            # As at the end of a body that failed: no release hides why.
+            HeldLocks(held).__exit__(type(error), error, None)
             raise
 
     def locked(
