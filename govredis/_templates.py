@@ -59,9 +59,11 @@ class KeyTemplate:
 
 def refuse_unless_plain(function: Any, decorator: str) -> None:
     """Raise ValueError for what only begins when it is called: what surrounds the call would be over by then."""
+    inner = function.__func__ if isinstance(function, staticmethod) else function
     kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
-    if any(kind(function) for kind in kinds):
-        raise ValueError(f"{function.__qualname__} only begins when it is called; @{decorator} is for plain functions")
+    if any(kind(inner) for kind in kinds):
+        name = getattr(inner, "__qualname__", inner)  # a partial has none
+        raise ValueError(f"{name!s} only begins when it is called; @{decorator} is for plain functions")
 
 
 def _names(template: str) -> Iterator[str]:
