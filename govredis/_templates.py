@@ -27,6 +27,9 @@ class KeyTemplate:
         function: the decorated function.
         shared: it may name no argument: all callers are to share one key, as they may a lock.
 
+    Attributes:
+        plain: what it always comes to, where it names no argument.
+
     Raises ValueError at once for a name that is not an argument, for a template without any unless it may be shared
     (every caller would have one identity), and for one that cannot be parsed.
     """
@@ -45,6 +48,7 @@ class KeyTemplate:
         for name in names:
             if name.split(".")[0].split("[")[0] not in known:
                 raise ValueError(f"{where} names {name!r}; the function's arguments are {', '.join(known) or '(none)'}")
+        self.plain = None if names else template.format()
 
     def fill(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """The key for one call.

@@ -181,6 +181,8 @@ class DistributedLock:
         def decorate(function: Callable[P, R]) -> Callable[P, R]:
             refuse_unless_plain(function, "locked")
             template = KeyTemplate(name, function, shared=True)
+            if template.plain is not None:
+                self._keys.lock(template.plain)
 
             @functools.wraps(function)
             def alone(*args: P.args, **kwargs: P.kwargs) -> R:
