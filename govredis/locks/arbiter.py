@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .._fork import renew_in_child
 from ..client import RedisClient, Script, pack_command
-from ..errors import BackendUnavailable
+from ..errors import BackendError, BackendUnavailable
 from .holders import Entry
 
 #: The fence outlives the lease by a day; after that the server's clock, being the larger, takes its place.
@@ -127,7 +127,13 @@ class Arbiter:
                 released = self.redis.run(self.release_script, resource.cells, *args)
             else:
                 commands = [self.release_script.call(resource.cells, args), ("ZREM", self._index, listed)]
-                released = self.redis.pipeline(commands, (self.release_script,))[0]
+                try:
+                    released = self.redis.pipeline(commands, (self.release_script,))[0]
+                except BackendUnavailable:
+                    raise
+                except BackendError:
+                    # Of the list's, perhaps: the release alone tells, which then arrives twice.
+                    released = self.redis.run(self.release_script, resource.cells, *args)
         except BackendUnavailable:
             self.owe(resource, owner, token)
             return True
