@@ -183,10 +183,11 @@ class Lease:
         return self.deadline - clock()
 
     def _enlist(self) -> None:
-        if self.degraded:
+        left = self.deadline - clock()
+        if self.degraded or left <= 0:
             return
         try:
-            self._listed = self._arbiter.enlist(self._resource, self.owner, self.token, self.deadline - clock())
+            self._listed = self._arbiter.enlist(self._resource, self.owner, self.token, left)
         except BackendError:
             # Only the list lacks it; the renewal tells whether more is wrong.
             self._counters.add("locks.unlisted")
