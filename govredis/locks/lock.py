@@ -215,15 +215,20 @@ class DistributedLock:
         """Who holds the lock of that name; None if nobody does, which may have changed by now.
 
         Redis away: who holds it on this host, by its lock file, `degraded`; LockUnavailable where the fallback is
-        "fail". A try of somebody else's on this host may then find it held in the very instant of this look.
+        "fail". A try of somebody else's on this host may then find it held in the very instant of this look. Raises
+        BackendUnavailable where all of this process's connections to Redis are in use.
         """
         resource = self._resource(name)
-        try:
-            if self._redis is not None:
-                return read_holder(self._redis, name, resource.cells)
-        except BackendUnavailable as error:
-            if self._fallback == "fail":
-                raise LockUnavailable(f"lock {resource.key}: {error}") from error
+        redis, why = self._redis, BackendUnavailable("Redis is disabled")
+        if redis is not None:
+            try:
+                return read_holder(redis, name, resource.cells)
+            except BackendUnavailable as error:
+                if error.__cause__ is None and redis.breaker.closed:
+                    raise  # our own pool is full: Redis is there, and others may hold the lock
+                why = error
+        if self._fallback == "fail":
+            raise LockUnavailable(f"lock {resource.key}: {why}") from why
         record = self._folder.look(resource.key)
         if record is None:
             return None
