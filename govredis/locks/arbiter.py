@@ -78,8 +78,14 @@ class Arbiter:
         token = f"{self._nonce}-{next(self._owners)}"
         return token if kind == "lock" else f"{kind}:{token}"
 
-    def acquire(self, resource: Resource, owner: str, ttl: float, floor: int, waits: bool) -> tuple[int, int]:
-        """Returns (1, fencing token), or (0, anything) where others hold it. Raises BackendUnavailable."""
+    def acquire(
+        self, resource: Resource, owner: str, ttl: float, floor: int, waits: bool, succeeds: str | None = None
+    ) -> tuple[int, int]:
+        """Returns (1, fencing token), or (0, anything) where others hold it. Raises BackendUnavailable.
+
+        Args:
+            succeeds: an owner of a "lock" that is certainly gone: is it still held by that one, it is granted.
+        """
         assert self.redis is not None
         granted, token = self.redis.run(
             self.acquire_script,
@@ -90,6 +96,7 @@ class Arbiter:
             FENCE_KEPT_MS,
             "1" if waits else "0",
             *resource.terms,
+            *(() if succeeds is None else (succeeds,)),
         )
         return granted, token
 

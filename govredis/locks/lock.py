@@ -119,11 +119,13 @@ class DistributedLock:
         Args:
             run: what identifies it.
         """
+        _check(0, ttl, None)
         resource = self._resource(name)
-        guard = self._folder.guard(resource.key)
         suffix = f"~{hashlib.sha256(run.encode()).hexdigest()[:12]}"
-        owner = guard.claim(suffix) or self._arbiter.owner("lock") + suffix
-        return self._hold(self._arbiter, resource, guard, 0, ttl, True, None, owner)
+        # Not by the owner token of whom it succeeds: a release that is still owed to Redis would be of both.
+        owner = self._arbiter.owner("lock") + suffix
+        guard = self._folder.guard(resource.key)
+        return self._hold(self._arbiter, resource, guard, 0, ttl, True, None, owner, guard.claim(suffix))
 
     def acquire_many(
         self,
@@ -289,11 +291,13 @@ class DistributedLock:
         renew: bool,
         max_hold: float | None,
         owner: str = "",
+        succeeds: str | None = None,
     ) -> HeldLock:
         _check(timeout, ttl, max_hold)
         if ttl is None:
             ttl = self._ttl
-        attempt = Attempt(arbiter, resource, ttl, guard, owner or arbiter.owner(resource.kind), self._fallback)
+        owner = owner or arbiter.owner(resource.kind)
+        attempt = Attempt(arbiter, resource, ttl, guard, owner, self._fallback, succeeds)
         lease: Lease | None = None
         try:
             grant = attempt.run(timeout)
