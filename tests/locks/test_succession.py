@@ -215,7 +215,7 @@ def test_where_somebody_else_holds_it_in_redis_the_successor_gives_up_and_releas
 
 
 @pytest.mark.parametrize("run", ["task-1", "task-2", None])
-def test_a_passers_fresh_record_is_honoured(locks: DistributedLock, run: str | None) -> None:
+def test_a_passers_fresh_record_is_honoured(locks: DistributedLock, plain_redis: Any, run: str | None) -> None:
     """Whoever went in past a holder that stood still has no flock when that one dies; he has vouched for himself."""
     stopped = locks.acquire_for("task-1", "x", ttl=0.05)
     renewer.discard(stopped._lease)  # from now on it stands still
@@ -226,13 +226,69 @@ def test_a_passers_fresh_record_is_honoured(locks: DistributedLock, run: str | N
     while not passer.enter(stopped.token + 1, mine, clock() + 1000, may_pass=True):
         assert clock() < deadline
         time.sleep(0.02)
+    plain_redis.set(KEY, mine, px=60_000)
     die(stopped)
     for _ in range(2):
         with pytest.raises(LockTimeout):
             locks.acquire_for("task-1", "x")
         assert passer.refresh(stopped.token + 1, clock() + 1001), "undisturbed"
+        assert plain_redis.get(KEY) == mine
     passer.leave()
+    plain_redis.delete(KEY)
     assert locks.acquire_for("task-1", "x").release()
+
+
+def test_what_is_claimed_is_read_once_nobody_else_can_go_in(
+    locks: DistributedLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard, other = locks._folder.guard(KEY), locks._folder.guard(KEY)
+    assert other.enter(1, "first~run", clock() + 1000, may_pass=False)
+    other.leave()
+    between = [lambda: enter_and_leave(2, "second~another"), lambda: enter_and_leave(3, "third~run")]
+
+    def enter_and_leave(token: int, owner: str) -> None:
+        went = locks._folder.guard(KEY)
+        assert went.enter(token, owner, clock() + 1000, may_pass=False)
+        went.leave()
+
+    really = HostGuard._try_flock
+
+    def flocked(self: HostGuard, *args: Any) -> bool:
+        if self is guard and between:
+            between.pop(0)()
+        return really(self, *args)
+
+    monkeypatch.setattr(HostGuard, "_try_flock", flocked)
+    assert guard.claim("~run") is None
+    assert between, "that was the second's; and it is free for the third"
+    assert guard.claim("~run") is None, "by the record"
+    between.pop()()
+    assert guard.claim("~run") == "third~run"
+    late = locks._folder.guard(KEY)
+    assert late.claim("~run") is None
+    assert not late.enter(4, "late", clock() + 1000, may_pass=False)
+    guard.leave()
+    assert late.claim("~run") == "third~run"
+    late.leave()
+
+
+def test_the_script_grants_a_higher_token_to_a_successor_and_the_same_when_it_arrives_again(
+    locks: DistributedLock, plain_redis: Any
+) -> None:
+    resource, arbiter = locks._resource("x"), locks._arbiter
+    _, token = arbiter.acquire(resource, "dead", 1000, 0, False)
+    assert arbiter.acquire(resource, "new", 1000, 0, False, "another")[0] == 0
+    assert arbiter.acquire(resource, "new", 1000, 0, False)[0] == 0
+    granted, higher = arbiter.acquire(resource, "new", 1000, 0, False, "dead")
+    assert (granted, higher > token) == (1, True)
+    assert arbiter.acquire(resource, "new", 1000, 0, False, "dead") == (1, higher)
+    assert arbiter.extend(resource, "dead", token, 1000) is False
+    assert arbiter.release(resource, "dead", token) is False
+    assert plain_redis.get(KEY) == "new"
+    assert arbiter.release(resource, "new", higher) is True
+    assert arbiter.acquire(resource, "newer", 1000, 0, False, "dead")[0] == 1, "nobody's: nobody is succeeded"
+    plain_redis.set(KEY, "")
+    assert arbiter.acquire(resource, "newest", 1000, 0, False)[0] == 0, "an outsider with an odd value"
 
 
 # -- several -----------------------------------------------------------------------------------------------------------
@@ -263,11 +319,20 @@ def test_of_two_successors_one_gets_it_and_is_not_disturbed_by_the_other(
             assert not plain_redis.exists(KEY)
 
 
+@pytest.mark.parametrize("evicted", [False, True])
 def test_from_the_first_look_on_nobody_else_succeeds(
-    locks: DistributedLock, others: DistributedLock, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
+    locks: DistributedLock,
+    others: DistributedLock,
+    plain_redis: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    evicted: bool,
 ) -> None:
     """The same once more, with the other one between each two steps of the first."""
-    die(locks.acquire_for("task-1", "x", ttl=1000))
+    plain_redis.set(FENCE, time.time_ns() // 1000 + 10**12)
+    dead = locks.acquire_for("task-1", "x", ttl=1000)
+    die(dead)
+    if evicted:
+        plain_redis.delete(FENCE)
     tried: list[str] = []
 
     def meanwhile(what: str) -> None:
@@ -297,6 +362,7 @@ def test_from_the_first_look_on_nobody_else_succeeds(
     monkeypatch.undo()
     assert tried[:2] == ["before Redis", "after Redis"]
     assert tried[-1] == "inside"
+    assert held.token > dead.token
     assert plain_redis.get(KEY) == held._lease.owner
     held.extend()
     assert held.release() is True
