@@ -73,7 +73,7 @@ class DistributedLock:
             keys.held_locks(),
         )
         #: The same names come again and again.
-        self._resource = functools.lru_cache(_REMEMBERED)(self._make_resource)
+        self._resources = functools.lru_cache(_REMEMBERED)(self._make_resource)
         self._force = Script(__package__, "queue.lua", "hand.lua", "force.lua")
 
     def acquire(
@@ -265,6 +265,12 @@ class DistributedLock:
         return bool(redis.run(self._force, resource.cells, FENCE_KEPT_MS))
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _resource(self, name: str) -> Resource:
+        try:
+            return self._resources(name)
+        except TypeError:  # it cannot be remembered: no name
+            return self._make_resource(name)
 
     def _make_resource(self, name: str) -> Resource:
         key = self._keys.lock(name)

@@ -127,7 +127,7 @@ def test_an_outsider(locks: DistributedLock, redis_server: RedisServer, value: b
     assert locks.held() == [], "what no govredis holds"
 
 
-@pytest.mark.parametrize("name", ["", "a{b", "a\nb", "a" * 600, b"bytes", None, 7])
+@pytest.mark.parametrize("name", ["", "a{b", "a\nb", "a" * 600, b"bytes", None, 7, ["a"]])
 def test_bad_names_are_refused_before_anything_is_sent(
     locks: DistributedLock, redis_server: RedisServer, name: Any
 ) -> None:
