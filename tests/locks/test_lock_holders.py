@@ -557,6 +557,7 @@ def test_what_was_granted_while_redis_was_away_is_not_listed(
             eventually(lambda: mortal_redis.command("ZCARD", LIST) == 1)
             assert names(away) == ["y"]
         held._lease._enlist()
+        assert mortal_redis.command("ZCARD", LIST) == 0
         assert away.held() == []
 
 
