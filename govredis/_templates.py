@@ -27,6 +27,9 @@ class KeyTemplate:
         function: the decorated function.
         shared: it may name no argument: all callers are to share one key, as they may a lock.
 
+    Attributes:
+        plain: what it always comes to, where it names no argument.
+
     Raises ValueError at once for a name that is not an argument, for a template without any unless it may be shared
     (every caller would have one identity), and for one that cannot be parsed.
     """
@@ -45,6 +48,7 @@ class KeyTemplate:
         for name in names:
             if name.split(".")[0].split("[")[0] not in known:
                 raise ValueError(f"{where} names {name!r}; the function's arguments are {', '.join(known) or '(none)'}")
+        self.plain = None if names else template.format()
 
     def fill(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """The key for one call.
@@ -59,9 +63,11 @@ class KeyTemplate:
 
 def refuse_unless_plain(function: Any, decorator: str) -> None:
     """Raise ValueError for what only begins when it is called: what surrounds the call would be over by then."""
+    inner = function.__func__ if isinstance(function, staticmethod) else function
     kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
-    if any(kind(function) for kind in kinds):
-        raise ValueError(f"{function.__qualname__} only begins when it is called; @{decorator} is for plain functions")
+    if any(kind(inner) for kind in kinds):
+        name = getattr(inner, "__qualname__", inner)  # a partial has none
+        raise ValueError(f"{name!s} only begins when it is called; @{decorator} is for plain functions")
 
 
 def _names(template: str) -> Iterator[str]:

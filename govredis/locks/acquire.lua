@@ -7,6 +7,7 @@
 -- ARGV[3]  floor: the last fencing token that the caller's host knows of
 -- ARGV[4]  how long the fence is kept after the lease, in milliseconds
 -- ARGV[5]  1: queue up if it is held, or stay in the queue and be seen alive; 0: do not wait for it
+-- ARGV[6]  an owner that is certainly gone, whom the caller succeeds; absent: none
 --
 -- Reply: {1, fencing token} if granted (also if it was granted to this owner before: it was handed over, or the reply was
 -- lost; then the same token), {0, milliseconds until the holder's lease ends, -1 where it has no end} if held.
@@ -25,7 +26,10 @@ if not holder then
   end
 end
 
-if holder and holder ~= ARGV[1] then
+if holder and holder == ARGV[6] then
+  -- Before those that wait: it is the same run's.
+  holder = nil
+elseif holder and holder ~= ARGV[1] then
   if ARGV[5] == '1' then queue_up(ARGV[1]) end
   return {0, redis.call('PTTL', KEYS[1])}
 end

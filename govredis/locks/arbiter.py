@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .._fork import renew_in_child
 from ..client import RedisClient, Script, pack_command
-from ..errors import BackendUnavailable
+from ..errors import BackendError, BackendUnavailable
 from .holders import Entry
 
 #: The fence outlives the lease by a day; after that the server's clock, being the larger, takes its place.
@@ -78,8 +78,14 @@ class Arbiter:
         token = f"{self._nonce}-{next(self._owners)}"
         return token if kind == "lock" else f"{kind}:{token}"
 
-    def acquire(self, resource: Resource, owner: str, ttl: float, floor: int, waits: bool) -> tuple[int, int]:
-        """Returns (1, fencing token), or (0, anything) where others hold it. Raises BackendUnavailable."""
+    def acquire(
+        self, resource: Resource, owner: str, ttl: float, floor: int, waits: bool, succeeds: str | None = None
+    ) -> tuple[int, int]:
+        """Returns (1, fencing token), or (0, anything) where others hold it. Raises BackendUnavailable.
+
+        Args:
+            succeeds: an owner of a "lock" that is certainly gone: is it still held by that one, it is granted.
+        """
         assert self.redis is not None
         granted, token = self.redis.run(
             self.acquire_script,
@@ -90,6 +96,7 @@ class Arbiter:
             FENCE_KEPT_MS,
             "1" if waits else "0",
             *resource.terms,
+            *(() if succeeds is None else (succeeds,)),
         )
         return granted, token
 
@@ -127,7 +134,13 @@ class Arbiter:
                 released = self.redis.run(self.release_script, resource.cells, *args)
             else:
                 commands = [self.release_script.call(resource.cells, args), ("ZREM", self._index, listed)]
-                released = self.redis.pipeline(commands, (self.release_script,))[0]
+                try:
+                    released = self.redis.pipeline(commands, (self.release_script,))[0]
+                except BackendUnavailable:
+                    raise
+                except BackendError:
+                    # Of the list's, perhaps: the release alone tells, which then arrives twice.
+                    released = self.redis.run(self.release_script, resource.cells, *args)
         except BackendUnavailable:
             self.owe(resource, owner, token)
             return True

@@ -44,6 +44,7 @@ class Attempt:
         arbiter, resource, guard, owner: of the lock.
         ttl: seconds of its lease.
         fallback: "file" or "fail".
+        succeeds: whom it succeeds, by what `guard` has claimed.
     """
 
     __slots__ = (
@@ -57,6 +58,7 @@ class Attempt:
         "_queued",
         "_redis",
         "_resource",
+        "_succeeds",
         "_token",
         "_ttl",
         "_unanswered",
@@ -67,13 +69,21 @@ class Attempt:
     )
 
     def __init__(
-        self, arbiter: Arbiter, resource: Resource, ttl: float, guard: Guard, owner: str, fallback: str
+        self,
+        arbiter: Arbiter,
+        resource: Resource,
+        ttl: float,
+        guard: Guard,
+        owner: str,
+        fallback: str,
+        succeeds: str | None = None,
     ) -> None:
         self._arbiter = arbiter
         self._redis = arbiter.redis
         self._resource = resource
         self._ttl = ttl
         self._fallback = fallback
+        self._succeeds = succeeds
         self.guard = guard
         self.owner = owner
         #: Redis has granted it to us, or has us in the queue; or may have: some try of ours got no answer.
@@ -83,8 +93,9 @@ class Attempt:
         self._queued = False
         self._asked = 0.0
         self._token = 0
-        #: The last token that this host is known to have let in: asked for only where it turned out to matter.
-        self._floor = 0
+        #: The last token that this host is known to have let in: asked for only where it turned out to matter, or where
+        #: the guard shall not refuse the first token granted, which would let another one claim it.
+        self._floor = 0 if succeeds is None else guard.last_token()
         self._away_since: float | None = None
         self._unanswered: BackendUnavailable | None = None
         self._confirmation = b""
@@ -169,7 +180,9 @@ class Attempt:
         self._asked = sent = clock()
         before, self.known = self.known, True
         try:
-            granted, token = self._arbiter.acquire(self._resource, self.owner, self._ttl, self._floor, waits)
+            granted, token = self._arbiter.acquire(
+                self._resource, self.owner, self._ttl, self._floor, waits, self._succeeds
+            )
         except BackendUnavailable as error:
             # Without a cause it was our breaker or our pool that said no: nothing was sent.
             self.known = before or error.__cause__ is not None

@@ -183,10 +183,11 @@ class Lease:
         return self.deadline - clock()
 
     def _enlist(self) -> None:
-        if self.degraded:
+        left = self.deadline - clock()
+        if self.degraded or left <= 0:
             return
         try:
-            self._listed = self._arbiter.enlist(self._resource, self.owner, self.token, self.deadline - clock())
+            self._listed = self._arbiter.enlist(self._resource, self.owner, self.token, left)
         except BackendError:
             # Only the list lacks it; the renewal tells whether more is wrong.
             self._counters.add("locks.unlisted")
@@ -417,13 +418,15 @@ class HeldLocks(Mapping[str, HeldLock]):
         return False
 
     def _each(self, end: Callable[[HeldLock], bool]) -> list[bool]:
-        """End all, the last first, whatever becomes of the others. Raises the first error."""
-        ended, failed = [], None
+        """End all, the last first, whatever becomes of the others. Raises the first error, or what struck meanwhile."""
+        ended: list[bool] = []
+        failed: BaseException | None = None
         for lock in reversed(self._held.values()):
             try:
                 ended.append(end(lock))
-            except GovRedisError as error:
-                failed = failed or error
+            except BaseException as error:  # noqa: BLE001
+                if failed is None or (isinstance(failed, GovRedisError) and not isinstance(error, GovRedisError)):
+                    failed = error
         if failed is not None:
             raise failed
         return ended

@@ -76,7 +76,7 @@ class DistributedLock:
             keys.held_locks(),
         )
         #: The same names come again and again.
-        self._resource = functools.lru_cache(_REMEMBERED)(self._make_resource)
+        self._resources = functools.lru_cache(_REMEMBERED)(self._make_resource)
         self._force = Script(__package__, "queue.lua", "hand.lua", "force.lua")
 
     def acquire(
@@ -123,11 +123,13 @@ class DistributedLock:
         Args:
             run: what identifies it.
         """
+        _check(0, ttl, None)
         resource = self._resource(name)
-        guard = self._folder.guard(resource.key)
         suffix = f"~{hashlib.sha256(run.encode()).hexdigest()[:12]}"
-        owner = guard.claim(suffix) or self._arbiter.owner("lock") + suffix
-        return self._hold(self._arbiter, resource, guard, 0, ttl, True, None, owner)
+        # Not by the owner token of whom it succeeds: a release that is still owed to Redis would be of both.
+        owner = self._arbiter.owner("lock") + suffix
+        guard = self._folder.guard(resource.key)
+        return self._hold(self._arbiter, resource, guard, 0, ttl, True, None, owner, guard.claim(suffix))
 
     def acquire_many(
         self,
@@ -143,20 +145,21 @@ class DistributedLock:
         They are taken in sorted order, so that two callers that want the same ones never wait for each other. Returns a
         HeldLocks: use it with `with`. Raises ValueError for no name, and what `acquire` raises.
         """
-        wanted = sorted(set(names)) if not isinstance(names, str) else []
-        if not wanted:
+        listed = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else []
+        if not listed:
             raise refuse("names", names, "the names of the locks, one at least")
-        for name in wanted:
+        for name in listed:
             self._keys.lock(name)
         until = None if timeout is None else clock() + check_timeout(timeout)
         held: dict[str, HeldLock] = {}
         try:
-            for name in wanted:
+            for name in sorted(set(listed)):
                 left = None if until is None else max(0.0, until - clock())
                 held[name] = self.acquire(name, timeout=left, ttl=ttl, renew=renew, max_hold=max_hold)
             return HeldLocks(held)
-        except BaseException:
-            HeldLocks(held).release()
+        except BaseException as error:
+            # As at the end of a body that failed: no release hides why.
+            HeldLocks(held).__exit__(type(error), error, None)
             raise
 
     def locked(
@@ -184,6 +187,8 @@ class DistributedLock:
         def decorate(function: Callable[P, R]) -> Callable[P, R]:
             refuse_unless_plain(function, "locked")
             template = KeyTemplate(name, function, shared=True)
+            if template.plain is not None:
+                self._keys.lock(template.plain)
 
             @functools.wraps(function)
             def alone(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -216,15 +221,20 @@ class DistributedLock:
         """Who holds the lock of that name; None if nobody does, which may have changed by now.
 
         Redis away: who holds it on this host, by its lock file, `degraded`; LockUnavailable where the fallback is
-        "fail". A try of somebody else's on this host may then find it held in the very instant of this look.
+        "fail". A try of somebody else's on this host may then find it held in the very instant of this look. Raises
+        BackendUnavailable where all of this process's connections to Redis are in use.
         """
         resource = self._resource(name)
-        try:
-            if self._redis is not None:
-                return read_holder(self._redis, name, resource.cells)
-        except BackendUnavailable as error:
-            if self._fallback == "fail":
-                raise LockUnavailable(f"lock {resource.key}: {error}") from error
+        redis, why = self._redis, BackendUnavailable("Redis is disabled")
+        if redis is not None:
+            try:
+                return read_holder(redis, name, resource.cells)
+            except BackendUnavailable as error:
+                if error.__cause__ is None and redis.breaker.closed:
+                    raise  # our own pool is full: Redis is there, and others may hold the lock
+                why = error
+        if self._fallback == "fail":
+            raise LockUnavailable(f"lock {resource.key}: {why}") from why
         record = self._folder.look(resource.key)
         if record is None:
             return None
@@ -260,6 +270,12 @@ class DistributedLock:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
+    def _resource(self, name: str) -> Resource:
+        try:
+            return self._resources(name)
+        except TypeError:  # it cannot be remembered: no name
+            return self._make_resource(name)
+
     def _make_resource(self, name: str) -> Resource:
         key = self._keys.lock(name)
         cells = key, sibling(key, "fence"), sibling(key, "queue"), sibling(key, "waiters")
@@ -285,11 +301,13 @@ class DistributedLock:
         renew: bool,
         max_hold: float | None,
         owner: str = "",
+        succeeds: str | None = None,
     ) -> HeldLock:
         _check(timeout, ttl, max_hold)
         if ttl is None:
             ttl = self._ttl
-        attempt = Attempt(arbiter, resource, ttl, guard, owner or arbiter.owner(resource.kind), self._fallback)
+        owner = owner or arbiter.owner(resource.kind)
+        attempt = Attempt(arbiter, resource, ttl, guard, owner, self._fallback, succeeds)
         lease: Lease | None = None
         try:
             grant = attempt.run(timeout)

@@ -12,6 +12,7 @@ from celery.local import Proxy
 
 from ..._templates import KeyTemplate, refuse_unless_plain
 from ...errors import LockTimeout, LockUnavailable, RateLimitExceeded, check_ttl, refuse
+from ...keys import check_id
 from ...limits.calls import LimitedCalls
 from ...limits.rates import Rate
 from ._gov import current_gov
@@ -140,6 +141,8 @@ def exclusive(
     def decorate(function: Callable[P, R]) -> Callable[P, R | None]:
         _refuse_tasks(function, "exclusive")
         template = KeyTemplate(key, function, shared=True)
+        if template.plain is not None:
+            check_id(template.plain, "lock name")
 
         @_wraps(function)
         def alone(*args: P.args, **kwargs: P.kwargs) -> R | None:

@@ -251,6 +251,17 @@ def follow(key: str) -> None:
     note(f"followed:{key}")
 
 
+@app.task(name="hold_late", acks_late=True, reject_on_worker_lost=True)
+@exclusive("hold:{key}", ttl=1000)
+def hold_late(key: str) -> int:
+    """Until the test lets it end."""
+    lock = gov_of(app).locks.holder(f"hold:{key}")
+    note(f"holding:{key}", id=current_task.request.id, token=lock and lock.token)
+    wait_for(f"end:{key}")
+    note(f"held:{key}")
+    return os.getpid()
+
+
 # -- forks -----------------------------------------------------------------------------------------------------------
 
 

@@ -113,6 +113,13 @@ class TestRefusals:
             with pytest.raises(ValueError, match="key"):
                 decorate(function)
 
+    @pytest.mark.parametrize("key", ["", "a\nb", "{{agent}}", "a" * 600])
+    def test_plain_names_of_no_lock(self, key: str) -> None:
+        def function(agent: str) -> None: ...
+
+        with pytest.raises(ValueError, match="lock name"):
+            exclusive(key)(function)
+
     def test_a_limit_names_whom_it_is_for_and_a_lock_may_be_everybodys(self, app: Celery, gov: GovRedis) -> None:
         def function(agent: str) -> bool:
             return gov.locks.is_locked("everybody")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -282,6 +284,45 @@ class TestExclusive:
         assert fleet.noted(f"followed:{key}")[0]["at"] > killed
         fleet.again("short")
         fleet.wait_ready("short")
+
+    def test_a_task_whose_process_was_killed_takes_its_own_key_over_and_nobody_else_does(
+        self, fleet: Fleet, pair: Published, celery_gov: GovRedis
+    ) -> None:
+        """Its lease is of 1,000 s. It is delivered again at once, to either worker."""
+        key = name()
+        task = pair("hold_late", key)
+        others = [pair("hold_late", key) for _ in range(2)]
+        seen = f"holding:{key}"
+        until("it runs", lambda: fleet.noted(seen))
+        owner = fleet.noted(seen)[0]["id"]
+        (mine,) = (result for result in (task, *others) if result.id == owner)
+        others = [result for result in (task, *others) if result.id != owner]
+        follower = pair("follow", key)
+        for killed in range(2):
+            # SIGKILL, to the process of the pool that runs it: one of this fleet's.
+            os.kill(fleet.noted(seen)[killed]["pid"], signal.SIGKILL)
+            until("it runs again", lambda killed=killed: len(fleet.noted(seen)) > killed + 1)
+            with pytest.raises(LockTimeout, match=key):
+                pair("alone_or_error", key).get(PATIENCE)
+            assert pair("alone_or_not", key).get(PATIENCE) is None
+        runs = fleet.noted(seen)
+        assert {run["id"] for run in runs} == {owner}, "under the same id each time, and none of the others"
+        assert len({run["pid"] for run in runs}) == 3
+        tokens = [run["token"] for run in runs]
+        assert tokens == sorted(set(tokens))
+        for result in (*others, follower):
+            until("the others meet it", lambda result=result: fleet.noted(f"retry:{result.id}"))
+            assert {retry["why"] for retry in fleet.noted(f"retry:{result.id}")} == {"LockTimeout"}
+        assert not fleet.noted(f"followed:{key}")
+        assert taken(celery_gov, f"hold:{key}")
+
+        fleet.evidence.set(f"end:{key}", 1)
+        assert mine.get(PATIENCE) == runs[-1]["pid"]
+        ended = fleet.noted(f"held:{key}")[0]["at"]
+        assert follower.get(PATIENCE) is None
+        assert fleet.noted(f"followed:{key}")[0]["at"] > ended
+        assert all(result.get(PATIENCE) for result in others)
+        until("it is free", lambda: not taken(celery_gov, f"hold:{key}"))
 
 
 def taken(gov: GovRedis, lock: str) -> bool:

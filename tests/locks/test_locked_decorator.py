@@ -1,0 +1,349 @@
+"""@gov.locks.locked: a function that is called while the lock of its arguments is held."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from govredis import GovRedis, HeldLock, LockLost, LockTimeout, LockUnavailable
+from govredis.keys import sibling
+from govredis.locks import DistributedLock
+from govredis.locks.renewal import renewer
+from govredis.testing.servers import RedisServer
+
+
+@pytest.fixture
+def locks(make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> DistributedLock:
+    return make_gov(redis_url=redis_server.url, socket_timeout=5).locks
+
+
+@pytest.fixture
+def held_now(plain_redis: Any) -> Callable[[], list[str]]:
+    """The names of the locks that are held in Redis."""
+    return lambda: sorted(key[5:] for key in plain_redis.keys("lock:*") if "{" not in key)
+
+
+class Agent:
+    def __init__(self, name: Any) -> None:
+        self.name = name
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_name_is_filled_from_the_arguments_however_they_are_passed(
+    locks: DistributedLock, held_now: Callable[[], list[str]]
+) -> None:
+    @locks.locked("user:{user_id}:{region}:{mode}")
+    def work(user_id: int, region: str = "eu", *rest: Any, mode: str = "rw", **more: Any) -> list[str]:
+        return held_now()
+
+    assert work(7) == ["user:7:eu:rw"]
+    assert work(user_id=7) == ["user:7:eu:rw"]
+    assert work(7, "us", "rest", mode="r", more=1) == ["user:7:us:r"]
+    assert work(region="us", user_id="a b") == ["user:a b:us:rw"]
+    assert held_now() == []
+
+
+def test_attributes_items_and_formats_may_be_named(locks: DistributedLock, held_now: Callable[[], list[str]]) -> None:
+    class Machine:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        @locks.locked("machine:{self.name}:{part[id]}:{n:03d}:{n!r}")
+        def start(self, part: dict[str, str], n: int = 7) -> list[str]:
+            return held_now()
+
+    assert Machine("a").start({"id": "wheel"}) == ["machine:a:wheel:007:7"]
+    assert Machine("b").start(part={"id": "wheel"}, n=8) == ["machine:b:wheel:008:8"]
+
+
+def test_class_and_static_methods(locks: DistributedLock, held_now: Callable[[], list[str]]) -> None:
+    class Machine:
+        @classmethod
+        @locks.locked("{cls.__name__}:{n}")
+        def of_class(cls, n: int) -> list[str]:
+            return held_now()
+
+        @staticmethod
+        @locks.locked("below:{n}")
+        def below(n: int) -> list[str]:
+            return held_now()
+
+        @locks.locked("above:{n}")
+        @staticmethod
+        def above(n: int) -> list[str]:
+            return held_now()
+
+    assert Machine.of_class(1) == ["Machine:1"]
+    assert Machine().below(1) == ["below:1"]
+    assert Machine.above(1) == ["above:1"]
+
+
+def test_a_plain_name_is_shared_by_all_calls(locks: DistributedLock, held_now: Callable[[], list[str]]) -> None:
+    @locks.locked("nightly")
+    def work(*args: Any) -> list[str]:
+        return held_now()
+
+    assert work() == work(1, 2) == ["nightly"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda work: work(None),
+        lambda work: work(agent=None),
+        lambda work: work(Agent(None)),
+    ],
+)
+def test_none_identifies_nobody(locks: DistributedLock, redis_server: RedisServer, call: Callable[[Any], Any]) -> None:
+    called: list[Any] = []
+
+    @locks.locked("agent:{agent.name}")
+    def of_agent(agent: Any = None) -> None:
+        called.append(agent)
+
+    @locks.locked("agent:{agent}")
+    def of_id(agent: Any = None) -> None:
+        called.append(agent)
+
+    redis_server.command("CONFIG", "RESETSTAT")
+    with pytest.raises((ValueError, AttributeError), match="None"):
+        call(of_agent)
+    with pytest.raises(ValueError, match="agent is None, which identifies nobody"):
+        of_id()
+    assert not called
+    assert "cmdstat_evalsha" not in redis_server.command("INFO", "commandstats")
+
+
+@pytest.mark.parametrize("value", ["a{b", "a}b", "a\nb", "a" * 600, "\ud800"])
+def test_an_argument_that_makes_a_bad_name_is_refused(
+    locks: DistributedLock, redis_server: RedisServer, value: str
+) -> None:
+    called: list[str] = []
+    redis_server.command("CONFIG", "RESETSTAT")
+    with pytest.raises(ValueError, match="lock name"):
+        locks.locked("user:{user}")(lambda user: called.append(user))(value)
+    assert not called
+    assert "cmdstat_evalsha" not in redis_server.command("INFO", "commandstats")
+
+
+def test_a_call_that_does_not_fit_the_function_is_a_typeerror(
+    locks: DistributedLock, held_now: Callable[[], list[str]]
+) -> None:
+    @locks.locked("user:{user}")
+    def work(user: str, *, how: str) -> None: ...
+
+    for call in (lambda: work(), lambda: work("a"), lambda: work("a", how="b", what="c"), lambda: work("a", "b")):
+        with pytest.raises(TypeError):
+            call()
+    assert held_now() == []
+
+
+# -- decoration ------------------------------------------------------------------------------------------------------
+
+
+def plain(user: str, *rest: Any, how: str = "", **more: Any) -> str:
+    """It has a docstring."""
+    return user
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "{nobody}",
+            "{user} {nobody}",
+            "{rest}",
+            "{more}",
+            "{}",
+            "{0}",
+            "{user",
+            "user}",
+            "{user:{nobody}}",
+            "{.user}",
+        ),
+        *("", "a\nb", "a" * 600, "{{x}}", "\ud800", None, 7, b"user", ("user",), lambda user: user),
+    ],
+    ids=lambda name: repr(name)[:20],
+)
+def test_a_bad_name_is_refused_at_decoration(locks: DistributedLock, name: Any) -> None:
+    with pytest.raises(ValueError, match=r"name|key"):
+        locks.locked(name)(plain)
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [("ttl", v) for v in (0, -1, 1e9, float("nan"), "5", True)]
+    + [("timeout", v) for v in (-1, float("nan"), "5", True)]
+    + [("max_hold", v) for v in (0, -1, "5")],
+)
+def test_bad_times_are_refused_at_decoration(locks: DistributedLock, what: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=what):
+        locks.locked("user:{user}", **{what: value})
+
+
+async def coroutine(user: str) -> None: ...
+
+
+def generator(user: str) -> Iterator[str]:
+    yield user
+
+
+async def async_generator(user: str) -> AsyncIterator[str]:
+    yield user
+
+
+@pytest.mark.parametrize("function", [coroutine, generator, async_generator], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda f: f, functools.partial, staticmethod, lambda f: functools.partial(functools.partial(f), "a")],
+    ids=["plain", "partial", "staticmethod", "partial of partial"],
+)
+def test_what_only_begins_when_it_is_called_is_refused_at_decoration(
+    locks: DistributedLock, function: Any, wrap: Callable[[Any], Any]
+) -> None:
+    with pytest.raises(ValueError, match=f"{function.__name__}.*@locked is for plain functions"):
+        locks.locked("nightly")(wrap(function))
+
+
+def test_signature_name_and_docstring_are_kept(locks: DistributedLock) -> None:
+    wrapped = locks.locked("user:{user}")(plain)
+    assert inspect.signature(wrapped) == inspect.signature(plain)
+    assert (wrapped.__name__, wrapped.__qualname__, wrapped.__module__) == ("plain", "plain", __name__)
+    assert wrapped.__doc__ == "It has a docstring."
+    assert wrapped.__wrapped__ is plain  # type: ignore[attr-defined]
+    assert wrapped("a", 1, how="b", more=2) == "a"
+
+
+# -- calls -----------------------------------------------------------------------------------------------------------
+
+
+def test_it_returns_what_the_function_does_and_passes_its_exception_through(
+    locks: DistributedLock, held_now: Callable[[], list[str]]
+) -> None:
+    @locks.locked("user:{user}")
+    def work(user: str) -> float:
+        assert held_now() == ["user:" + user]
+        return 1 / int(user)
+
+    assert work("2") == 0.5
+    assert held_now() == []
+    with pytest.raises(ZeroDivisionError) as caught:
+        work("0")
+    assert caught.value.__context__ is None
+    assert held_now() == []
+    with pytest.raises(KeyboardInterrupt):
+        locks.locked("x")(lambda: signal_of_the_user())()
+    assert held_now() == []
+    assert not renewer._leases
+    assert locks.acquire("user:0", timeout=0).release()
+
+
+def signal_of_the_user() -> None:
+    raise KeyboardInterrupt
+
+
+def test_it_is_not_called_where_somebody_else_holds_the_lock(locks: DistributedLock) -> None:
+    called: list[str] = []
+    work = locks.locked("user:{user}", timeout=0.05)(lambda user: called.append(user))
+    with locks.acquire("user:a"):
+        with pytest.raises(LockTimeout, match="lock:user:a"):
+            work("a")
+        work("b")
+    work("a")
+    assert called == ["b", "a"]
+
+
+def test_the_options_are_acquires(locks: DistributedLock, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    acquire = locks.acquire
+
+    def seen(name: str, **options: Any) -> HeldLock:
+        asked.append((name, options))
+        return acquire(name, **options)
+
+    monkeypatch.setattr(locks, "acquire", seen)
+    locks.locked("x", timeout=3, ttl=70, renew=False, max_hold=50)(lambda: None)()
+    locks.locked("x")(lambda: None)()
+    assert asked == [
+        ("x", {"timeout": 3, "ttl": 70, "renew": False, "max_hold": 50}),
+        ("x", {"timeout": 5.0, "ttl": None, "renew": True, "max_hold": None}),
+    ]
+
+
+def test_it_is_waited_for(locks: DistributedLock, plain_redis: Any, eventually: Callable[..., Any]) -> None:
+    work = locks.locked("user:{user}", timeout=60)(lambda user: user)
+    with ThreadPoolExecutor(1) as pool:
+        with locks.acquire("user:a"):
+            waiting = pool.submit(work, "a")
+            eventually(lambda: plain_redis.zcard(sibling("lock:user:a", "queue")) == 1)
+        assert waiting.result(20) == "a"
+
+
+def test_each_call_has_a_lock_of_its_own(locks: DistributedLock) -> None:
+    """A call of itself on the same key waits for itself; on another it does not."""
+    depths: list[str] = []
+
+    @locks.locked("{key}", timeout=0.05)
+    def descend(key: str, then: str = "") -> None:
+        depths.append(key)
+        if then:
+            descend(then)
+
+    descend("a", "b")
+    assert depths == ["a", "b"]
+    with pytest.raises(LockTimeout, match="lock:a"):
+        descend("a", "a")
+    assert depths == ["a", "b", "a"]
+    descend("a")
+
+
+def test_on_two_keys_at_once_and_on_one_key_one_at_a_time(locks: DistributedLock) -> None:
+    both = threading.Barrier(2)
+
+    @locks.locked("{key}", timeout=60)
+    def meet(key: str) -> None:
+        both.wait(30)
+
+    inside: list[int] = []
+    most: list[int] = []
+
+    @locks.locked("one", timeout=60)
+    def work(n: int) -> None:
+        inside.append(n)
+        most.append(len(inside))
+        inside.remove(n)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(meet, ["a", "b"]))
+        list(pool.map(work, range(60)))
+    assert most == [1] * 60
+
+
+def test_a_lock_that_was_lost_is_said_to_be_where_the_function_succeeded(
+    locks: DistributedLock, plain_redis: Any
+) -> None:
+    @locks.locked("{key}")
+    def work(key: str, fail: bool = False) -> None:
+        plain_redis.set(f"lock:{key}", "somebody else", px=60_000)
+        if fail:
+            raise ZeroDivisionError
+
+    with pytest.raises(LockLost):
+        work("a")
+    with pytest.raises(ZeroDivisionError):
+        work("b", fail=True)
+
+
+def test_without_redis_as_acquire(make_gov: Callable[..., GovRedis]) -> None:
+    held = make_gov(redis_enabled=False).locks
+    assert held.locked("x", timeout=0)(lambda: held.is_locked("x"))() is True
+    with pytest.raises(LockUnavailable):
+        make_gov(redis_enabled=False, lock_fallback="fail").locks.locked("x")(lambda: None)()
