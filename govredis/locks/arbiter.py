@@ -27,7 +27,7 @@ class Resource(NamedTuple):
     Attributes:
         kind: "lock", "read", "write" or "semaphore".
         name: the user's.
-        key: lock:{name}, and which kind; as it stands in errors and logs, and as its lock file goes by.
+        key: the first of `cells`: as it stands in errors and logs, and as its lock file goes by.
         cells: the keys of the scripts.
         terms: what the scripts take last.
     """
