@@ -93,8 +93,8 @@ class Arbiter:
         return granted, token
 
     def confirmation(self, resource: Resource, owner: str, ttl: float) -> bytes:
-        """What makes a hand-over a lease, when it is sent: the same again, without a place in the queue."""
-        args = owner, _ms(ttl), "0", FENCE_KEPT_MS, "0", *resource.terms
+        """What makes a hand-over a lease, when it is sent; but grants nothing where it comes too late for that."""
+        args = owner, _ms(ttl), "0", FENCE_KEPT_MS, "2", *resource.terms
         return pack_command(self.acquire_script.call(resource.cells, args))
 
     def wait(self, resource: Resource, owner: str, seconds: float) -> int | None:

@@ -5,16 +5,18 @@
 -- ARGV[2]  ttl in milliseconds
 -- ARGV[3]  floor: the last fencing token that the caller's host knows of
 -- ARGV[4]  how long the fence is kept after the lease, in milliseconds
--- ARGV[5]  1: queue up if there is no room, or stay in the queue and be seen alive; 0: do not wait for it
+-- ARGV[5]  1: queue up if there is no room, or stay in the queue and be seen alive; 0: do not wait for it; 2: nor take it
+--          anew, if it was the caller's and is not any more
 -- ARGV[6]  slots
 --
 -- Reply: {1, fencing token} if granted (also if it was granted to this owner before: it was handed over, or the reply was
--- lost; then with a new token), {0, 0} if there is no room, or others have waited longer.
+-- lost; then with a new token), {0, 0} if there is no room, others have waited longer, or it is not taken anew.
 
 local owner, slots = ARGV[1], tonumber(ARGV[6])
 local last, whole, made = read_fence()
 
 if not redis.call('ZSCORE', KEYS[1], owner) then
+  if ARGV[5] == '2' then return {0, 0} end
   -- Leases have ended without a release. Whoever came first is next, not whoever happens to notice.
   local before = last
   last, whole = hand_over(last, whole, slots)
