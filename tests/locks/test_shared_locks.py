@@ -28,15 +28,20 @@ KINDS = ["read", "write", "semaphore"]
 Take = Callable[..., HeldLock]
 
 
-def taker(locks: DistributedLock, kind: str, slots: int = 1) -> Take:
-    """What takes "x" so."""
+def taker(locks: DistributedLock, kind: str, slots: int = 1, name: str = "x") -> Take:
+    """What takes it so."""
     if kind == "semaphore":
-        return locks.semaphore("x", slots=slots).acquire
-    return locks.rwlock("x").read if kind == "read" else locks.rwlock("x").write
+        return locks.semaphore(name, slots=slots).acquire
+    return locks.rwlock(name).read if kind == "read" else locks.rwlock(name).write
 
 
-def cells_of(kind: str) -> tuple[str, ...]:
-    return SEM if kind == "semaphore" else RW
+def cells_of(kind: str, name: str = "x") -> tuple[str, ...]:
+    return cells(f"lock:{name}", "semaphore" if kind == "semaphore" else "rwlock")
+
+
+def rival(kind: str) -> str:
+    """What does not go with it."""
+    return "semaphore" if kind == "semaphore" else "write"
 
 
 CALL = {
@@ -225,7 +230,7 @@ def test_a_writer_that_gives_up_lets_those_behind_it_in(
     read: Take, write: Take, begin: Any, plain_redis: Any, pool: ThreadPoolExecutor, eventually: Any
 ) -> None:
     with read():
-        gives_up = pool.submit(lambda: raised(lambda: write(timeout=1.5), LockTimeout))
+        gives_up = pool.submit(lambda: raised(lambda: write(timeout=0.8), LockTimeout))
         eventually(lambda: plain_redis.zcard(RW[2]) == 1)
         behind = [begin(read), begin(read)]
         assert gives_up.result(30)
@@ -339,21 +344,33 @@ def test_threads_never_overlap_as_they_must_not_and_all_get_their_turns(
 # -- those that die ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.fixture
+def holder(make_worker: Callable[..., Any], redis_server: RedisServer) -> Callable[[float], Any]:
+    """Another process that holds one of each kind, by the name of its kind."""
+
+    def hold(ttl: float) -> Any:
+        worker = make_worker(redis_url=redis_server.url, socket_timeout=5)
+        calls = [CALL[kind].replace("'x'", repr(kind)) + f"(ttl={ttl})" for kind in KINDS]
+        worker.run(f"held = dict(zip({KINDS}, [{', '.join(calls)}]))")
+        return worker
+
+    return hold
+
+
 def test_a_killed_holder_is_reclaimed_within_its_ttl(
-    locks: DistributedLock, make_worker: Callable[..., Any], redis_server: RedisServer, plain_redis: Any, kind: str
+    locks: DistributedLock, holder: Callable[[float], Any], plain_redis: Any
 ) -> None:
-    worker = make_worker(redis_url=redis_server.url)
-    worker.run(f"held = {CALL[kind]}(ttl=1)")
-    theirs = worker.eval("held.token")
-    take = taker(locks, "semaphore" if kind == "semaphore" else "write")
-    assert refused(take)
+    worker = holder(1)
+    theirs = worker.eval("{kind: h.token for kind, h in held.items()}")
+    takes = {kind: taker(locks, rival(kind), name=kind) for kind in KINDS}
+    assert all(map(refused, takes.values()))
     worker.kill()
-    assert 0 < plain_redis.pttl(cells_of(kind)[0]) <= 1001
-    with take(timeout=30) as held:
-        assert not held.degraded
-        assert held.token > theirs
-        assert plain_redis.zcard(cells_of(kind)[0]) == 1
+    for kind, take in takes.items():
+        assert plain_redis.pttl(cells_of(kind, kind)[0]) <= 1001
+        with take(timeout=30) as held:
+            assert not held.degraded
+            assert held.token > theirs[kind]
+            assert plain_redis.zcard(cells_of(kind, kind)[0]) == 1
 
 
 def test_one_of_several_holders_that_is_killed_frees_its_slot_only(
@@ -395,62 +412,64 @@ def test_a_killed_waiter_is_passed_over(
     eventually(lambda: nothing_is_left(plain_redis, of))
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_holder_stopped_past_its_lease_keeps_its_host_out_until_it_is_killed(
     locks: DistributedLock,
     elsewhere: DistributedLock,
-    make_worker: Callable[..., Any],
-    redis_server: RedisServer,
+    holder: Callable[[float], Any],
     plain_redis: Any,
     eventually: Any,
-    kind: str,
 ) -> None:
-    other = "semaphore" if kind == "semaphore" else "write"
-    worker = make_worker(redis_url=redis_server.url)
-    worker.run(f"held = {CALL[kind]}(ttl=0.5)")
+    worker = holder(0.5)
     worker.stop()
-    eventually(lambda: not plain_redis.exists(cells_of(kind)[0]))
-    with pytest.raises(LockTimeout):
-        taker(locks, other)(timeout=0.5)
-    taker(elsewhere, other)(timeout=10).release()
-    if kind == "read":
-        taker(locks, "read")(timeout=0).release()
+    for kind in KINDS:
+        eventually(lambda kind=kind: not plain_redis.exists(cells_of(kind, kind)[0]))
+        with pytest.raises(LockTimeout):
+            taker(locks, rival(kind), name=kind)(timeout=0.2)
+        taker(elsewhere, rival(kind), name=kind)(timeout=10).release()
+    taker(locks, "read", name="read")(timeout=0).release()
     worker.kill()
-    taker(locks, other)(timeout=10).release()
+    for kind in KINDS:
+        taker(locks, rival(kind), name=kind)(timeout=0).release()
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_stopped_holder_that_wakes_up_knows_that_it_has_lost_it(
     locks: DistributedLock,
     elsewhere: DistributedLock,
-    make_worker: Callable[..., Any],
-    redis_server: RedisServer,
+    holder: Callable[[float], Any],
     plain_redis: Any,
     eventually: Any,
-    kind: str,
 ) -> None:
-    worker = make_worker(redis_url=redis_server.url)
-    worker.run(f"held = {CALL[kind]}(ttl=0.5)")
+    worker = holder(0.5)
     worker.stop()
-    eventually(lambda: not plain_redis.exists(cells_of(kind)[0]))
-    with taker(elsewhere, "semaphore" if kind == "semaphore" else "write")(timeout=10):
-        worker.resume()
-        assert worker.eval("held.raise_if_lost()") == "LockLost"
-        assert worker.eval("held.release()") is False
-        assert plain_redis.zcard(cells_of(kind)[0]) == 1
-    taker(locks, kind)(timeout=10).release()
+    for kind in KINDS:
+        eventually(lambda kind=kind: not plain_redis.exists(cells_of(kind, kind)[0]))
+    newer = [taker(elsewhere, rival(kind), name=kind)(timeout=10) for kind in KINDS]
+    worker.resume()
+    for kind in KINDS:
+        assert worker.eval(f"held[{kind!r}].raise_if_lost()") == "LockLost"
+        assert worker.eval(f"held[{kind!r}].release()") is False
+        assert plain_redis.zcard(cells_of(kind, kind)[0]) == 1
+    assert let_go(newer)
+    for kind in KINDS:
+        taker(locks, rival(kind), name=kind)(timeout=0).release()
 
 
 # -- leases ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_is_renewed_past_its_ttl(locks: DistributedLock, plain_redis: Any, eventually: Any, kind: str) -> None:
-    with taker(locks, kind)(ttl=0.9) as held:
-        first = held._lease.deadline
-        eventually(lambda: held._lease.deadline > first + 1)
-        held.raise_if_lost()
-        assert plain_redis.zscore(cells_of(kind)[0], held._lease.owner)
+def test_they_are_renewed_past_their_ttl(locks: DistributedLock, plain_redis: Any, eventually: Any) -> None:
+    with (
+        locks.rwlock("x").read(ttl=0.9) as one,
+        locks.rwlock("x").read(ttl=0.9) as two,
+        locks.rwlock("y").write(ttl=0.9) as three,
+        locks.semaphore("x", slots=1).acquire(ttl=0.9) as four,
+    ):
+        first = four._lease.deadline
+        for h in one, two, three, four:
+            eventually(lambda h=h: h._lease.deadline > first + 1)
+        for h in one, two, three, four:
+            h.raise_if_lost()
+            assert plain_redis.zscore(h._lease.key, h._lease.owner)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -459,7 +478,7 @@ def test_renewed_no_more_it_ends_and_says_so_and_is_still_inside_on_its_host(
     locks: DistributedLock, elsewhere: DistributedLock, eventually: Any, kind: str, how: Any
 ) -> None:
     lost = threading.Event()
-    other = "semaphore" if kind == "semaphore" else "write"
+    other = rival(kind)
     with pytest.raises(LockLost), taker(locks, kind)(**how) as held:
         held.on_lost(lost.set)
         assert lost.wait(20)
@@ -546,7 +565,7 @@ def test_a_handle_in_a_forked_child_is_inert(
     locks: DistributedLock, make_worker: Callable[..., Any], redis_server: RedisServer, plain_redis: Any, kind: str
 ) -> None:
     worker = make_worker(redis_url=redis_server.url, socket_timeout=5)
-    other = "semaphore" if kind == "semaphore" else "write"
+    other = rival(kind)
     worker.run(f"held = {CALL[kind]}(ttl=60)")
     worker.run(
         "def child():\n"
@@ -573,7 +592,7 @@ def test_collected_while_held_it_ends_with_its_lease(
     with pytest.warns(ResourceWarning, match="collected"):
         taker(locks, kind)(ttl=0.5)
     eventually(lambda: not plain_redis.exists(cells_of(kind)[0]))
-    taker(locks, "semaphore" if kind == "semaphore" else "write")(timeout=10).release()
+    taker(locks, rival(kind))(timeout=10).release()
 
 
 # -- arguments, tokens, keys -------------------------------------------------------------------------------------------
@@ -706,7 +725,7 @@ def test_after_a_flushall_each_of_several_gets_its_place_back_in_any_order(
     for n in order:
         held[n].extend()
     assert plain_redis.zcard(cells_of(kind)[0]) == 3
-    assert refused(taker(elsewhere, "semaphore" if kind == "semaphore" else "write", slots=3))
+    assert refused(taker(elsewhere, rival(kind), slots=3))
     assert let_go(held)
 
 
@@ -849,19 +868,17 @@ def test_redis_away_the_hosts_files_alone_decide(
         two(timeout=10).release()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_with_fail_nobody_gets_it_without_redis(
-    make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, kind: str
-) -> None:
+def test_with_fail_nobody_gets_it_without_redis(make_gov: Callable[..., GovRedis], mortal_redis: RedisServer) -> None:
     locks = make_gov(redis_url=mortal_redis.url, lock_fallback="fail").locks
-    held = taker(locks, kind)()
+    disabled = make_gov(redis_enabled=False, lock_fallback="fail").locks
+    held = locks.semaphore("x", slots=2).acquire()
     mortal_redis.kill()
-    for timeout in 20, 0:
+    for kind, timeout in itertools.product(KINDS, (20, 0)):
         with pytest.raises(LockUnavailable):
             taker(locks, kind, slots=2)(timeout=timeout)
+        with pytest.raises(LockUnavailable, match="disabled"):
+            taker(disabled, kind)(timeout=timeout)
     assert held.release() is True
-    with pytest.raises(LockUnavailable, match="disabled"):
-        taker(make_gov(redis_enabled=False, lock_fallback="fail").locks, kind)()
 
 
 def test_switched_off_it_is_degraded_at_once(
@@ -988,7 +1005,7 @@ def test_what_is_handed_over_is_entered_at_once_and_confirmed_later_before_anyth
 ) -> None:
     monkeypatch.setattr(held_module, "_LISTED_AFTER", 1000)
     of = cells_of(kind)
-    held = taker(locks, "semaphore" if kind == "semaphore" else "write")(ttl=60)
+    held = taker(locks, rival(kind))(ttl=60)
     future = begin(taker(locks, kind), of[2], ttl=60)
     log: list[str] = []
     reply, run = Pending.reply, RedisClient.run
@@ -1011,7 +1028,7 @@ def test_confirmed_it_has_its_own_ttl(
     locks: DistributedLock, begin: Any, plain_redis: Any, eventually: Any, renew: bool, kind: str
 ) -> None:
     of = cells_of(kind)
-    held = taker(locks, "semaphore" if kind == "semaphore" else "write")()
+    held = taker(locks, rival(kind))()
     future = begin(taker(locks, kind), of[2], ttl=100, renew=renew)
     held.release()
     with future.result(20) as mine:
@@ -1069,7 +1086,7 @@ def test_a_confirmation_that_comes_after_others_had_it_grants_nothing_anew(
     kind: str,
 ) -> None:
     assert locks._redis
-    of, other = cells_of(kind), "semaphore" if kind == "semaphore" else "write"
+    of, other = cells_of(kind), rival(kind)
     send, theirs = locks._redis.send, []
 
     def late(packed: bytes) -> Pending:
