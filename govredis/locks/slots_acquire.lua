@@ -17,11 +17,15 @@ local last, whole, made = read_fence()
 
 if not redis.call('ZSCORE', KEYS[1], owner) then
   if ARGV[5] == '2' then return {0, 0} end
-  -- Leases have ended without a release. Whoever came first is next, not whoever happens to notice.
-  local before = last
-  last, whole = hand_over(last, whole, slots)
-  if last > before then write_fence(last, whole, made, ARGV[4]) end
-  if not redis.call('ZSCORE', KEYS[1], owner) and (first_waiter() or not fits(owner, slots)) then
+  local room = fits(owner, slots)
+  if room then
+    -- Leases have ended without a release. Whoever came first is next, not whoever happens to notice.
+    local before = last
+    last, whole = hand_over(last, whole, slots)
+    if last > before then write_fence(last, whole, made, ARGV[4]) end
+    room = redis.call('ZSCORE', KEYS[1], owner) or (not first_waiter() and fits(owner, slots))
+  end
+  if not room then
     if ARGV[5] == '1' then queue_up(owner) end
     return {0, 0}
   end

@@ -139,10 +139,10 @@ class Oracle:
     def acquire(self, owner: str, waits: bool) -> tuple[bool, list[str]]:
         if owner in self.holders:
             return True, []
-        handed = self.hand_over()
+        handed = self.hand_over() if self.fits(owner) else []
         if owner in self.holders:
             return True, handed
-        if self.first() is None and self.fits(owner):
+        if self.fits(owner) and self.first() is None:
             self.holders.append(owner)
             return True, handed
         if waits:
@@ -431,6 +431,22 @@ def test_one_that_waits_is_kept_for_seconds_and_passed_over_after_one(rwlock: Sc
     assert seen.queue == ["write:alive"]
     rwlock.release("read:me", token)
     assert set(rwlock.release("read:alive", 0).holders) == {"write:alive"}
+
+
+@pytest.mark.parametrize("kind", ["write", "semaphore"])
+def test_those_that_were_all_stopped_while_it_was_held_keep_their_order(
+    semaphore: Callable[[int], Scripts], rwlock: Scripts, kind: str
+) -> None:
+    scripts = rwlock if kind == "write" else semaphore(1)
+    _, token = scripts.acquire(f"{kind}:me").reply
+    names = [f"{kind}:a", f"{kind}:b", f"{kind}:c"]
+    for name in names:
+        scripts.acquire(name)
+    for name in names:
+        scripts.plain.hincrby(scripts.waiters, name, -2_000_000)
+    for name in reversed(names):
+        assert scripts.acquire(name).queue == names
+    assert scripts.release(f"{kind}:me", token).queue == names[1:]
 
 
 def test_arrivals_within_one_microsecond_or_on_a_clock_set_back_keep_their_order(
