@@ -6,16 +6,19 @@
 -- ARGV[2]  ttl in milliseconds
 -- ARGV[3]  floor: the last fencing token that the caller's host knows of
 -- ARGV[4]  how long the fence is kept after the lease, in milliseconds
--- ARGV[5]  1: queue up if it is held, or stay in the queue and be seen alive; 0: do not wait for it
+-- ARGV[5]  1: queue up if it is held, or stay in the queue and be seen alive; 0: do not wait for it; 2: nor take it anew,
+--          if it was the caller's and is not any more
 -- ARGV[6]  an owner that is certainly gone, whom the caller succeeds; absent: none
 --
 -- Reply: {1, fencing token} if granted (also if it was granted to this owner before: it was handed over, or the reply was
--- lost; then the same token), {0, milliseconds until the holder's lease ends, -1 where it has no end} if held.
+-- lost; then the same token), {0, milliseconds until the holder's lease ends, -1 where it has no end} if held, {0, 0} if
+-- not taken anew.
 
 local holder = redis.call('GET', KEYS[1])
 local last = tonumber(redis.call('GET', KEYS[2])) or 0
 
 if not holder then
+  if ARGV[5] == '2' then return {0, 0} end
   local head = first_waiter()
   if head == ARGV[1] then
     forget(head)

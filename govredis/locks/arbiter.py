@@ -28,7 +28,7 @@ class Resource(NamedTuple):
     Attributes:
         kind: "lock", "read", "write" or "semaphore".
         name: the user's.
-        key: lock:{name}, and which kind; as it stands in errors and logs, and as its lock file goes by.
+        key: the first of `cells`: as it stands in errors and logs, and as its lock file goes by.
         cells: the keys of the scripts.
         terms: what the scripts take last.
     """
@@ -101,8 +101,8 @@ class Arbiter:
         return granted, token
 
     def confirmation(self, resource: Resource, owner: str, ttl: float) -> bytes:
-        """What makes a hand-over a lease, when it is sent: the same again, without a place in the queue."""
-        args = owner, _ms(ttl), "0", FENCE_KEPT_MS, "0", *resource.terms
+        """What makes a hand-over a lease, when it is sent; but grants nothing where it comes too late for that."""
+        args = owner, _ms(ttl), "0", FENCE_KEPT_MS, "2", *resource.terms
         return pack_command(self.acquire_script.call(resource.cells, args))
 
     def wait(self, resource: Resource, owner: str, seconds: float) -> int | None:

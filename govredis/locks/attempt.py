@@ -168,7 +168,7 @@ class Attempt:
         return Grant(token, min(handed_until, until), False, confirm)
 
     def _settle(self) -> None:
-        """Have a confirmation that is on its way behind us: it would grant the lock again after its release."""
+        """Have a confirmation that is on its way behind us."""
         confirming, self._confirming = self._confirming, None
         if confirming is not None:
             try:

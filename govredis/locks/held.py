@@ -250,7 +250,7 @@ class Lease:
         try:
             if self.over:
                 return False
-            # Before the release, which it must not come after.
+            # Before the release, which would make it one of nothing.
             self._settle()
             held = self.lost is None and clock() < self.deadline
             self.over = True

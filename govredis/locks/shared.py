@@ -42,6 +42,9 @@ class ReadWriteLock:
     grace, with `held.degraded`; in no particular order then, so that readers who come without a pause keep a writer
     out. A holder that was stopped past its lease keeps its host's others out until it wakes up or dies.
 
+    `held.token`: whatever befell Redis, a writer's is higher than that of every writer before it on this host, and a
+    reader's too. Over readers' tokens it rises on one living Redis, and by the clocks otherwise.
+
     Made by `gov.locks.rwlock(name)`.
     """
 
@@ -89,7 +92,8 @@ class ReadWriteLock:
         renew: bool,
         max_hold: float | None,
     ) -> HeldLock:
-        resource = Resource(kind, self._name, f"{self._key}#rwlock", cells(self._key, "rwlock"), (str(_READERS),))
+        keys = cells(self._key, "rwlock")
+        resource = Resource(kind, self._name, keys[0], keys, (str(_READERS),))
         opened = self._folder.open(resource.key, guard)
         return self._hold(self._arbiter, resource, opened, timeout, ttl, renew, max_hold)
 
@@ -124,13 +128,13 @@ class Semaphore:
         max_hold: float | None = None,
     ) -> HeldLock:
         """Wait for a slot, and hold it. As `DistributedLock.acquire`."""
-        key, terms = f"{self._key}#semaphore", (str(self._slots),)
-        resource = Resource("semaphore", self._name, key, cells(self._key, "semaphore"), terms)
-        opened = self._folder.open(key, lambda path, boot: SlotGuard(path, boot, self._slots))
+        keys = cells(self._key, "semaphore")
+        resource = Resource("semaphore", self._name, keys[0], keys, (str(self._slots),))
+        opened = self._folder.open(resource.key, lambda path, boot: SlotGuard(path, boot, self._slots))
         return self._hold(self._arbiter, resource, opened, timeout, ttl, renew, max_hold)
 
 
 def cells(key: str, kind: str) -> tuple[str, ...]:
-    """The keys of its scripts. Of a kind of their own: the lock of that name is another."""
+    """The keys of its scripts; by the first its lock file goes. No lock has such a key: names have no braces."""
     base = sibling(key, kind)
     return base, f"{base}:fence", f"{base}:queue", f"{base}:waiters"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,6 +133,38 @@ def test_one_that_redis_does_not_confirm_is_lost_within_the_second(
     assert mine.release() is False
     assert plain_redis.get(KEY) == "forced"
     assert not plain_redis.zcard(QUEUE), "it did not queue up again"
+
+
+def test_a_confirmation_that_comes_after_somebody_else_had_it_grants_nothing_anew(
+    locks: DistributedLock,
+    make_gov: Callable[..., GovRedis],
+    redis_server: RedisServer,
+    tmp_path: Path,
+    waiting: Any,
+    plain_redis: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    elsewhere = make_gov(redis_url=redis_server.url, socket_timeout=5, lock_folder=str(tmp_path / "elsewhere")).locks
+    assert locks._redis
+    send, theirs = locks._redis.send, []
+
+    def late(packed: bytes) -> Pending:
+        plain_redis.delete(KEY)  # the second was over
+        with elsewhere.acquire("x", timeout=0) as held:
+            theirs.append(held.token)
+        return send(packed)
+
+    monkeypatch.setattr(locks._redis, "send", late)
+    held = locks.acquire("x")
+    future = waiting(ttl=100)
+    held.release()
+    mine = future.result(20)
+    assert mine.token < theirs[0]
+    lost = threading.Event()
+    mine.on_lost(lost.set)
+    assert lost.wait(20)
+    assert mine.release() is False
+    assert not plain_redis.exists(KEY)
 
 
 def test_what_cannot_be_confirmed_is_asked_for(

@@ -28,7 +28,7 @@ RULES = [
     "without waiting nobody queues",
     "queueing up empties the list",
     "who wakes up late asks anew",
-    "a confirmation is settled before the release",
+    "a confirmation grants nothing anew",
 ]
 
 
@@ -122,8 +122,9 @@ class Model:
         return s.does(me, "holds" if granted else "waits")
 
     def _confirmed(self, s: State, me: int) -> State:
-        """It has arrived. Whoever has lost the lock meanwhile may have it back, and releases it."""
-        s, _ = self.acquire(s, me, waits=False)
+        """It has arrived, perhaps after the release."""
+        if s.holder == me or not self._rule("a confirmation grants nothing anew"):
+            s, _ = self.acquire(s, me, waits=False)
         return replace(s, confirming=s.confirming - {me})
 
     def after(self, s: State) -> list[State]:
@@ -154,10 +155,7 @@ class Model:
                     gone = replace(s, queue=_without(s.queue, me))
                 found.append(gone.does(me, "out"))
             if does in ("holds", "lost"):
-                before = s
-                if me in s.confirming and self._rule("a confirmation is settled before the release"):
-                    before = self._confirmed(s, me)
-                released = self.release(before, me).does(me, "out")
+                released = self.release(s, me).does(me, "out")
                 found.append(released)
                 found.append(self.release(released, me))  # it arrived twice
             if does in (*WAITING, "holds", "lost"):
