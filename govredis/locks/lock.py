@@ -15,8 +15,9 @@ from ..keys import Keys, sibling
 from .arbiter import FENCE_KEPT_MS, Arbiter, Resource
 from .attempt import Attempt
 from .guard import Guard, LockFolder, clock
-from .held import HeldLock, HeldLocks, Lease
+from .held import HeldLock, HeldLocks
 from .holders import Entry, LockHolder, read_holder, read_list, still_held
+from .lease import Lease
 from .renewal import renewer
 from .shared import MOST_SLOTS, ReadWriteLock, Semaphore, cells
 

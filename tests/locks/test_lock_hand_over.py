@@ -14,7 +14,7 @@ from govredis import BackendUnavailable, GovRedis, HeldLock, LockLost
 from govredis.client import Pending, RedisClient
 from govredis.keys import sibling
 from govredis.locks import DistributedLock
-from govredis.locks import held as held_module
+from govredis.locks import lease as lease_module
 from govredis.testing.servers import RedisServer
 
 KEY = "lock:x"
@@ -65,7 +65,7 @@ def replies(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
 def test_it_is_entered_without_a_reply_of_redis_which_is_taken_in_before_anything_else_is_sent(
     locks: DistributedLock, waiting: Any, monkeypatch: pytest.MonkeyPatch, plain_redis: Any
 ) -> None:
-    monkeypatch.setattr(held_module, "FIRST_TICK", 1000)
+    monkeypatch.setattr(lease_module, "FIRST_TICK", 1000)
     held = locks.acquire("x")
     future = waiting(ttl=60)
     log: list[str] = []
@@ -198,7 +198,7 @@ def test_a_release_does_not_wait_for_a_renewal_that_waits_for_it(
     locks: DistributedLock, plain_redis: Any, monkeypatch: pytest.MonkeyPatch, eventually: Any
 ) -> None:
     """A collection runs a destructor that releases a lock in the midst of another renewal; and the other way round."""
-    monkeypatch.setattr(held_module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(lease_module, "_PATIENCE", 0.05)
     held = locks.acquire("x")
     taken, go_on = threading.Event(), threading.Event()
 

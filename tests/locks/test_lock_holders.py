@@ -15,7 +15,7 @@ import pytest
 from govredis import BackendError, BackendUnavailable, GovRedis, HeldLock, LockLost, LockTimeout, LockUnavailable
 from govredis.keys import sibling
 from govredis.locks import DistributedLock, LockHolder
-from govredis.locks import held as held_module
+from govredis.locks import lease as lease_module
 from govredis.locks.guard import clock
 from govredis.testing.servers import RedisServer
 
@@ -43,7 +43,7 @@ def worker(make_worker: Callable[..., Any], redis_server: RedisServer) -> Any:
 @pytest.fixture
 def not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No lock of this process comes on the list."""
-    monkeypatch.setattr(held_module, "FIRST_TICK", 1000)
+    monkeypatch.setattr(lease_module, "FIRST_TICK", 1000)
 
 
 def names(locks: DistributedLock) -> list[str]:
@@ -314,7 +314,7 @@ def test_nothing_is_scanned_and_two_round_trips_do(
 def test_short_locks_do_not_come_on_the_list(
     locks: DistributedLock, redis_server: RedisServer, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held_module, "FIRST_TICK", 5)
+    monkeypatch.setattr(lease_module, "FIRST_TICK", 5)
     redis_server.command("CONFIG", "RESETSTAT")
     for _ in range(50):
         locks.acquire("x").release()

@@ -299,7 +299,7 @@ def test_without_renewal_it_ends_at_its_ttl_and_says_so(locks: DistributedLock, 
 def test_the_loss_is_known_at_the_deadline_even_if_no_thread_has_declared_it(
     locks: DistributedLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("govredis.locks.held.Lease.start", lambda self: None)
+    monkeypatch.setattr("govredis.locks.lease.Lease.start", lambda self: None)
     held = locks.acquire("x", ttl=0.05)
     while held.remaining():
         time.sleep(0.005)

@@ -18,7 +18,7 @@ import redis as redis_py
 from govredis import BackendUnavailable, GovRedis, HeldLock, LockLost, LockTimeout, LockUnavailable
 from govredis.client import Pending, RedisClient
 from govredis.locks import DistributedLock
-from govredis.locks import held as held_module
+from govredis.locks import lease as lease_module
 from govredis.locks.shared import cells
 from govredis.locks.shared_guard import ReaderGuard
 from govredis.testing.servers import RedisServer
@@ -1006,7 +1006,7 @@ def test_gone_on_without_redis_it_does_not_stay_in_the_queue(
 def test_what_is_handed_over_is_entered_at_once_and_confirmed_later_before_anything_else_is_sent(
     locks: DistributedLock, begin: Any, plain_redis: Any, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(held_module, "_LISTED_AFTER", 1000)
+    monkeypatch.setattr(lease_module, "FIRST_TICK", 1000)
     of = cells_of(kind)
     held = taker(locks, rival(kind))(ttl=60)
     future = begin(taker(locks, kind), of[2], ttl=60)
