@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
+import socket
 import statistics
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import redis as redis_py
 
@@ -18,6 +22,8 @@ from govredis import Config, GovRedis
 WAITING = 8
 #: Seconds that a lock is held, so that all the others wait again; and before whoever let go comes back.
 HELD, AWAY = 0.003, 0.0015
+#: Seconds to a Redis on another host.
+DISTANCE = 0.0005
 
 
 class Board:
@@ -110,6 +116,36 @@ def bare_wake(url: str, rounds: int) -> float:
     with processes(2, work):
         pass
     return board.median()
+
+
+@contextmanager
+def half_a_millisecond_away(url: str) -> Iterator[str]:
+    """The URL of a proxy in a process of its own that takes that long with what it passes on, either way."""
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        while data := source.recv(65536):
+            time.sleep(DISTANCE)
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+    def serve() -> None:
+        while True:
+            client, _ = listening.accept()
+            server = socket.create_connection((parts.hostname, parts.port))
+            for one, other in (client, server), (server, client):
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=pump, args=(one, other), daemon=True).start()
+
+    parts = urlsplit(url)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        pid = os.fork()
+        if not pid:
+            serve()
+        try:
+            yield f"redis://127.0.0.1:{listening.getsockname()[1]}/0"
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def measure(url: str, folder: str, rounds: int = 300, turns: int = 3) -> dict[str, float]:

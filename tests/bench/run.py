@@ -171,6 +171,20 @@ def contests(gov: GovRedis, url: str, calls: int) -> Iterator[Contest]:
     )
 
 
+def hand_overs(url: str, folder: str) -> Table:
+    table = Table(title=f"Microseconds from a release to the next of {hand_over.WAITING} waiting processes, median")
+    for column in ("Redis", "by", "median", "of a bare wake"):
+        table.add_column(column, justify="left" if column in {"Redis", "by"} else "right", no_wrap=True)
+    with hand_over.half_a_millisecond_away(url) as distant:
+        for where, at in ("on this host", url), ("0.5 ms away, either way", distant):
+            medians = hand_over.measure(at, folder)
+            bare = next(iter(medians.values()))
+            for name, median in medians.items():
+                table.add_row(where, name, f"{median:.0f}", "" if median == bare else f"x {median / bare:.1f}")
+            table.add_section()
+    return table
+
+
 @contextlib.contextmanager
 def awake_cores() -> Iterator[None]:
     """Keep the cores from falling asleep between a request and its reply.
@@ -227,11 +241,4 @@ def main() -> None:
             table.add_section()
         gov.close()
         Console(width=100).print(table)
-        table = Table(title=f"Microseconds from a release to the next of {hand_over.WAITING} waiting processes, median")
-        for column in ("by", "median", "of a bare wake"):
-            table.add_column(column, justify="left" if column == "by" else "right", no_wrap=True)
-        medians = hand_over.measure(server.url, folder)
-        bare = next(iter(medians.values()))
-        for name, median in medians.items():
-            table.add_row(name, f"{median:.0f}", "" if median == bare else f"x {median / bare:.1f}")
-        Console(width=100).print(table)
+        Console(width=100).print(hand_overs(server.url, folder))
