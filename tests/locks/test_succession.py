@@ -362,6 +362,7 @@ def test_from_the_first_look_on_nobody_else_succeeds(
     monkeypatch.undo()
     assert tried[:2] == ["before Redis", "after Redis"]
     assert tried[-1] == "inside"
+    assert "refused" not in tried, "the file was free for an instant, in which both could have been refused"
     assert held.token > dead.token
     assert plain_redis.get(KEY) == held._lease.owner
     held.extend()
