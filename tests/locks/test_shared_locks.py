@@ -19,6 +19,7 @@ from govredis import BackendUnavailable, GovRedis, HeldLock, LockLost, LockTimeo
 from govredis.client import Pending, RedisClient
 from govredis.locks import DistributedLock
 from govredis.locks import lease as lease_module
+from govredis.locks.attempt import GRACE
 from govredis.locks.shared import cells
 from govredis.locks.shared_guard import ReaderGuard
 from govredis.testing.servers import RedisServer
@@ -834,6 +835,9 @@ def test_redis_away_the_hosts_files_alone_decide(
     assert worker.eval("read.degraded") is True
     reader = read(timeout=30)
     assert reader.degraded
+    # Whose grace was over before their breaker opened, by the second refusal, have it once more.
+    eventually(lambda: locks._redis and locks._redis.breaker.away_for() > GRACE)
+    eventually(lambda: worker.eval("gov._redis.breaker.away_for()") > GRACE)
     assert refused(write), "there is one that Redis had granted, too"
     slot = two(timeout=30)
     assert slot.degraded

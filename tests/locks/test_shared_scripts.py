@@ -607,6 +607,9 @@ def test_a_release_that_arrives_again_was_one_also_after_those_of_others(semapho
         assert scripts.release(name, token).reply == 1
         assert scripts.release(name, token + 1).reply == 0, "another grant's"
     assert scripts.release("semaphore:d", tokens["semaphore:a"]).reply == 0
+    for _ in range(100):
+        scripts.release("semaphore:a", scripts.acquire("semaphore:a").reply[1])
+    assert len(scripts.plain.hget(scripts.waiters, "")) <= 1000, "the last ones"
 
 
 def test_the_keys_are_those_of_the_kind_in_one_slot() -> None:
