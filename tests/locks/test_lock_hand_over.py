@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from govredis import BackendUnavailable, GovRedis, HeldLock, LockLost
-from govredis.client import Pending, RedisClient
+from govredis.client import Pending, RedisClient, pack_command
 from govredis.keys import sibling
-from govredis.locks import DistributedLock
+from govredis.locks import DistributedLock, attempt
 from govredis.locks import lease as lease_module
 from govredis.testing.servers import RedisServer
 
@@ -184,6 +184,45 @@ def test_what_cannot_be_confirmed_is_asked_for(
         assert mine.remaining() > 90
 
 
+def test_who_wakes_up_late_asks_whether_it_is_still_its(
+    locks: DistributedLock, waiting: Any, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert locks._redis
+    late, sent = 0.0, []
+    real, pop, send = attempt.clock, locks._redis.pop, locks._redis.send
+
+    def popped(key: str, seconds: float) -> Any:
+        nonlocal late
+        token = pop(key, seconds)
+        late = 0.6 if token is not None else 0.0
+        return token
+
+    def sending(packed: bytes) -> Pending:
+        sent.append(packed)
+        return send(packed)
+
+    monkeypatch.setattr(attempt, "clock", lambda: real() + late)
+    monkeypatch.setattr(locks._redis, "pop", popped)
+    monkeypatch.setattr(locks._redis, "send", sending)
+    held = locks.acquire("x")
+    future = waiting(ttl=100)
+    held.release()
+    with future.result(20) as mine:
+        assert sent == []
+        assert plain_redis.get(KEY) == mine._lease.owner
+        assert plain_redis.pttl(KEY) > 90_000
+
+
+def test_a_reply_is_taken_once(locks: DistributedLock) -> None:
+    assert locks._redis
+    locks._redis.pop("nothing", 0.01)  # its connection is there
+    pending = locks._redis.send(pack_command(("PING",)))
+    assert pending.reply() == b"PONG"
+    with pytest.raises(BackendUnavailable, match="taken before"):
+        pending.reply()
+    assert len(locks._redis._waiting.idle) == 1
+
+
 def test_what_is_in_the_list_from_an_earlier_turn_wakes_nobody(locks: DistributedLock, plain_redis: Any) -> None:
     assert locks._redis
     cells = KEY, FENCE, QUEUE, sibling(KEY, "waiters")
@@ -199,7 +238,8 @@ def test_a_release_does_not_wait_for_a_renewal_that_waits_for_it(
 ) -> None:
     """A collection runs a destructor that releases a lock in the midst of another renewal; and the other way round."""
     monkeypatch.setattr(lease_module, "_PATIENCE", 0.05)
-    held = locks.acquire("x")
+    monkeypatch.setattr(lease_module, "FIRST_TICK", 1000)
+    held = locks.acquire("x", ttl=1000)
     taken, go_on = threading.Event(), threading.Event()
 
     def renew() -> None:

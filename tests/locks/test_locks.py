@@ -18,7 +18,7 @@ import redis as redis_py
 
 from govredis import BackendError, GovRedis, HeldLock, LockLost, LockTimeout, LockUnavailable
 from govredis.keys import sibling
-from govredis.locks import DistributedLock
+from govredis.locks import DistributedLock, renewal
 from govredis.testing.servers import RedisServer
 
 KEY = "lock:x"
@@ -734,6 +734,26 @@ def test_one_thread_renews_all_and_ends_when_idle_and_starts_again(
             until = max(x._lease.deadline, y._lease.deadline)
             eventually(lambda: min(x._lease.deadline, y._lease.deadline) > until)  # noqa: B023
         eventually(lambda: not threads())
+
+
+def test_short_locks_do_not_wake_the_thread_each_time(locks: DistributedLock, monkeypatch: pytest.MonkeyPatch) -> None:
+    renewer, woken = renewal.renewer, []
+    real = renewer._changed.notify
+
+    def notify() -> None:
+        woken.append(1)
+        real()
+
+    with locks.acquire("x"), monkeypatch.context() as patched:  # the thread is there
+        patched.setattr(renewal, "_IDLE", 1000)
+        patched.setattr(renewer._changed, "notify", notify)
+        began = time.monotonic()
+        for _ in range(300):
+            locks.acquire("y").release()
+        ticks = (time.monotonic() - began) / renewal.FIRST_TICK
+    assert len(woken) <= ticks + 2
+    with renewer._lock:
+        real()  # it is idle for a while only
 
 
 def test_a_sooner_lease_wakes_the_thread_that_waits_for_a_later_one(locks: DistributedLock) -> None:
