@@ -736,7 +736,9 @@ def test_one_thread_renews_all_and_ends_when_idle_and_starts_again(
         eventually(lambda: not threads())
 
 
-def test_short_locks_do_not_wake_the_thread_each_time(locks: DistributedLock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_locks_do_not_wake_the_thread_each_time(
+    locks: DistributedLock, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., Any]
+) -> None:
     renewer, woken = renewal.renewer, []
     real = renewer._changed.notify
 
@@ -744,11 +746,12 @@ def test_short_locks_do_not_wake_the_thread_each_time(locks: DistributedLock, mo
         woken.append(1)
         real()
 
-    with locks.acquire("x"), monkeypatch.context() as patched:  # the thread is there
+    with locks.acquire("x") as x, monkeypatch.context() as patched:
+        eventually(lambda: x._lease.due > renewal.clock() + 1)  # the thread is there, and sleeps long
         patched.setattr(renewal, "_IDLE", 1000)
         patched.setattr(renewer._changed, "notify", notify)
         began = time.monotonic()
-        for _ in range(300):
+        for _ in range(3000):
             locks.acquire("y").release()
         ticks = (time.monotonic() - began) / renewal.FIRST_TICK
     assert len(woken) <= ticks + 2
