@@ -615,6 +615,10 @@ def test_an_extension_that_arrives_after_the_release_brings_no_ghost(
     assert seen.reply == 0
     assert not seen.holders
     assert 0 < seen.ttls[scripts.waiters] <= 10_000
+    newer = scripts.acquire(me).reply[1]
+    scripts.plain.flushall()
+    scripts.release(me, token)
+    assert scripts.extend(me, newer).reply == 1, "that was of an earlier grant"
 
 
 def test_a_release_that_arrives_again_was_one_also_after_those_of_others(semaphore: Callable[[int], Scripts]) -> None:
