@@ -1,6 +1,7 @@
 -- Give a holder a new lease. After queue.lua and slots.lua.
 --
 -- KEYS[1]  the holders
+-- KEYS[4]  the waiters; under '' the last releases
 -- ARGV[1]  owner token of the caller
 -- ARGV[2]  ttl in milliseconds
 -- ARGV[3]  fencing token of the caller
@@ -9,12 +10,14 @@
 --
 -- Reply: 1 if extended, 0 if lost. A holder whose lease still runs, by its own clock, gets back what Redis has lost (a
 -- restart without data, a FLUSHALL) if there is room, unless the whole was granted since; the whole, unless anything was.
+-- Not what it has released.
 
 local owner, token = ARGV[1], tonumber(ARGV[3])
 local last, whole, made = read_fence()
 
 if not redis.call('ZSCORE', KEYS[1], owner) then
   if token >= made then return 0 end
+  if string.find(redis.call('HGET', KEYS[4], '') or '', owner .. ' ' .. ARGV[3], 1, true) then return 0 end
   if (wants_whole(owner) and last or whole) > token then return 0 end
   if not fits(owner, tonumber(ARGV[5])) then return 0 end
 end

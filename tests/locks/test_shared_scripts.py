@@ -598,6 +598,29 @@ def test_whose_lease_ended_gets_nothing_back(semaphore: Callable[[int], Scripts]
     assert scripts.extend("semaphore:a", token).reply == 0
 
 
+@pytest.mark.parametrize("kind", ["read", "write", "semaphore"])
+def test_an_extension_that_arrives_after_the_release_brings_no_ghost(
+    semaphore: Callable[[int], Scripts], rwlock: Scripts, kind: str
+) -> None:
+    scripts = semaphore(2) if kind == "semaphore" else rwlock
+    me = f"{kind}:me"
+    token = scripts.acquire(me).reply[1]
+    scripts.release(me, token)
+    assert scripts.extend(me, token).reply == 0
+    token = scripts.acquire(me).reply[1]
+    scripts.plain.flushall()
+    for _ in range(2):
+        assert scripts.release(me, token).reply == 0, "it was not its any more"
+    seen = scripts.extend(me, token)
+    assert seen.reply == 0
+    assert not seen.holders
+    assert 0 < seen.ttls[scripts.waiters] <= 10_000
+    newer = scripts.acquire(me).reply[1]
+    scripts.plain.flushall()
+    scripts.release(me, token)
+    assert scripts.extend(me, newer).reply == 1, "that was of an earlier grant"
+
+
 def test_a_release_that_arrives_again_was_one_also_after_those_of_others(semaphore: Callable[[int], Scripts]) -> None:
     scripts = semaphore(3)
     tokens = {name: scripts.acquire(name).reply[1] for name in ("semaphore:a", "semaphore:b", "semaphore:c")}
