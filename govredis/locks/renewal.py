@@ -55,6 +55,7 @@ class Renewer:
                         raise error.__context__ from None  # a signal handler's exception, struck in there
                     log.warning("locks are not renewed: %s", error)
             elif lease.due < self._wakes_at:
+                self._wakes_at = lease.due  # once is enough, however long the thread takes to wake up
                 self._changed.notify()
 
     def leases(self) -> list[Renewable]:
