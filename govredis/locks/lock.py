@@ -263,8 +263,8 @@ class DistributedLock:
 
         For an operator who knows that the holder is gone. Its owner finds its lock lost at its next renewal, a third of
         its ttl later at the latest. On the holder's own host nobody else gets in before it lets go or dies: its lock
-        file is not forced. Returns whether somebody held it. Raises BackendUnavailable; a Redis that hangs may do it all
-        the same when it wakes up.
+        file is not forced. Returns whether somebody held it. Raises BackendUnavailable; a Redis that hangs may do it
+        when it wakes up.
         """
         resource = self._resource(name)
         redis = self._reached("there is nothing to be forced")
