@@ -21,7 +21,7 @@ class RedisWindow:
 
     def __init__(self, client: RedisClient) -> None:
         self._client = client
-        self._script = Script(__package__, "window.lua")
+        self._script = Script(__package__, "log.lua", "window.lua")
         self._count = Script(__package__, "count.lua")
         self.renew_after_fork()
         renew_in_child(self)
