@@ -89,8 +89,10 @@ class RateLimiter:
         self._sleep = sleep
         self._clock = clock
         self._windows: list[Window] = []
+        self._redis_window: RedisWindow | None = None
         if redis is not None:
-            self._windows.append(RedisWindow(redis))
+            self._redis_window = RedisWindow(redis)
+            self._windows.append(self._redis_window)
         self._postgres_window: PostgresWindow | None = None
         if postgres is not None:
             from .postgres_window import PostgresWindow
@@ -143,6 +145,37 @@ class RateLimiter:
                 return result
             # Never a busy loop, even where two clocks disagree about the last microsecond.
             self._sleep(max(result.retry_after, 0.001))
+
+    def hit_or_book(
+        self,
+        identity: str,
+        rate: Rate,
+        *,
+        booking: str,
+        operation: str = _DEFAULT,
+        cost: int = 1,
+        admit: bool = True,
+    ) -> tuple[RateLimitResult, int]:
+        """`hit`, for what comes again by itself: what is refused is booked, and everybody else's hits count it.
+
+        Called again when that time has come, it is admitted; where others were admitted meanwhile later than they were
+        booked for, it may be told a later time, and keeps its place before all that was booked for later. Only Redis
+        books.
+
+        Args:
+            booking: what identifies it: the same at each call.
+            admit: False: what there is room for is booked too, for now.
+
+        Returns the result, and the time booked, in microseconds of Redis's clock; 0 where nothing is.
+        """
+        limits, key = self._checked(identity, rate, operation, cost)
+        if self._redis_window is not None:
+            try:
+                outcome, at = self._redis_window.book(key, limits, cost, booking, "hit" if admit else "book")
+                return self._result(outcome, limits, "hit", self._redis_window.backend), at
+            except BackendUnavailable:
+                pass
+        return self._decide(identity, rate, operation, cost, "hit" if admit else "peek"), 0
 
     # -- two steps -----------------------------------------------------------------------------------------------
 
@@ -234,7 +267,8 @@ class RateLimiter:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _decide(self, identity: str, rate: Rate, operation: str, cost: int, mode: Mode) -> RateLimitResult:
+    def _checked(self, identity: str, rate: Rate, operation: str, cost: int) -> tuple[tuple[Limit, ...], str]:
+        """The limits and the key of a call. Raises ValueError."""
         limits = parse_rate(rate)
         key = self._keys.rate_limit(operation, identity)
         if type(cost) is not int or not 1 <= cost <= MAX_COST:
@@ -242,6 +276,10 @@ class RateLimiter:
         for limit in limits:
             if cost > limit.count:
                 raise refuse("cost", cost, f"at most {limit.count}: more could never be admitted under {limit}")
+        return limits, key
+
+    def _decide(self, identity: str, rate: Rate, operation: str, cost: int, mode: Mode) -> RateLimitResult:
+        limits, key = self._checked(identity, rate, operation, cost)
         if self._windows:
             # The path of every healthy call, without a closure and a loop.
             first = self._windows[0]
