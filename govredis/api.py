@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ._counters import Counters
@@ -11,6 +12,7 @@ from .errors import ConfigurationError
 from .health import HealthMonitor
 from .keys import Keys
 from .limits import RateLimiter
+from .limits.parked import Parked
 from .locks import DistributedLock
 from .metadata import AgentStore, MetadataCache
 from .sessions import SessionCache
@@ -40,6 +42,11 @@ class GovRedis:
             from .postgres import Postgres  # loads psycopg2, which is an extra
 
             self._postgres = Postgres(self.config)
+        parking = self._redis
+        if parking is not None and self.config.parking_url is not None:
+            parking = RedisClient(replace(self.config, redis_url=self.config.parking_url))
+        self._parking = parking
+        self._parked = Parked(self._keys, parking) if parking is not None else None
         self._caches: dict[tuple[str, float], MetadataCache] = {}
 
         config, keys, redis = self.config, self._keys, self._redis
@@ -106,8 +113,9 @@ class GovRedis:
         Locks still held are not released, and what this process owes Redis (revocations and invalidations made while it
         was away) is lost: close when Redis is back.
         """
-        if self._redis is not None:
-            self._redis.close()
+        for redis in (self._redis, self._parking):
+            if redis is not None:
+                redis.close()
         if self._postgres is not None:
             self._postgres.close()
 

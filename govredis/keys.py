@@ -77,6 +77,9 @@ class Keys:
     def held_locks(self) -> str:
         return f"{self.prefix}govredis:locks"
 
+    def parked(self) -> str:
+        return f"{self.prefix}govredis:parked"
+
     def heartbeat(self) -> str:
         return f"{self.prefix}govredis:heartbeat"
 

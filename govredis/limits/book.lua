@@ -10,21 +10,23 @@
 -- ARGV[3]  member: unique to the call
 -- ARGV[4]  now in microseconds, or "" for the server's clock (tests only pass one)
 -- ARGV[5]  booking: the same at every call for the same thing
--- ARGV[6]  limit, ARGV[7] its window in microseconds, and so on in pairs
+-- ARGV[6]  patience: what was booked and finds no room, but will in so many microseconds, keeps its place: it is called
+--          for again then
+-- ARGV[7]  limit, ARGV[8] its window in microseconds, and so on in pairs
 --
 -- Reply: {admitted (1 or 0), index of the deciding limit from 1, its remaining, retry_after, reset_after, the time booked
 -- or 0}, times in microseconds.
 --
 -- What was booked is decided anew at each call, by what was admitted and by what is booked for an earlier time: what is
--- booked for later waits for it. So one that comes late has its turn still, and never breaks the limits. For whom there is
--- no room then, because others were late, comes after those that were moved before it, and before all that nobody has
--- called for yet. One that comes early finds its time as it was, or an earlier one where room was made. Entries that are
--- never called for count at their time, as if they had been admitted.
+-- booked for later waits for it. So one that comes late has its turn still, and never breaks the limits. One for which
+-- there is no room then, because others were late, waits in its place if that is short; else it is moved behind all that
+-- were moved before it, and comes before all that nobody has called for yet. One that comes early finds its time as it
+-- was, or an earlier one where room was made. Entries that are never called for count at their time, as if admitted.
 
 local DAY = 86400 * 1000000
 
-local mode, cost, member, booking = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[5]
-local now, limits = clock(ARGV[4]), {unpack(ARGV, 6)}
+local mode, cost, member, booking, patience = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[5], tonumber(ARGV[6])
+local now, limits = clock(ARGV[4]), {unpack(ARGV, 7)}
 
 if redis.call('ZSCORE', KEYS[1], member .. '-1') then
   -- The same call, arriving again: it has been admitted already.
@@ -43,39 +45,36 @@ end
 
 local was_moved = redis.call('ZSCORE', KEYS[4], booking .. '-1')
 local booked = was_moved or redis.call('ZSCORE', KEYS[3], booking .. '-1')
-local untouched, later = nil, nil
+local spared = nil
 if booked then
   local i = 1
   while redis.call('ZREM', KEYS[3], booking .. '-' .. i) + redis.call('ZREM', KEYS[4], booking .. '-' .. i) > 0 do
     redis.call('ZREM', KEYS[1], booking .. '-' .. i)
     i = i + 1
   end
-  local function after(score, bound)
-    return score > tonumber(booked) and bound or '(' .. booked
-  end
-  untouched = function(score, bound)
-    return redis.call('ZCOUNT', KEYS[3], after(score, bound), '+inf')
-  end
-  later = function(score, bound)
-    return untouched(score, bound) + redis.call('ZCOUNT', KEYS[4], after(score, bound), '+inf')
+  spared = function(score, bound)
+    local later = score > tonumber(booked) and bound or '(' .. booked
+    if not was_moved then return redis.call('ZCOUNT', KEYS[3], later, '+inf') end
+    return redis.call('ZCOUNT', KEYS[3], bound, '+inf') + redis.call('ZCOUNT', KEYS[4], later, '+inf')
   end
 end
 
-local found = look(now, limits, cost, later, false)
+local found = look(now, limits, cost, spared, false)
 if found.admitted and mode == 'hit' then
   write(now, limits, now, cost, member)
   return {1, found.deciding, found.least, 0, reset_after(now, limits, found.deciding), 0}
 end
 
-local overdue = booked and microseconds(booked) <= now
-if overdue and not found.admitted and not was_moved then found = look(now, limits, cost, untouched, false) end
-local at = now + found.wait
+local at, moved = now + found.wait, was_moved
+if booked and microseconds(booked) <= now and not found.admitted then
+  if found.wait <= patience then at = microseconds(booked) else moved = true end
+end
 write(now, limits, at, cost, booking)
 local over = seconds(now - tonumber(redis.call('GET', KEYS[2])) - DAY)
 redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', over)
 redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', over)
 for i = 1, cost do
-  if overdue or was_moved then
+  if moved then
     redis.call('ZADD', KEYS[4], seconds(at), booking .. '-' .. i)
   else
     redis.call('ZADD', KEYS[3], seconds(at), booking .. '-' .. i)

@@ -154,8 +154,9 @@ class RateLimiter:
         booking: str,
         operation: str = _DEFAULT,
         cost: int = 1,
+        patience: float = 0.0,
         admit: bool = True,
-    ) -> tuple[RateLimitResult, int]:
+    ) -> tuple[RateLimitResult, bool]:
         """`hit`, for what comes again by itself: what is refused is booked, and everybody else's hits count it.
 
         Called again when that time has come, it is admitted; where others were admitted meanwhile later than they were
@@ -164,18 +165,21 @@ class RateLimiter:
 
         Args:
             booking: what identifies it: the same at each call.
+            patience: seconds that the caller waits, where that is enough, to call again: meanwhile it keeps its place.
             admit: False: what there is room for is booked too, for now.
 
-        Returns the result, and the time booked, in microseconds of Redis's clock; 0 where nothing is.
+        Returns the result, and whether it is booked, for `retry_after` seconds from now.
         """
         limits, key = self._checked(identity, rate, operation, cost)
         if self._redis_window is not None:
             try:
-                outcome, at = self._redis_window.book(key, limits, cost, booking, "hit" if admit else "book")
-                return self._result(outcome, limits, "hit", self._redis_window.backend), at
+                outcome, at = self._redis_window.book(
+                    key, limits, cost, booking, patience_us=int(patience * 1_000_000), mode="hit" if admit else "book"
+                )
+                return self._result(outcome, limits, "hit", self._redis_window.backend), at > 0
             except BackendUnavailable:
                 pass
-        return self._decide(identity, rate, operation, cost, "hit" if admit else "peek"), 0
+        return self._decide(identity, rate, operation, cost, "hit" if admit else "peek"), False
 
     # -- two steps -----------------------------------------------------------------------------------------------
 

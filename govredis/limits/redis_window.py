@@ -40,19 +40,28 @@ class RedisWindow:
         return Outcome(admitted == 1, deciding - 1, remaining, retry_after, reset_after)
 
     def book(
-        self, key: str, limits: Sequence[Limit], cost: int, booking: str, mode: Literal["hit", "book"] = "hit"
+        self,
+        key: str,
+        limits: Sequence[Limit],
+        cost: int,
+        booking: str,
+        *,
+        patience_us: int = 0,
+        mode: Literal["hit", "book"] = "hit",
     ) -> tuple[Outcome, int]:
         """As `decide`; what finds no room is booked for the first time at which there will be, in the order of calls.
 
         Args:
             booking: the same at every call for the same thing.
+            patience_us: one whose time has come, and for which there will be room in so many microseconds, keeps its place
+                before all that is booked for later: its caller waits, and calls again. Longer waits are booked anew.
             mode: "hit" admits what there is room for. "book" books it for now, to be admitted by a "hit".
 
         Returns the outcome and the time booked, in microseconds of Redis's clock; 0 where it was admitted.
         """
         keys = (key, *_siblings(key))
         admitted, deciding, remaining, retry_after, reset_after, at = self._client.run(
-            self._book, keys, mode, str(cost), self._member(), "", booking, *_pairs(limits)
+            self._book, keys, mode, str(cost), self._member(), "", booking, str(patience_us), *_pairs(limits)
         )
         return Outcome(admitted == 1, deciding - 1, remaining, retry_after, reset_after), at
 

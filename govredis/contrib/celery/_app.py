@@ -9,6 +9,7 @@ from celery.local import Proxy
 
 from ...api import GovRedis
 from ._gov import gov_of, govs, intervals
+from ._publisher import PublishesParked
 from ._tasks import TASKS
 
 
@@ -35,6 +36,7 @@ def init_celery(app: Celery, gov: GovRedis | None = None) -> None:
         app = app._get_current_object()
     govs[app] = gov or govs.get(app) or ""
     app.steps["worker"].add(_Settings)
+    app.steps["worker"].add(PublishesParked)
     if app.finalized:
         _install(app)
     else:

@@ -1,0 +1,142 @@
+"""What rate_limited refuses: booked in the limit, and parked in Redis until a worker publishes it when it is due."""
+
+# mypy: allow-untyped-calls
+# kombu says that it has types; most of it has none.
+from __future__ import annotations
+
+import base64
+import os
+import time
+from typing import Any
+
+from celery import Celery, Task
+from celery.canvas import Signature
+from celery.exceptions import Ignore, Retry
+from kombu import Exchange, Producer, Queue
+from kombu.serialization import dumps
+from kombu.utils import json
+
+from ...api import GovRedis
+from ...errors import BackendError, BackendUnavailable, RateLimitExceeded
+from ...limits import RateLimitResult
+from ...limits.parked import Arrival, Parked
+from ...limits.rates import Rate
+from ._republish import jittered, republish, signature_of
+
+#: The header that tells a parked message from others of the same run: "{times parked}:{publication}:{run}", the run
+#: without the task's id.
+HEADER = "govredis_parked"
+
+#: Seconds that a task which was parked waits in its process for its turn, where it came a little before it: because one
+#: before it was late. To park it again would cost a delivery.
+_PATIENCE = 0.5
+
+
+def admit_or_park(gov: GovRedis, task: Task, identity: Any, rate: Rate, operation: str, cost: int = 1) -> None:
+    """Return where the running task is admitted. End it where it is not: it runs again when it is due."""
+    arrival, parked = arrival_of(task.request), gov._parked
+    if parked is not None:
+        try:
+            if not parked.arrived(arrival):
+                gov.counters.add("celery.duplicates")
+                raise Ignore(f"{task.name} of this id is parked since, or was begun by another copy of this message")
+        except BackendUnavailable:
+            pass  # nobody can tell: it is worked on
+    patience = _PATIENCE if arrival.times else 0.0  # a first delivery never waits: there may be many
+    while True:
+        result, booked = gov.limits.hit_or_book(
+            identity, rate, booking=arrival.run, operation=operation, cost=cost, patience=patience
+        )
+        if result.allowed:
+            return
+        if not booked or result.retry_after > patience:
+            break
+        patience -= max(result.retry_after, 0.001)
+        time.sleep(max(result.retry_after, 0.001))
+    gov.counters.add("celery.limited.retry")
+    exceeded = RateLimitExceeded(result)
+    if booked and parked is not None:
+        message = signature_of(task)
+        if park(gov, parked, arrival, result, message):
+            raise Retry(exc=exceeded, when=result.retry_after, sig=message)
+        run = arrival.run.rpartition(":")[2]
+        # Redis went away, and may have it all the same: of the two, that which arrives first is worked on.
+        republish(task, exceeded, jittered(result.retry_after), {HEADER: _header(arrival.times + 1, run)})
+    republish(task, exceeded, jittered(result.retry_after))
+
+
+def park(gov: GovRedis, parked: Parked, arrival: Arrival, result: RateLimitResult, message: Signature) -> bool:
+    """Park what `message` would publish, for as long as the limit says. False: it could not be."""
+    encoded = _encode(message, arrival)
+    try:
+        parked.park(arrival, result.retry_after, encoded)
+    except BackendError:
+        gov.counters.add("celery.unparked")
+        return False
+    gov.counters.add("celery.parked")
+    return True
+
+
+def arrival_of(request: Any) -> Arrival:
+    """What the running task's message says of itself."""
+    run = run_of(request.retries, request.replaced_task_nesting)
+    again = bool((request.delivery_info or {}).get("redelivered"))
+    times, publication, of = [*str((request.headers or {}).get(HEADER, "")).split(":"), "", ""][:3]
+    if of != run or not times.isdigit():  # that of an earlier try is none of this one's
+        times, publication = "0", ""
+    return Arrival(f"{request.id}:{run}", int(times), publication, again)
+
+
+def run_of(retries: int, nesting: int) -> str:
+    """Which of the runs of one id: each retry is one, and each task that replaces itself."""
+    return f"{retries}.{nesting}"
+
+
+def _header(times: int, run: str) -> str:
+    return f"{times}:{os.urandom(6).hex()}:{run}"
+
+
+class _Capture(Producer):  # type: ignore[misc]
+    """Keeps the first message that it is to publish: the task's. Connects to nothing."""
+
+    captured: tuple[Any, dict[str, Any]] | None = None
+
+    def publish(self, body: Any, **options: Any) -> None:  # type: ignore[override]
+        if self.captured is None:  # a second one would be the event that says it was sent
+            self.captured = body, options
+
+
+def _encode(message: Signature, arrival: Arrival) -> bytes:
+    """What the message would have published, as JSON. Raises EncodeError as that would have."""
+    with message.app.connection_for_write() as connection:
+        capture = _Capture(connection, auto_declare=False)
+        message.apply_async(producer=capture, retry=False)
+    assert capture.captured is not None
+    body, options = capture.captured
+    content_type, content_encoding, encoded = dumps(body, serializer=options.pop("serializer"))
+    if isinstance(encoded, str):
+        encoded = encoded.encode(content_encoding)
+    for ours in ("retry", "retry_policy", "timeout", "confirm_timeout"):
+        options.pop(ours, None)
+    exchange = options["exchange"]
+    options["exchange"] = exchange.name if isinstance(exchange, Exchange) else exchange
+    options["declare"] = [queue.name for queue in options["declare"] or () if isinstance(queue, Queue)]
+    options.update(content_type=content_type, content_encoding=content_encoding)
+    parked = {
+        "id": options["headers"]["id"],
+        "task": options["headers"]["task"],
+        "times": arrival.times + 1,
+        "run": arrival.run.rpartition(":")[2],
+        "body": base64.b64encode(encoded).decode(),
+        "options": options,
+    }
+    return bytes(json.dumps(parked), "utf-8")
+
+
+def publish(app: Celery, producer: Producer, message: bytes) -> None:
+    """Publish a parked message, as another publication of it. Raises what the broker does."""
+    parked = json.loads(message)
+    options = parked["options"]
+    options["declare"] = [app.amqp.queues[name] for name in options["declare"]]
+    options["headers"][HEADER] = _header(parked["times"], parked["run"])
+    producer.publish(base64.b64decode(parked["body"]), **options)

@@ -1,0 +1,100 @@
+"""The thread of a worker that publishes what is parked when it is due."""
+
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+from celery import Celery, bootsteps
+
+from ...api import GovRedis
+from ...config import redact
+from ...errors import BackendError
+from ...limits.parked import Parked
+from ._gov import gov_of
+from ._parking import publish
+
+log = logging.getLogger("govredis")
+
+#: Seconds after which it looks whether something is due: what others have parked since, it does not know.
+_POLL = 0.1
+#: Seconds before it tries again where Redis or the broker is away.
+_RETRY = 1.0
+
+
+class Publisher(threading.Thread):
+    """Publishes what is due, until it is stopped, over a connection of its own. Any number of them may run.
+
+    Redis or the broker may go away meanwhile: what is parked stays so. What was taken when a broker went away is due
+    again after 5 s. Of one that is killed, others take over what it had taken after 5 s.
+    """
+
+    def __init__(self, app: Celery, gov: GovRedis, parked: Parked) -> None:
+        super().__init__(name="govredis-publisher", daemon=True)
+        self._app, self._gov, self._parked = app, gov, parked
+        self._stopped = threading.Event()
+        self._away = False
+
+    def run(self) -> None:
+        """Work until `stop` is called."""
+        wait = 0.0
+        while not self._stopped.wait(wait):
+            try:
+                self._until_away()
+            except BackendError:
+                wait = _RETRY  # Redis is: its breaker says so
+            except Exception as error:  # noqa: BLE001 - each transport has its own
+                if not self._away:
+                    log.warning("parked tasks cannot be published, and stay parked: %s", redact(str(error)))
+                self._away, wait = True, _RETRY
+
+    def stop(self) -> None:
+        """Publish no more than what it is at."""
+        self._stopped.set()
+        self.join(_RETRY)
+
+    def _until_away(self) -> None:
+        """Over one connection, made when something is due first. Returns when it is stopped."""
+        options = {"confirm_publish": True}  # of AMQP: what was not confirmed is not removed
+        with self._app.connection_for_write(transport_options=options) as connection:
+            producer = self._app.amqp.Producer(connection, auto_declare=False)
+            while True:
+                due, next_in = self._parked.take()
+                for entry, message in due:
+                    publish(self._app, producer, message)
+                    self._parked.remove(entry)
+                    self._gov.counters.add("celery.published")
+                    if self._away:
+                        log.info("parked tasks are published again")
+                        self._away = False
+                    if self._stopped.is_set():
+                        return
+                if self._stopped.wait(_POLL if next_in is None else min(_POLL, next_in)):
+                    return
+
+
+class PublishesParked(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Runs a Publisher in the worker's own process, once its pool is there."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, parent: Any, **kwargs: Any) -> None:
+        super().__init__(parent, **kwargs)
+        self._publisher: Publisher | None = None
+
+    def create(self, parent: Any) -> PublishesParked:
+        return self
+
+    def start(self, parent: Any) -> None:
+        gov = gov_of(parent.app)
+        if gov._parked is not None:
+            self._publisher = Publisher(parent.app, gov, gov._parked)
+            self._publisher.start()
+
+    def stop(self, parent: Any) -> None:
+        if self._publisher is not None:
+            self._publisher.stop()
+
+    terminate = stop

@@ -1,0 +1,116 @@
+"""Messages that wait in Redis until they are due: parked, taken by whoever publishes them, known when they arrive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..client import RedisClient, Script
+from ..keys import Keys, sibling
+
+#: Seconds for which who took a message has it to himself.
+LEASE = 5.0
+#: Seconds after which nobody delivers a message a second time any more, and its ticket may go.
+_REMEMBERED = 86_400.0
+_AT_ONCE = "100"
+_FLUSHED_AT_ONCE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A message as it has arrived, by what tells it from others of the same run.
+
+    Attributes:
+        run: what the message is to run, the same each time it is parked.
+        times: how often it had been parked when it was published. 0: this is the message as it was sent at first.
+        publication: which publication of what was parked it is; "" where `times` is 0.
+        again: the broker says that it delivers it again.
+    """
+
+    run: str
+    times: int = 0
+    publication: str = ""
+    again: bool = False
+
+
+class Parked:
+    """The messages that wait in Redis: any bytes.
+
+    A message is published at least once: taken with a lease of 5 s, published, removed, in this order. What was
+    published twice, `arrived` finds out: of all publications only that which arrives first is to be worked on; and that
+    one again, if the broker delivers it again. It remembers for a day.
+
+    Every method raises BackendUnavailable while that Redis is away, BackendError.
+
+    Args:
+        redis: where they wait. What it loses, is lost.
+    """
+
+    def __init__(self, keys: Keys, redis: RedisClient) -> None:
+        self._redis = redis
+        self._key = keys.parked()
+        self._messages = sibling(self._key, "messages")
+        self._park = Script(__package__, "park.lua")
+        self._arrive = Script(__package__, "arrive.lua")
+        self._due = Script(__package__, "due.lua")
+
+    def park(self, arrival: Arrival, seconds: float, message: bytes) -> bool:
+        """Keep a message, in place of one that has arrived, until it is due in `seconds`.
+
+        Returns False where that has been done before: nothing is changed then.
+        """
+        keys = (self._key, self._messages, self._ticket(arrival.run))
+        times, wait_us, kept_ms = str(arrival.times + 1), f"{seconds * 1_000_000:.0f}", f"{_REMEMBERED * 1000:.0f}"
+        return bool(self._redis.run(self._park, keys, arrival.run, times, wait_us, message, kept_ms, ""))
+
+    def arrived(self, arrival: Arrival) -> bool:
+        """Whether a message is to be worked on; False: it is one too many. To be asked before anything is done."""
+        again, kept_ms = str(int(arrival.again)), f"{_REMEMBERED * 1000:.0f}"
+        args = (str(arrival.times), arrival.publication, again, kept_ms)
+        return bool(self._redis.run(self._arrive, (self._ticket(arrival.run),), *args))
+
+    def take(self) -> tuple[list[tuple[bytes, bytes]], float | None]:
+        """Take what is due now, or a part of it: nobody else gets it for 5 s.
+
+        Returns the entries and their messages; and seconds until the next one is due, None where nothing is parked.
+        """
+        lease_us = f"{LEASE * 1_000_000:.0f}"
+        wait_us, *found = self._redis.run(self._due, (self._key, self._messages), lease_us, _AT_ONCE, "")
+        pairs = list(zip(found[::2], found[1::2], strict=True))
+        return pairs, None if wait_us < 0 else wait_us / 1_000_000
+
+    def remove(self, entry: bytes) -> None:
+        """What was taken has been published."""
+        self._redis.pipeline((("HDEL", self._messages, entry), ("ZREM", self._key, entry)))
+
+    def count(self) -> int:
+        """How many are parked."""
+        return int(self._redis.call("ZCARD", self._key))
+
+    def first(self, count: int) -> list[tuple[float, bytes]]:
+        """Those that are due first, of each the seconds until then, and the message. Overdue ones have less than 0."""
+        found, now_us = self._redis.pipeline((("ZRANGE", self._key, "0", str(count - 1), "WITHSCORES"), ("TIME",)))
+        if not found:
+            return []
+        now = int(now_us[0]) * 1_000_000 + int(now_us[1])
+        messages = self._redis.call("HMGET", self._messages, *found[::2])
+        dues = [(float(due) - now) / 1_000_000 for due in found[1::2]]
+        return [(due, message) for due, message in zip(dues, messages, strict=True) if message is not None]
+
+    def flush(self) -> int:
+        """Make all of them due now, in the order they have. Returns how many."""
+        seconds, microseconds = self._redis.call("TIME")
+        flushed, now = 0, int(seconds) * 1_000_000 + int(microseconds)
+        while True:
+            # Each is put before all that are still to come: that is where the next ones are looked for.
+            found = self._redis.call(
+                "ZRANGEBYSCORE", self._key, f"({now + flushed}", "+inf", "LIMIT", "0", str(_FLUSHED_AT_ONCE)
+            )
+            if not found:
+                return flushed
+            # XX: who has published one meanwhile has removed it.
+            commands = [("ZADD", self._key, "XX", str(now + flushed + n), entry) for n, entry in enumerate(found)]
+            self._redis.pipeline(commands)
+            flushed += len(found)
+
+    def _ticket(self, run: str) -> str:
+        return sibling(self._key, f"ticket:{run}")
