@@ -1,7 +1,7 @@
 -- Take what is due, for a while: who takes it publishes it and removes it, or it is due again when the while is over.
 --
--- KEYS[1]  the ZSET of what is parked; see park.lua
--- KEYS[2]  its sibling "messages"
+-- KEYS[1]  the ZSET of what is parked for a broker; see park.lua
+-- KEYS[2]  the hash of the messages
 -- ARGV[1]  the while, in microseconds
 -- ARGV[2]  how many at most
 -- ARGV[3]  now in microseconds, or "" for the server's clock (tests only pass one)

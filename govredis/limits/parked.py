@@ -33,13 +33,7 @@ class Arrival:
 
 
 class Parked:
-    """The messages that wait in Redis: any bytes.
-
-    A message is published at least once: taken with a lease of 5 s, published, removed, in this order. What was
-    published twice, `arrived` finds out: of all publications only that which arrives first is to be worked on; and that
-    one again, if the broker delivers it again. It remembers for a day.
-
-    Every method raises BackendUnavailable while that Redis is away, BackendError.
+    """The messages that wait in one Redis, by the broker that they are for.
 
     Args:
         redis: where they wait. What it loses, is lost.
@@ -48,19 +42,45 @@ class Parked:
     def __init__(self, keys: Keys, redis: RedisClient) -> None:
         self._redis = redis
         self._key = keys.parked()
-        self._messages = sibling(self._key, "messages")
-        self._park = Script(__package__, "park.lua")
-        self._arrive = Script(__package__, "arrive.lua")
-        self._due = Script(__package__, "due.lua")
+
+    def lot(self, broker: str) -> ParkingLot:
+        """What is for one broker: whatever names it, the same for all that publish to it."""
+        return ParkingLot(self._redis, self._key, broker)
+
+    def lots(self) -> list[ParkingLot]:
+        """Of each broker for which something was ever parked. Raises BackendUnavailable, BackendError."""
+        return [self.lot(broker.decode()) for broker in sorted(self._redis.call("SMEMBERS", self._key))]
+
+
+class ParkingLot:
+    """The messages that wait for one broker: any bytes.
+
+    A message is published at least once: taken with a lease of 5 s, published, removed, in this order. What was
+    published twice, `arrived` finds out: of all publications only that which arrives first is to be worked on; and that
+    one again, if the broker delivers it again. It remembers for a day.
+
+    Every method raises BackendUnavailable while that Redis is away, BackendError.
+    """
+
+    _park = Script(__package__, "park.lua")
+    _arrive = Script(__package__, "arrive.lua")
+    _due = Script(__package__, "due.lua")
+
+    def __init__(self, redis: RedisClient, key: str, broker: str) -> None:
+        self.broker = broker
+        self._redis = redis
+        self._key = key
+        self._entries = sibling(key, f"due:{broker}")
+        self._messages = sibling(key, f"messages:{broker}")
 
     def park(self, arrival: Arrival, seconds: float, message: bytes) -> bool:
         """Keep a message, in place of one that has arrived, until it is due in `seconds`.
 
         Returns False where that has been done before: nothing is changed then.
         """
-        keys = (self._key, self._messages, self._ticket(arrival.run))
+        keys = (self._key, self._entries, self._messages, self._ticket(arrival.run))
         times, wait_us, kept_ms = str(arrival.times + 1), f"{seconds * 1_000_000:.0f}", f"{_REMEMBERED * 1000:.0f}"
-        return bool(self._redis.run(self._park, keys, arrival.run, times, wait_us, message, kept_ms, ""))
+        return bool(self._redis.run(self._park, keys, self.broker, arrival.run, times, wait_us, message, kept_ms, ""))
 
     def arrived(self, arrival: Arrival) -> bool:
         """Whether a message is to be worked on; False: it is one too many. To be asked before anything is done."""
@@ -74,43 +94,46 @@ class Parked:
         Returns the entries and their messages; and seconds until the next one is due, None where nothing is parked.
         """
         lease_us = f"{LEASE * 1_000_000:.0f}"
-        wait_us, *found = self._redis.run(self._due, (self._key, self._messages), lease_us, _AT_ONCE, "")
+        wait_us, *found = self._redis.run(self._due, (self._entries, self._messages), lease_us, _AT_ONCE, "")
         pairs = list(zip(found[::2], found[1::2], strict=True))
         return pairs, None if wait_us < 0 else wait_us / 1_000_000
 
     def remove(self, entry: bytes) -> None:
         """What was taken has been published."""
-        self._redis.pipeline((("HDEL", self._messages, entry), ("ZREM", self._key, entry)))
+        self._redis.pipeline((("HDEL", self._messages, entry), ("ZREM", self._entries, entry)))
 
     def count(self) -> int:
         """How many are parked."""
-        return int(self._redis.call("ZCARD", self._key))
+        return int(self._redis.call("ZCARD", self._entries))
 
     def first(self, count: int) -> list[tuple[float, bytes]]:
         """Those that are due first, of each the seconds until then, and the message. Overdue ones have less than 0."""
-        found, now_us = self._redis.pipeline((("ZRANGE", self._key, "0", str(count - 1), "WITHSCORES"), ("TIME",)))
+        found, time = self._redis.pipeline((("ZRANGE", self._entries, "0", str(count - 1), "WITHSCORES"), ("TIME",)))
         if not found:
             return []
-        now = int(now_us[0]) * 1_000_000 + int(now_us[1])
+        now = _microseconds(time)
         messages = self._redis.call("HMGET", self._messages, *found[::2])
-        dues = [(float(due) - now) / 1_000_000 for due in found[1::2]]
+        dues = [(int(due) - now) / 1_000_000 for due in found[1::2]]
         return [(due, message) for due, message in zip(dues, messages, strict=True) if message is not None]
 
     def flush(self) -> int:
         """Make all of them due now, in the order they have. Returns how many."""
-        seconds, microseconds = self._redis.call("TIME")
-        flushed, now = 0, int(seconds) * 1_000_000 + int(microseconds)
+        flushed, now = 0, _microseconds(self._redis.call("TIME"))
         while True:
             # Each is put before all that are still to come: that is where the next ones are looked for.
             found = self._redis.call(
-                "ZRANGEBYSCORE", self._key, f"({now + flushed}", "+inf", "LIMIT", "0", str(_FLUSHED_AT_ONCE)
+                "ZRANGEBYSCORE", self._entries, f"({now + flushed}", "+inf", "LIMIT", "0", str(_FLUSHED_AT_ONCE)
             )
             if not found:
                 return flushed
             # XX: who has published one meanwhile has removed it.
-            commands = [("ZADD", self._key, "XX", str(now + flushed + n), entry) for n, entry in enumerate(found)]
+            commands = [("ZADD", self._entries, "XX", str(now + flushed + n), entry) for n, entry in enumerate(found)]
             self._redis.pipeline(commands)
             flushed += len(found)
 
     def _ticket(self, run: str) -> str:
-        return sibling(self._key, f"ticket:{run}")
+        return sibling(self._key, f"ticket:{self.broker}:{run}")
+
+
+def _microseconds(time: list[bytes]) -> int:
+    return int(time[0]) * 1_000_000 + int(time[1])

@@ -53,8 +53,8 @@ class RedisWindow:
 
         Args:
             booking: the same at every call for the same thing.
-            patience_us: one whose time has come, and for which there will be room in so many microseconds, keeps its place
-                before all that is booked for later: its caller waits, and calls again. Longer waits are booked anew.
+            patience_us: one whose time has come, and for which there will be room in so many microseconds, keeps its
+                place before all that is booked for later: its caller waits, and calls again. Longer waits are booked.
             mode: "hit" admits what there is room for. "book" books it for now, to be admitted by a "hit".
 
         Returns the outcome and the time booked, in microseconds of Redis's clock; 0 where it was admitted.

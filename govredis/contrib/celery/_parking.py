@@ -8,18 +8,20 @@ import base64
 import os
 import time
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from celery import Celery, Task
 from celery.canvas import Signature
 from celery.exceptions import Ignore, Retry
-from kombu import Exchange, Producer, Queue
+from kombu.entity import Exchange, Queue
+from kombu.messaging import Producer
 from kombu.serialization import dumps
 from kombu.utils import json
 
 from ...api import GovRedis
 from ...errors import BackendError, BackendUnavailable, RateLimitExceeded
 from ...limits import RateLimitResult
-from ...limits.parked import Arrival, Parked
+from ...limits.parked import Arrival, ParkingLot
 from ...limits.rates import Rate
 from ._republish import jittered, republish, signature_of
 
@@ -31,13 +33,16 @@ HEADER = "govredis_parked"
 #: before it was late. To park it again would cost a delivery.
 _PATIENCE = 0.5
 
+#: Of each app, which broker it publishes to, without credentials.
+_brokers: WeakKeyDictionary[Celery, str] = WeakKeyDictionary()
+
 
 def admit_or_park(gov: GovRedis, task: Task, identity: Any, rate: Rate, operation: str, cost: int = 1) -> None:
     """Return where the running task is admitted. End it where it is not: it runs again when it is due."""
-    arrival, parked = arrival_of(task.request), gov._parked
-    if parked is not None:
+    arrival, lot = arrival_of(task.request), lot_of(task.app, gov)
+    if lot is not None:
         try:
-            if not parked.arrived(arrival):
+            if not lot.arrived(arrival):
                 gov.counters.add("celery.duplicates")
                 raise Ignore(f"{task.name} of this id is parked since, or was begun by another copy of this message")
         except BackendUnavailable:
@@ -55,9 +60,9 @@ def admit_or_park(gov: GovRedis, task: Task, identity: Any, rate: Rate, operatio
         time.sleep(max(result.retry_after, 0.001))
     gov.counters.add("celery.limited.retry")
     exceeded = RateLimitExceeded(result)
-    if booked and parked is not None:
+    if booked and lot is not None:
         message = signature_of(task)
-        if park(gov, parked, arrival, result, message):
+        if park(gov, lot, arrival, result, message):
             raise Retry(exc=exceeded, when=result.retry_after, sig=message)
         run = arrival.run.rpartition(":")[2]
         # Redis went away, and may have it all the same: of the two, that which arrives first is worked on.
@@ -65,11 +70,24 @@ def admit_or_park(gov: GovRedis, task: Task, identity: Any, rate: Rate, operatio
     republish(task, exceeded, jittered(result.retry_after))
 
 
-def park(gov: GovRedis, parked: Parked, arrival: Arrival, result: RateLimitResult, message: Signature) -> bool:
+def lot_of(app: Celery, gov: GovRedis) -> ParkingLot | None:
+    """Where that is parked which is for the broker of an app. None: Redis is disabled."""
+    if gov._parked is None:
+        return None
+    broker = _brokers.get(app)
+    if broker is None:
+        with app.connection_for_write() as connection:
+            info = connection.info()
+        path = str(info["virtual_host"]).strip("/") or ("0" if info["transport"] == "redis" else "")
+        broker = _brokers[app] = f"{info['transport']}://{info['hostname']}:{info['port']}/{path}"
+    return gov._parked.lot(broker)
+
+
+def park(gov: GovRedis, lot: ParkingLot, arrival: Arrival, result: RateLimitResult, message: Signature) -> bool:
     """Park what `message` would publish, for as long as the limit says. False: it could not be."""
     encoded = _encode(message, arrival)
     try:
-        parked.park(arrival, result.retry_after, encoded)
+        lot.park(arrival, result.retry_after, encoded)
     except BackendError:
         gov.counters.add("celery.unparked")
         return False
@@ -96,7 +114,7 @@ def _header(times: int, run: str) -> str:
     return f"{times}:{os.urandom(6).hex()}:{run}"
 
 
-class _Capture(Producer):  # type: ignore[misc]
+class _Capture(Producer):
     """Keeps the first message that it is to publish: the task's. Connects to nothing."""
 
     captured: tuple[Any, dict[str, Any]] | None = None

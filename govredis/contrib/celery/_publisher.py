@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
 
-from celery import Celery, bootsteps
+from celery import Celery
 
 from ...api import GovRedis
 from ...config import redact
 from ...errors import BackendError
-from ...limits.parked import Parked
-from ._gov import gov_of
+from ...limits.parked import ParkingLot
 from ._parking import publish
 
 log = logging.getLogger("govredis")
@@ -31,9 +29,9 @@ class Publisher(threading.Thread):
     again after 5 s. Of one that is killed, others take over what it had taken after 5 s.
     """
 
-    def __init__(self, app: Celery, gov: GovRedis, parked: Parked) -> None:
+    def __init__(self, app: Celery, gov: GovRedis, lot: ParkingLot) -> None:
         super().__init__(name="govredis-publisher", daemon=True)
-        self._app, self._gov, self._parked = app, gov, parked
+        self._app, self._gov, self._lot = app, gov, lot
         self._stopped = threading.Event()
         self._away = False
 
@@ -61,10 +59,10 @@ class Publisher(threading.Thread):
         with self._app.connection_for_write(transport_options=options) as connection:
             producer = self._app.amqp.Producer(connection, auto_declare=False)
             while True:
-                due, next_in = self._parked.take()
+                due, next_in = self._lot.take()
                 for entry, message in due:
                     publish(self._app, producer, message)
-                    self._parked.remove(entry)
+                    self._lot.remove(entry)
                     self._gov.counters.add("celery.published")
                     if self._away:
                         log.info("parked tasks are published again")
@@ -73,28 +71,3 @@ class Publisher(threading.Thread):
                         return
                 if self._stopped.wait(_POLL if next_in is None else min(_POLL, next_in)):
                     return
-
-
-class PublishesParked(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Runs a Publisher in the worker's own process, once its pool is there."""
-
-    requires = ("celery.worker.components:Pool",)
-
-    def __init__(self, parent: Any, **kwargs: Any) -> None:
-        super().__init__(parent, **kwargs)
-        self._publisher: Publisher | None = None
-
-    def create(self, parent: Any) -> PublishesParked:
-        return self
-
-    def start(self, parent: Any) -> None:
-        gov = gov_of(parent.app)
-        if gov._parked is not None:
-            self._publisher = Publisher(parent.app, gov, gov._parked)
-            self._publisher.start()
-
-    def stop(self, parent: Any) -> None:
-        if self._publisher is not None:
-            self._publisher.stop()
-
-    terminate = stop

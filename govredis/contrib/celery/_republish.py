@@ -64,12 +64,14 @@ def signature_of(task: Task, headers: dict[str, object] | None = None, **options
     return task.signature_from_request(request, **options)
 
 
-@task_received.connect
 def _keep_content_type(request: Request, **_: Any) -> None:
     """Tell the process that runs a task how its message was encoded. AMQP has it among the properties, and so we do."""
     kept = request.request_dict
     if request.content_type:  # of messages of Celery 3's protocol it is not known any more
         kept["properties"] = {**(kept["properties"] or {}), "content_type": request.content_type}
+
+
+task_received.connect(_keep_content_type)
 
 
 def republish(task: Task, why: Exception, countdown: float, headers: dict[str, object] | None = None) -> NoReturn:

@@ -21,6 +21,7 @@ from celery.signals import task_retry, worker_process_init, worker_ready
 from govredis import Config, GovRedis
 from govredis.contrib.celery import exclusive, init_celery, rate_limited
 from govredis.contrib.celery._gov import gov_of
+from govredis.contrib.celery._parking import HEADER
 
 SETTINGS: dict[str, Any] = json.loads(os.environ["GOVREDIS_TEST_APP"])
 
@@ -72,7 +73,7 @@ def deliveries() -> int:
 
 
 #: Of what a delivery is described by: when it may run, and what its own delivery was like.
-CHANGES = {"eta", "delivery_info", "properties", "hostname", "_children", "argsrepr", "kwargsrepr"}
+CHANGES = {"eta", "delivery_info", "properties", "hostname", "_children", "argsrepr", "kwargsrepr", HEADER}
 
 
 def used_up_at_first(rate: str) -> Any:
