@@ -13,6 +13,7 @@ from ..errors import BackendUnavailable, RateLimitExceeded, check_timeout, refus
 from ..keys import Keys
 from .calls import LimitedCalls
 from .local_window import LocalWindow
+from .mirror import Mirror
 from .rates import Limit, Rate, parse_rate
 from .redis_window import RedisWindow
 from .windows import Mode, Outcome, Window
@@ -65,8 +66,10 @@ class RateLimiter:
 
     When Redis is away, the same window is kept in PostgreSQL if there is one, and enforced there, exactly. With that
     away too, GOVREDIS_LIMIT_FALLBACK says: "local" (the default) keeps a window in each process, so P processes admit
-    up to P times N; "deny" refuses all; "allow" lets all through. Each store counts for itself: a window that spans a
-    switch admits at most N per store. `result.backend` and `result.degraded` say who decided.
+    up to P times N; "deny" refuses all; "allow" lets all through. Each store counts for itself: a window that spans
+    switches, however many, admits at most N per store, and each loss of a store's data adds N. With
+    GOVREDIS_LIMIT_MIRROR each of the two servers is told what the other admitted (see mirror.Mirror): such a window
+    admits at most N and what was not told yet. `result.backend` and `result.degraded` say who decided.
 
     Every method raises ValueError, before anything is sent, for a bad identity, rate, cost or operation.
     """
@@ -80,6 +83,7 @@ class RateLimiter:
         fallback: str,
         local_entries: int,
         counters: Counters,
+        mirror: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -89,14 +93,20 @@ class RateLimiter:
         self._sleep = sleep
         self._clock = clock
         self._windows: list[Window] = []
-        if redis is not None:
-            self._windows.append(RedisWindow(redis))
+        self._mirror: Mirror | None = None
+        redis_window = RedisWindow(redis) if redis is not None else None
+        if redis_window is not None:
+            self._windows.append(redis_window)
         self._postgres_window: PostgresWindow | None = None
         if postgres is not None:
             from .postgres_window import PostgresWindow
 
             self._postgres_window = PostgresWindow(postgres)
             self._windows.append(self._postgres_window)
+            if mirror is not None and redis is not None and redis_window is not None:
+                self._mirror = Mirror(
+                    redis, redis_window, postgres.breaker, self._postgres_window, interval=mirror, counters=counters
+                )
         if fallback == "local":
             self._windows.append(LocalWindow(local_entries, clock))
 
@@ -167,9 +177,12 @@ class RateLimiter:
     def reset(self, identity: str, *, operation: str = _DEFAULT) -> None:
         """Forget every entry of the identity, in each store that can be reached.
 
-        Raises BackendUnavailable if one could not: the window there is as it was.
+        With GOVREDIS_LIMIT_MIRROR, what another process has yet to tell comes afterwards, to the store that did not
+        decide it. Raises BackendUnavailable if one could not: the window there is as it was.
         """
         key = self._keys.rate_limit(operation, identity)
+        if self._mirror is not None:
+            self._mirror.forget(key)
         failed: BackendUnavailable | None = None
         for store in self._windows:
             try:
@@ -185,6 +198,11 @@ class RateLimiter:
         Raises BackendUnavailable, ConfigurationError.
         """
         return self._postgres_window.purge() if self._postgres_window is not None else 0
+
+    def close(self) -> None:
+        """Tell the other store what was admitted and is not mirrored yet. The limiter may be used again."""
+        if self._mirror is not None:
+            self._mirror.close()
 
     # -- decorator -----------------------------------------------------------------------------------------------
 
@@ -246,13 +264,15 @@ class RateLimiter:
             # The path of every healthy call, without a closure and a loop.
             first = self._windows[0]
             try:
-                return self._result(first.decide(key, limits, cost, mode), limits, mode, first.backend)
+                outcome, backend = first.decide(key, limits, cost, mode), first.backend
             except BackendUnavailable:
-                pass
-        outcome, backend = self._first(
-            lambda store: store.decide(key, limits, cost, mode), self._no_store(limits), skip=1
-        )
-        return self._result(outcome, limits, mode, backend)
+                outcome, backend = self._first(
+                    lambda store: store.decide(key, limits, cost, mode), self._no_store(limits), skip=1
+                )
+            if self._mirror is not None and mode != "peek" and outcome.admitted:
+                self._mirror.note(backend, key, limits, cost)
+            return self._result(outcome, limits, mode, backend)
+        return self._result(self._no_store(limits), limits, mode, "none")
 
     def _first(self, ask: Callable[[Window], R], otherwise: R, skip: int = 0) -> tuple[R, str]:
         """The answer of the first store that can be reached, and its name."""
