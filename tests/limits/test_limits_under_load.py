@@ -1,4 +1,4 @@
-"""Many at once on one key, their clocks 30 s apart: never more than N in any window, and none refused while within N."""
+"""Many at once on one key, clocks 30 s apart: never more than N in any window, and none refused while within N."""
 
 from __future__ import annotations
 
