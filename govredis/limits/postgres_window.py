@@ -43,11 +43,21 @@ class PostgresWindow:
         self._postgres = postgres
 
     def decide(self, key: str, limits: Sequence[Limit], cost: int, mode: Mode) -> Outcome:
-        ((admitted, deciding, remaining, retry_after, reset_after),) = self._postgres.fetch(
-            "SELECT * FROM govredis_limit_decide(%s, %s, %s, %s::bigint[], %s::bigint[])",
+        ((admitted, deciding, remaining, retry_after, reset_after, entry),) = self._postgres.fetch(
+            "SELECT * FROM govredis_limit_admit(%s, %s, %s, %s::bigint[], %s::bigint[])",
             (key, cost, mode, [limit.count for limit in limits], [limit.window_us for limit in limits]),
         )
-        return Outcome(admitted, deciding - 1, remaining, retry_after, reset_after)
+        return Outcome(admitted, deciding - 1, remaining, retry_after, reset_after, entry)
+
+    def refund(self, key: str, entries: int, cost: int) -> bool:
+        # They follow those that are older: as many as width_bucket finds up to the microsecond before.
+        rows = self._postgres.fetch(
+            "UPDATE govredis_limit_windows SET entries = entries[: width_bucket(%s::bigint, entries)]"
+            " || entries[least(width_bucket(%s::bigint, entries) + %s, width_bucket(%s::bigint, entries)) + 1 :]"
+            " WHERE key = %s AND %s = ANY (entries) RETURNING 1",
+            (entries - 1, entries - 1, cost, entries, key, entries),
+        )
+        return bool(rows)
 
     def count(self, key: str, window_us: int) -> int:
         rows = self._postgres.fetch(

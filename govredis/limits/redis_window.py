@@ -37,14 +37,23 @@ class RedisWindow:
         self._calls = itertools.count()
 
     def decide(self, key: str, limits: Sequence[Limit], cost: int, mode: Mode) -> Outcome:
-        member = f"{time.time_ns() // 1000}-{self._nonce}{next(self._calls)}"
-        pairs: list[str] = []
-        for limit in limits:
-            pairs += (str(limit.count), str(limit.window_us))
-        admitted, deciding, remaining, retry_after, reset_after = self._client.run(
-            self._script, (key, sibling(key, "window")), mode, str(cost), member, "", *pairs
-        )
-        return Outcome(admitted == 1, deciding - 1, remaining, retry_after, reset_after)
+        member = self._member()
+        reply = self._client.run(self._script, (key, sibling(key, "window")), *_arguments(limits, cost, mode, member))
+        return _outcome(reply, member)
+
+    def hit_many(self, hits: Sequence[tuple[str, Sequence[Limit], int]]) -> list[Outcome]:
+        """`decide` in mode "hit" for each key, limits and cost, in order, in one round trip."""
+        members = [self._member() for _ in hits]
+        commands = [
+            self._script.call((key, sibling(key, "window")), _arguments(limits, cost, "hit", member))
+            for (key, limits, cost), member in zip(hits, members, strict=True)
+        ]
+        replies = self._client.pipeline(commands, [self._script])
+        return [_outcome(reply, member) for reply, member in zip(replies, members, strict=True)]
+
+    def refund(self, key: str, entries: str, cost: int) -> bool:
+        members = [f"{entries}-{i}" for i in range(1, cost + 1)]
+        return int(self._client.call("ZREM", key, *members)) > 0
 
     def count(self, key: str, window_us: int) -> int:
         return int(self._client.run(self._count, (key,), str(window_us), ""))
@@ -65,3 +74,18 @@ class RedisWindow:
                     args += (str(one.age_us(now)), str(one.cost), one.name)
                 commands.append(self._copy.call((key, sibling(key, "window")), args))
             self._client.pipeline(commands, (self._copy,))
+
+    def _member(self) -> str:
+        return f"{time.time_ns() // 1000}-{self._nonce}{next(self._calls)}"
+
+
+def _arguments(limits: Sequence[Limit], cost: int, mode: Mode, member: str) -> list[str]:
+    arguments = [mode, str(cost), member, ""]
+    for limit in limits:
+        arguments += (str(limit.count), str(limit.window_us))
+    return arguments
+
+
+def _outcome(reply: list[int], member: str) -> Outcome:
+    admitted, deciding, remaining, retry_after, reset_after = reply
+    return Outcome(admitted == 1, deciding - 1, remaining, retry_after, reset_after, member)

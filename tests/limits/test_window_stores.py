@@ -231,6 +231,12 @@ class TestPostgres:
         kept = {key for (key,) in postgres_store.sql("SELECT key FROM govredis_limit_windows WHERE key !~ '^new'")}
         assert kept == {"wide"}
 
+    def test_a_process_of_the_version_before_shares_the_window(self, postgres_store: Any) -> None:
+        ask = "SELECT * FROM govredis_limit_decide('k', 2, 'hit', '{3}', '{1000000}')"
+        assert postgres_store.sql(ask) == [(True, 1, 1, 0, SECOND)]
+        assert postgres_store.window.decide("k", [Limit(3, 1)], 1, "hit").admitted
+        assert postgres_store.sql(ask) == [(False, 1, 0, SECOND, SECOND)]
+
     def test_the_table_is_unlogged(self, postgres_store: Any) -> None:
         found = postgres_store.sql("SELECT relpersistence FROM pg_class WHERE relname = 'govredis_limit_windows'")
         assert found == [("u",)]
