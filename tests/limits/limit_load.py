@@ -126,9 +126,6 @@ class Load:
             worker.stdin.write(word + "\n")
             worker.stdin.flush()
 
-    def kill(self, number: int) -> None:
-        self._workers.pop(number).kill()
-
     def stop(self) -> list[Report]:
         """End it. What each process has to say."""
         self._say("stop")
@@ -169,10 +166,15 @@ def in_postgres(server: PostgresServer) -> list[int]:
     return entries
 
 
-def until_grown(entries: Callable[[], list[int]], by: int, within: float = 60.0) -> None:
+def until_grown(entries: Callable[[], list[int]], by: int) -> None:
     """Wait until there are so many more."""
-    before, deadline = len(entries()), time.monotonic() + within
-    while len(entries()) < before + by:
+    until_there(entries, len(entries()) + by)
+
+
+def until_there(entries: Callable[[], list[int]], count: int) -> None:
+    """Wait until there are so many."""
+    deadline = time.monotonic() + 60
+    while len(entries()) < count:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
