@@ -46,6 +46,15 @@ def _seconds(value: Any) -> float:
     return number
 
 
+def _seconds_or_none(value: Any) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        return _seconds(value)
+    except _Bad as wanted:
+        raise _Bad(f"{wanted}, or left unset") from None
+
+
 def _count(value: Any) -> int:
     try:
         number = int(value)
@@ -185,11 +194,15 @@ class Config:
     session_ttl: float = _setting(3600.0, "REDIS_SESSION_TTL", _seconds)
     metadata_ttl: float = _setting(300.0, "REDIS_METADATA_TTL", _seconds)
     lock_ttl: float = _setting(30.0, "REDIS_LOCK_TIMEOUT", _seconds)
+    #: With PostgreSQL: how old a cached value may be at most, whatever failed.
+    metadata_staleness: float = _setting(5.0, "GOVREDIS_METADATA_STALENESS", _seconds)
 
     #: When Redis is away: "file" = flock, one holder per host, degraded; "fail" = LockUnavailable.
     lock_fallback: str = _setting("file", "GOVREDIS_LOCK_FALLBACK", _one_of("file", "fail"))
     #: When Redis and PostgreSQL are away: an in-process window, or refuse all, or let all through.
     limit_fallback: str = _setting("local", "GOVREDIS_LIMIT_FALLBACK", _one_of("local", "deny", "allow"))
+    #: How often each process tells PostgreSQL what Redis admitted, and the other way round. None: never.
+    limit_mirror: float | None = _setting(None, "GOVREDIS_LIMIT_MIRROR", _seconds_or_none)
     #: Folder of the lock files; all processes that share a lock on a host must share it. None: /tmp/govredis-locks-UID.
     lock_folder: str | None = _setting(None, "GOVREDIS_LOCK_FOLDER", _folder)
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
-from conftest import START, RedisStore
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from govredis import GovRedis, Limit
 from govredis.keys import sibling
 
+#: A window in Redis, by the clock that it reads; see conftest.py.
+RedisStore: TypeAlias = Any
+
 KEY = "rate_limit:x:a"
 SECOND = 1_000_000
+START = 1_750_000_000_123_457
+
+
+@pytest.fixture
+def redis_store(redis_store: RedisStore) -> RedisStore:
+    redis_store.now = START
+    return redis_store
 
 
 def book(store: RedisStore, booking: str, *limits: Limit, cost: int = 1, **options: Any) -> tuple[bool, int]:
     """Whether it was admitted, and the time booked, from START on."""
-    outcome, at = store.window.book(KEY, limits or (Limit(2, 10),), cost, booking, **options)  # type: ignore[attr-defined]
+    outcome, at = store.window.book(KEY, limits or (Limit(2, 10),), cost, booking, **options)
     return outcome.admitted, at and at - START
 
 
@@ -170,7 +179,7 @@ class TestBooking:
                 return first
 
         client = redis_store.window._client
-        redis_store.window._client = Twice()  # type: ignore[assignment]
+        redis_store.window._client = Twice()
         assert [book(redis_store, name)[1] // SECOND for name in "abc"] == [0, 0, 10]
         assert len(redis_store.entries(KEY)) == 3
         at(redis_store, 10)
@@ -226,7 +235,7 @@ def test_never_more_than_the_limit_whoever_calls_when(
         if what == "hit":
             was = hit(redis_store, *limits, cost=cost)
         else:
-            outcome, at_us = redis_store.window.book(KEY, limits, cost, f"b{which}")  # type: ignore[attr-defined]
+            outcome, at_us = redis_store.window.book(KEY, limits, cost, f"b{which}")
             was = outcome.admitted
             due.pop(which, None)
             if not was:
@@ -261,7 +270,7 @@ def test_each_is_admitted_at_its_time_in_order_and_lateness_does_not_add_up(
         calls.sort()
         redis_store.now, number = calls.pop(0)
         tries[number] += 1
-        outcome, at_us = redis_store.window.book(KEY, limits, 1, f"b{number}")  # type: ignore[attr-defined]
+        outcome, at_us = redis_store.window.book(KEY, limits, 1, f"b{number}")
         if outcome.admitted:
             admitted.append((number, redis_store.now))
             first_told.setdefault(number, redis_store.now)
@@ -301,7 +310,7 @@ class TestLimiter:
         assert 7190 < later.retry_after <= 7200
         now, booked = gov.limits.hit_or_book("b", "1/hour", booking="one", admit=False)
         assert (now.allowed, booked, gov.limits.peek("b", "1/hour").allowed) == (True, True, False)
-        assert (gov.counters.get("limits.allowed"), gov.counters.get("limits.denied")) == (2, 3)
+        assert (gov.counters.get("limits.allowed"), gov.counters.get("limits.denied")) == (1, 2)
 
     def test_without_redis_nothing_is_booked(self, make_gov: Any) -> None:
         gov = make_gov(redis_url="redis://127.0.0.1:1/0")

@@ -90,11 +90,14 @@ def rate_limited(
         @_wraps(function)
         def limited(*args: P.args, **kwargs: P.kwargs) -> R | None:
             gov = current_gov()
-            identity, now = look(args, kwargs)
-            if on_limit == "retry" and can_republish(current_task) and runs(current_task, function):
-                admit_or_park(gov, current_task, identity, now, operation)
+            found = look(args, kwargs)
+            if found is None:
                 return function(*args, **kwargs)
-            result = gov.limits.hit(identity, now, operation=operation)
+            identity, now, cost = found
+            if on_limit == "retry" and can_republish(current_task) and runs(current_task, function):
+                admit_or_park(gov, current_task, identity, now, operation, cost)
+                return function(*args, **kwargs)
+            result = gov.limits.hit(identity, now, operation=operation, cost=cost)
             if result.allowed:
                 return function(*args, **kwargs)
             gov.counters.add(f"celery.limited.{on_limit}")
