@@ -277,7 +277,7 @@ def test_each_is_admitted_at_its_time_in_order_and_no_later_than_the_latest(
         calls.sort()
         redis_store.now, number = calls.pop(0)
         tries[number] += 1
-        outcome, at_us = redis_store.window.book(KEY, limits, 1, f"b{number}", patience_us=10 * SECOND)
+        outcome, _ = redis_store.window.book(KEY, limits, 1, f"b{number}", patience_us=10 * SECOND)
         if outcome.admitted:
             admitted.append((number, redis_store.now))
             first_told.setdefault(number, redis_store.now)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -62,7 +63,8 @@ def admit_or_park(gov: GovRedis, task: Task, identity: Any, rate: Rate, operatio
     exceeded = RateLimitExceeded(result)
     if booked and lot is not None:
         message = signature_of(task)
-        if park(gov, lot, arrival, result, message):
+        # Celery would make one without a parent its own.
+        if park(gov, lot, arrival, result, message, {"parent_id": task.request.parent_id}):
             raise Retry(exc=exceeded, when=result.retry_after, sig=message)
         run = arrival.run.rpartition(":")[2]
         # Redis went away, and may have it all the same: of the two, that which arrives first is worked on.
@@ -83,9 +85,20 @@ def lot_of(app: Celery, gov: GovRedis) -> ParkingLot | None:
     return gov._parked.lot(broker)
 
 
-def park(gov: GovRedis, lot: ParkingLot, arrival: Arrival, result: RateLimitResult, message: Signature) -> bool:
-    """Park what `message` would publish, for as long as the limit says. False: it could not be."""
-    encoded = _encode(message, arrival)
+def park(
+    gov: GovRedis,
+    lot: ParkingLot,
+    arrival: Arrival,
+    result: RateLimitResult,
+    message: Signature,
+    headers: Mapping[str, Any],
+) -> bool:
+    """Park what `message` would publish, for as long as the limit says. False: it could not be.
+
+    Args:
+        headers: put over those that the message would have.
+    """
+    encoded = _encode(message, arrival, headers)
     try:
         lot.park(arrival, result.retry_after, encoded)
     except BackendError:
@@ -124,7 +137,7 @@ class _Capture(Producer):
             self.captured = body, options
 
 
-def _encode(message: Signature, arrival: Arrival) -> bytes:
+def _encode(message: Signature, arrival: Arrival, headers: Mapping[str, Any]) -> bytes:
     """What the message would have published, as JSON. Raises EncodeError as that would have."""
     with message.app.connection_for_write() as connection:
         capture = _Capture(connection, auto_declare=False)
@@ -139,6 +152,7 @@ def _encode(message: Signature, arrival: Arrival) -> bytes:
     exchange = options["exchange"]
     options["exchange"] = exchange.name if isinstance(exchange, Exchange) else exchange
     options["declare"] = [queue.name for queue in options["declare"] or () if isinstance(queue, Queue)]
+    options["headers"].update(headers)
     options.update(content_type=content_type, content_encoding=content_encoding)
     parked = {
         "id": options["headers"]["id"],
@@ -155,6 +169,11 @@ def publish(app: Celery, producer: Producer, message: bytes) -> None:
     """Publish a parked message, as another publication of it. Raises what the broker does."""
     parked = json.loads(message)
     options = parked["options"]
-    options["declare"] = [app.amqp.queues[name] for name in options["declare"]]
+    queues = app.amqp.queues
+    # The brokers that are none of their own accord know an exchange by what this process has declared.
+    exchange = [
+        queue for queue in queues.values() if options["exchange"] and queue.exchange.name == options["exchange"]
+    ]
+    options["declare"] = [*exchange, *(queues[name] for name in options["declare"])]
     options["headers"][HEADER] = _header(parked["times"], parked["run"])
     producer.publish(base64.b64decode(parked["body"]), **options)

@@ -7,6 +7,7 @@ app's settings), and `warm`: use everything here, in the parent, before there ar
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -165,13 +166,17 @@ def skipping(agent: str) -> str:
     return agent
 
 
-def gate(self: Task, identity: str) -> str:
-    """As used_up_at_first, and waits for the test there."""
-    if deliveries() == 1:
-        note(f"gate:{self.request.id}")
-        wait_for("gate-open")
-        gov_of(app).limits.hit(identity, "1/2 seconds", operation=self.name)
-    return identity
+def gated(function: Any) -> Any:
+    """It waits for the test, on its first delivery, before it is asked whether it may run."""
+
+    @functools.wraps(function)
+    def waits(self: Task, key: str) -> None:
+        if deliveries() == 1:
+            note(f"gate:{self.request.id}")
+            wait_for("gate-open")
+        function(self, key)
+
+    return waits
 
 
 def wait_for(key: str) -> None:
@@ -182,14 +187,16 @@ def wait_for(key: str) -> None:
 
 
 @app.task(bind=True, name="gated_late", acks_late=True)
-@rate_limited("1/2 seconds", key=gate, operation="gated_late")
-def gated_late(self: Task, identity: str) -> None:
+@gated
+@exclusive("gated:{key}")
+def gated_late(self: Task, key: str) -> None:
     note(f"ran:{self.request.id}")
 
 
 @app.task(bind=True, name="gated_early")
-@rate_limited("1/2 seconds", key=gate, operation="gated_early")
-def gated_early(self: Task, identity: str) -> None:
+@gated
+@exclusive("gated:{key}")
+def gated_early(self: Task, key: str) -> None:
     note(f"ran:{self.request.id}")
 
 

@@ -493,21 +493,25 @@ def test_nothing_of_a_killed_worker_is_lost(fleet: Fleet, short: Published, shor
         until(f"each {task} ran", lambda task=task: {line["n"] for line in fleet.noted(task)} == set(range(20)))
 
 
-def test_what_cannot_be_published_anew_is_not_lost(fleet: Fleet, short: Published, short_broker: RedisServer) -> None:
+def test_what_cannot_be_published_anew_is_not_lost(
+    fleet: Fleet, short: Published, short_broker: RedisServer, celery_gov: GovRedis
+) -> None:
     fleet.evidence.delete("gate-open")
-    late, early = short("gated_late", name()), short("gated_early", name())
-    until("both are being refused", lambda: fleet.noted(f"gate:{late.id}") and fleet.noted(f"gate:{early.id}"))
-    short_broker.command("ACL", "SETUSER", "writer", "off")
-    short_broker.command("CLIENT", "KILL", "USER", "writer")
-    fleet.evidence.set("gate-open", 1)
-    try:
-        # It was acknowledged when it began: only it can say that it did not run.
-        until("the one says so", lambda: early.state == "FAILURE")
-        assert type(early.result).__name__ == "OperationalError"
-        until("the other one is handed back", lambda: int(fleet.evidence.get(f"deliveries:{late.id}")) > 1)
-        assert not late.ready()
-    finally:
-        short_broker.command("ACL", "SETUSER", "writer", "on")
+    key = name()
+    with celery_gov.locks.acquire(f"gated:{key}"):
+        late, early = short("gated_late", key), short("gated_early", key)
+        until("both are about to meet it", lambda: all(fleet.noted(f"gate:{one.id}") for one in (late, early)))
+        short_broker.command("ACL", "SETUSER", "writer", "off")
+        short_broker.command("CLIENT", "KILL", "USER", "writer")
+        fleet.evidence.set("gate-open", 1)
+        try:
+            # It was acknowledged when it began: only it can say that it did not run.
+            until("the one says so", lambda: early.state == "FAILURE")
+            assert type(early.result).__name__ == "OperationalError"
+            until("the other one is handed back", lambda: int(fleet.evidence.get(f"deliveries:{late.id}")) > 1)
+            assert not late.ready()
+        finally:
+            short_broker.command("ACL", "SETUSER", "writer", "on")
     assert late.get(PATIENCE) is None
     assert len(fleet.noted(f"ran:{late.id}")) == 1
     assert not fleet.noted(f"ran:{early.id}")
