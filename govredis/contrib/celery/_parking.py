@@ -170,10 +170,10 @@ def publish(app: Celery, producer: Producer, message: bytes) -> None:
     parked = json.loads(message)
     options = parked["options"]
     queues = app.amqp.queues
-    # The brokers that are none of their own accord know an exchange by what this process has declared.
-    exchange = [
-        queue for queue in queues.values() if options["exchange"] and queue.exchange.name == options["exchange"]
-    ]
-    options["declare"] = [*exchange, *(queues[name] for name in options["declare"])]
+    declare = [queues[name] for name in options["declare"]]
+    if options["exchange"]:
+        # Transports that are none of AMQP know of an exchange what this process has declared.
+        declare += [queue for queue in queues.values() if queue.exchange.name == options["exchange"]]
+    options["declare"] = declare
     options["headers"][HEADER] = _header(parked["times"], parked["run"])
     producer.publish(base64.b64decode(parked["body"]), **options)

@@ -53,7 +53,8 @@ def make_app(gov: GovRedis) -> Iterator[Callable[..., Celery]]:
     def make(broker: RedisServer, **conf: Any) -> Celery:
         server = broker.url.removesuffix("/0")
         # As a module of its own: its queue and results are nobody else's.
-        app = Celery("mine", broker=f"{server}/7", backend=f"{server}/8", set_as_current=False)
+        backend = conf.pop("backend", f"{server}/8")
+        app = Celery("mine", broker=f"{server}/7", backend=backend, set_as_current=False)
         app.conf.update(
             task_default_queue=uuid.uuid4().hex,
             accept_content=["json", "pickle"],
@@ -61,15 +62,17 @@ def make_app(gov: GovRedis) -> Iterator[Callable[..., Celery]]:
             broker_connection_retry_on_startup=True,
             **{**QUIET, **conf},
         )
-        app.backend.remove_pending_result = lambda result: result
         init_celery(app, gov)
         made.append(app)
+        if backend is not None:
+            app.backend.remove_pending_result = lambda result: result
         return app
 
     yield make
     for app in made:
-        app.backend.result_consumer.stop()
-        app.backend.client.close()
+        if app.conf.result_backend is not None:
+            app.backend.result_consumer.stop()
+            app.backend.client.close()
         app.close()
 
 
@@ -421,8 +424,8 @@ class TestAway:
         monkeypatch.setattr(parked_module, "LEASE", 0.05)
         caplog.set_level(logging.INFO, logger="govredis")
         with RedisServer(persistent=True) as broker:
-            app = make_app(broker)
-            task, _ = limited_task(app, "1/minute", ignore_result=True)
+            app = make_app(broker, backend=None)
+            task, _ = limited_task(app, "1/minute")
             use_up(gov, "1/minute")
             broker.kill()
             with pytest.raises(Retry):
