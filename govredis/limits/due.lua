@@ -6,7 +6,8 @@
 -- ARGV[2]  how many at most
 -- ARGV[3]  now in microseconds, or "" for the server's clock (tests only pass one)
 --
--- Reply: {microseconds until the next is due, 0 if one is now, -1 if nothing is parked; entry, message, and so on in pairs}
+-- Reply: {microseconds until the next is due, 0 if one is now, -1 if nothing is parked; entry, message, the microsecond it
+-- was due at, and so on in threes}
 
 -- Bytes of messages, after which no other is taken.
 local ENOUGH = 1000000
@@ -17,12 +18,14 @@ if not now then
   now = tonumber(time[1]) * 1000000 + tonumber(time[2])
 end
 local reply, bytes = {-1}, 0
-for _, entry in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%d', now), 'LIMIT', 0, ARGV[2])) do
+local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%d', now), 'WITHSCORES', 'LIMIT', 0, ARGV[2])
+for i = 1, #due, 2 do
   if bytes > ENOUGH then break end
+  local entry = due[i]
   local message = redis.call('HGET', KEYS[2], entry)
   if message then
     redis.call('ZADD', KEYS[1], string.format('%d', now + tonumber(ARGV[1])), entry)
-    reply[#reply + 1], reply[#reply + 2] = entry, message
+    reply[#reply + 1], reply[#reply + 2], reply[#reply + 3] = entry, message, tonumber(due[i + 1])
     bytes = bytes + #message
   else
     redis.call('ZREM', KEYS[1], entry)

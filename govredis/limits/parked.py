@@ -13,6 +13,8 @@ LEASE = 5.0
 _REMEMBERED = 86_400.0
 _AT_ONCE = "100"
 _FLUSHED_AT_ONCE = 500
+#: What is scored below this microsecond, in 1970, was flushed.
+_FLUSHED = 10**12
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,20 @@ class Arrival:
     times: int = 0
     publication: str = ""
     again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A message to publish.
+
+    Attributes:
+        entry: what `postpone` and `remove` want.
+        flushed: it is to be published, whether its time has come or not.
+    """
+
+    entry: bytes
+    message: bytes
+    flushed: bool
 
 
 class Parked:
@@ -88,15 +104,21 @@ class ParkingLot:
         args = (str(arrival.times), arrival.publication, again, kept_ms)
         return bool(self._redis.run(self._arrive, (self._ticket(arrival.run),), *args))
 
-    def take(self) -> tuple[list[tuple[bytes, bytes]], float | None]:
+    def take(self) -> tuple[list[Taken], float | None]:
         """Take what is due now, or a part of it: nobody else gets it for 5 s.
 
-        Returns the entries and their messages; and seconds until the next one is due, None where nothing is parked.
+        Returns it, and seconds until the next one is due, None where nothing is parked.
         """
         lease_us = f"{LEASE * 1_000_000:.0f}"
         wait_us, *found = self._redis.run(self._due, (self._entries, self._messages), lease_us, _AT_ONCE, "")
-        pairs = list(zip(found[::2], found[1::2], strict=True))
-        return pairs, None if wait_us < 0 else wait_us / 1_000_000
+        threes = zip(found[::3], found[1::3], found[2::3], strict=True)
+        taken = [Taken(entry, message, due_us < _FLUSHED) for entry, message, due_us in threes]
+        return taken, None if wait_us < 0 else wait_us / 1_000_000
+
+    def postpone(self, entry: bytes, seconds: float) -> None:
+        """What was taken is due in so many seconds."""
+        due_us = _microseconds(self._redis.call("TIME")) + round(seconds * 1_000_000)
+        self._redis.call("ZADD", self._entries, "XX", str(due_us), entry)
 
     def remove(self, entry: bytes) -> None:
         """What was taken has been published."""
@@ -107,27 +129,32 @@ class ParkingLot:
         return int(self._redis.call("ZCARD", self._entries))
 
     def first(self, count: int) -> list[tuple[float, bytes]]:
-        """Those that are due first, of each the seconds until then, and the message. Overdue ones have less than 0."""
+        """Those that are due first, of each the seconds until then, and the message. Overdue ones have less than 0.
+
+        Those that were flushed have 0.
+        """
         found, time = self._redis.pipeline((("ZRANGE", self._entries, "0", str(count - 1), "WITHSCORES"), ("TIME",)))
         if not found:
             return []
         now = _microseconds(time)
         messages = self._redis.call("HMGET", self._messages, *found[::2])
-        dues = [(int(due) - now) / 1_000_000 for due in found[1::2]]
+        dues = [(int(due) - now) / 1_000_000 if int(due) >= _FLUSHED else 0.0 for due in found[1::2]]
         return [(due, message) for due, message in zip(dues, messages, strict=True) if message is not None]
 
     def flush(self) -> int:
-        """Make all of them due now, in the order they have. Returns how many."""
-        flushed, now = 0, _microseconds(self._redis.call("TIME"))
+        """Have all of them published now, in the order they have, whether their time has come or not.
+
+        Returns how many.
+        """
+        flushed = 0
         while True:
-            # Each is put before all that are still to come: that is where the next ones are looked for.
             found = self._redis.call(
-                "ZRANGEBYSCORE", self._entries, f"({now + flushed}", "+inf", "LIMIT", "0", str(_FLUSHED_AT_ONCE)
+                "ZRANGEBYSCORE", self._entries, str(_FLUSHED), "+inf", "LIMIT", "0", str(_FLUSHED_AT_ONCE)
             )
             if not found:
                 return flushed
             # XX: who has published one meanwhile has removed it.
-            commands = [("ZADD", self._entries, "XX", str(now + flushed + n), entry) for n, entry in enumerate(found)]
+            commands = [("ZADD", self._entries, "XX", str(flushed + n), entry) for n, entry in enumerate(found)]
             self._redis.pipeline(commands)
             flushed += len(found)
 

@@ -26,15 +26,15 @@ def lot(gov: GovRedis) -> ParkingLot:
 
 
 def taken(lot: ParkingLot) -> list[bytes]:
-    return [message for _, message in lot.take()[0]]
+    return [taken.message for taken in lot.take()[0]]
 
 
 def at_once(lot: ParkingLot, run: str, message: bytes = b"m") -> Arrival:
     """What arrives of a message that was parked, and has been published since."""
     assert lot.park(Arrival(run), 0, message)
-    ((entry, found),) = lot.take()[0]
-    assert found == message
-    lot.remove(entry)
+    (found,) = lot.take()[0]
+    assert found.message == message
+    lot.remove(found.entry)
     return Arrival(run, 1, "p1")
 
 
@@ -43,12 +43,12 @@ class TestParking:
         assert lot.take() == ([], None)
         assert lot.park(Arrival("a"), 0, b"\x00\xff")
         assert lot.park(Arrival("b"), 60, b"later")
-        ((entry, message),), wait = lot.take()
-        assert (entry, message) == (b"a:1", b"\x00\xff")
+        (found,), wait = lot.take()
+        assert (found.entry, found.message, found.flushed) == (b"a:1", b"\x00\xff", False)
         assert wait is not None
         assert 0 < wait <= LEASE, "when it is due again, if nobody removes it"
         assert taken(lot) == []
-        lot.remove(entry)
+        lot.remove(found.entry)
         assert lot.count() == 1
         _, wait = lot.take()
         assert wait is not None
@@ -58,7 +58,7 @@ class TestParking:
         for n in range(150):
             lot.park(Arrival(f"{n}"), 0, b"%d" % n)
         first, wait = lot.take()
-        assert ([message for _, message in first], wait) == ([b"%d" % n for n in range(100)], 0)
+        assert ([found.message for found in first], wait) == ([b"%d" % n for n in range(100)], 0)
         assert taken(lot) == [b"%d" % n for n in range(100, 150)]
 
     def test_large_ones_come_one_by_one(self, lot: ParkingLot) -> None:
@@ -114,8 +114,21 @@ class TestParking:
         lot.park(Arrival("due"), 0, b"due")
         for n in (5, 3, 1, 4, 2):
             lot.park(Arrival(f"{n}"), 100 * n, b"%d" % n)
-        assert lot.flush() == 5
-        assert taken(lot) == [b"due", b"1", b"2", b"3", b"4", b"5"]
+        assert lot.flush() == 6
+        assert lot.first(1) == [(0, b"due")]
+        found, _ = lot.take()
+        assert [each.message for each in found] == [b"due", b"1", b"2", b"3", b"4", b"5"]
+        assert all(each.flushed for each in found)
+
+    def test_postponed(self, lot: ParkingLot) -> None:
+        lot.park(Arrival("a"), 0, b"a")
+        (found,) = lot.take()[0]
+        lot.postpone(found.entry, 60)
+        ((due, _),) = lot.first(1)
+        assert 55 < due <= 60
+        lot.remove(found.entry)
+        lot.postpone(found.entry, 60)
+        assert lot.count() == 0, "what is gone stays so"
 
     def test_what_is_remembered_ends(self, lot: ParkingLot, plain_redis: Any) -> None:
         ticket = sibling(KEY, f"ticket:{BROKER}:a")

@@ -23,7 +23,7 @@ from ...api import GovRedis
 from ...errors import BackendError, BackendUnavailable, RateLimitExceeded
 from ...limits import RateLimitResult
 from ...limits.parked import Arrival, ParkingLot
-from ...limits.rates import Rate
+from ...limits.rates import Limit, Rate, parse_rate
 from ._republish import jittered, republish, signature_of
 
 #: The header that tells a parked message from others of the same run: "{times parked}:{publication}:{run}", the run
@@ -64,7 +64,8 @@ def admit_or_park(gov: GovRedis, task: Task, identity: Any, rate: Rate, operatio
     if booked and lot is not None:
         message = signature_of(task)
         # Celery would make one without a parent its own.
-        if park(gov, lot, arrival, result, message, {"parent_id": task.request.parent_id}):
+        orphan = {"parent_id": task.request.parent_id}
+        if park(gov, lot, arrival, result, message, limit_of(identity, rate, operation, cost), orphan):
             raise Retry(exc=exceeded, when=result.retry_after, sig=message)
         run = arrival.run.rpartition(":")[2]
         # Redis went away, and may have it all the same: of the two, that which arrives first is worked on.
@@ -91,14 +92,16 @@ def park(
     arrival: Arrival,
     result: RateLimitResult,
     message: Signature,
+    limit: Mapping[str, Any],
     headers: Mapping[str, Any],
 ) -> bool:
     """Park what `message` would publish, for as long as the limit says. False: it could not be.
 
     Args:
+        limit: what `hit_or_book` is asked.
         headers: put over those that the message would have.
     """
-    encoded = _encode(message, arrival, headers)
+    encoded = _encode(message, arrival, limit, headers)
     try:
         lot.park(arrival, result.retry_after, encoded)
     except BackendError:
@@ -137,7 +140,13 @@ class _Capture(Producer):
             self.captured = body, options
 
 
-def _encode(message: Signature, arrival: Arrival, headers: Mapping[str, Any]) -> bytes:
+def limit_of(identity: str, rate: Rate, operation: str, cost: int) -> dict[str, Any]:
+    """What `hit_or_book` is asked, as JSON has it."""
+    limits = [[limit.count, limit.window] for limit in parse_rate(rate)]
+    return {"identity": identity, "rate": limits, "operation": operation, "cost": cost}
+
+
+def _encode(message: Signature, arrival: Arrival, limit: Mapping[str, Any], headers: Mapping[str, Any]) -> bytes:
     """What the message would have published, as JSON. Raises EncodeError as that would have."""
     with message.app.connection_for_write() as connection:
         capture = _Capture(connection, auto_declare=False)
@@ -159,15 +168,32 @@ def _encode(message: Signature, arrival: Arrival, headers: Mapping[str, Any]) ->
         "task": options["headers"]["task"],
         "times": arrival.times + 1,
         "run": arrival.run.rpartition(":")[2],
+        "limit": limit,
         "body": base64.b64encode(encoded).decode(),
         "options": options,
     }
     return bytes(json.dumps(parked), "utf-8")
 
 
-def publish(app: Celery, producer: Producer, message: bytes) -> None:
-    """Publish a parked message, as another publication of it. Raises what the broker does."""
-    parked = json.loads(message)
+def decode(message: bytes) -> dict[str, Any]:
+    """What was parked."""
+    return dict(json.loads(message))
+
+
+def still_to_wait(gov: GovRedis, parked: Mapping[str, Any], patience: float) -> float:
+    """Seconds before it has its turn, because others were late; 0 if it has, or will within `patience`.
+
+    Its place is kept for it. Without Redis, it has its turn.
+    """
+    limit = dict(parked["limit"])
+    rate = [Limit(*pair) for pair in limit.pop("rate")]
+    booking = f"{parked['id']}:{parked['run']}"
+    result, booked = gov.limits.hit_or_book(rate=rate, booking=booking, patience=patience, admit=False, **limit)
+    return result.retry_after if booked and result.retry_after > patience else 0.0
+
+
+def publish(app: Celery, producer: Producer, parked: Mapping[str, Any]) -> None:
+    """Publish what was parked, as another publication of it. Raises what the broker does."""
     options = parked["options"]
     queues = app.amqp.queues
     declare = [queues[name] for name in options["declare"]]

@@ -12,7 +12,7 @@ from ...api import GovRedis
 from ...config import redact
 from ...errors import BackendError
 from ...limits.parked import ParkingLot
-from ._parking import publish
+from ._parking import decode, publish, still_to_wait
 
 log = logging.getLogger("govredis")
 
@@ -60,14 +60,19 @@ class Publisher(threading.Thread):
             producer = self._app.amqp.Producer(connection, auto_declare=False)
             while True:
                 due, next_in = self._lot.take()
-                for entry, message in due:
-                    publish(self._app, producer, message)
-                    self._lot.remove(entry)
+                for taken in due:
+                    if self._stopped.is_set():
+                        return
+                    parked = decode(taken.message)
+                    wait = 0.0 if taken.flushed else still_to_wait(self._gov, parked, _POLL)
+                    if wait:
+                        self._lot.postpone(taken.entry, wait)
+                        continue
+                    publish(self._app, producer, parked)
+                    self._lot.remove(taken.entry)
                     self._gov.counters.add("celery.published")
                     if self._away:
                         log.info("parked tasks are published again")
                         self._away = False
-                    if self._stopped.is_set():
-                        return
                 if self._stopped.wait(_POLL if next_in is None else min(_POLL, next_in)):
                     return

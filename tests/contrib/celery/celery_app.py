@@ -106,6 +106,18 @@ def flood(self: Task, agent: str, n: int) -> int:
     return n
 
 
+def counted(self: Task, agent: str, n: int, rate: str) -> str:
+    deliveries()
+    return agent
+
+
+@app.task(bind=True, name="queued", max_retries=0, acks_late=True)
+@rate_limited(lambda self, agent, n, rate: rate, key=counted, operation="queued")
+def queued(self: Task, agent: str, n: int, rate: str) -> int:
+    note("queued", n=n)
+    return n
+
+
 @app.task(bind=True, name="traced")
 @rate_limited("1/2 seconds", key=used_up_at_first("1/2 seconds"), operation="traced")
 def traced(self: Task, identity: str, number: int = 0) -> int:

@@ -27,7 +27,7 @@ from govredis import GovRedis, RateLimitExceeded
 from govredis.contrib.celery import _parking as parking_module
 from govredis.contrib.celery import _publisher as publisher_module
 from govredis.contrib.celery import exclusive, init_celery, rate_limited
-from govredis.contrib.celery._parking import HEADER, arrival_of, lot_of, publish
+from govredis.contrib.celery._parking import HEADER, arrival_of, decode, lot_of, publish
 from govredis.contrib.celery._publisher import Publisher
 from govredis.limits import parked as parked_module
 from govredis.limits.parked import Arrival, ParkingLot
@@ -331,10 +331,10 @@ class TestTwice:
         use_up(gov)
         with pytest.raises(Retry):
             run(task, 1, id="one", **delivered(app))
-        ((_, message),) = until("it is due", lambda: lot(app, gov).take()[0], PATIENCE)
+        (taken,) = until("it is due", lambda: lot(app, gov).take()[0], PATIENCE)
         with app.connection_for_write() as connection:
             for _ in range(2):
-                publish(app, app.amqp.Producer(connection), message)
+                publish(app, app.amqp.Producer(connection), decode(taken.message))
         lot(app, gov).flush()  # its lease is over
         with working(app):
             until("all three have come", lambda: gov.counters.get("celery.duplicates") == 2, PATIENCE)
