@@ -160,7 +160,7 @@ def test_every_store_answers_as_the_oracle_does(store: Any) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=60,
+            max_examples=50,
             stateful_step_count=25,
             deadline=None,
             suppress_health_check=list(HealthCheck),
