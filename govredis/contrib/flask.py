@@ -267,8 +267,8 @@ def _gov() -> GovRedis:
 
 
 def _refuse_arguments(what: str, given: Any) -> None:
-    if callable(given) and not _takes(given):
-        raise refuse(what, given, "a callable without arguments, which reads flask.request")
+    if callable(given) and (inspect.iscoroutinefunction(given) or not _takes(given)):
+        raise refuse(what, given, "a plain callable without arguments, which reads flask.request")
 
 
 def _takes(given: Any, *args: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -40,8 +41,9 @@ class LimitedCalls:
         check_name(operation, "operation")
         if not isinstance(key, str) and not callable(key):
             raise refuse("key", key, 'a template such as "{agent_id}", or a callable')
-        if exempt is not None and not callable(exempt):
-            raise refuse("exempt", exempt, "a callable, or None")
+        # What a coroutine function returns is true: all calls would be let through.
+        if exempt is not None and (not callable(exempt) or inspect.iscoroutinefunction(exempt)):
+            raise refuse("exempt", exempt, "a plain callable, or None")
         limits = () if callable(rate) else parse_rate(rate)
         if not callable(cost):
             check_cost(cost, limits)

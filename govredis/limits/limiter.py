@@ -130,7 +130,7 @@ class RateLimiter:
             self._sleep(max(result.retry_after, 0.001))
 
     def hit_many(self, hits: Sequence[Hit], *, operation: str = _DEFAULT, cost: int = 1) -> list[RateLimitResult]:
-        """`hit` for each of several identities, each decided for itself, in order, in one round trip.
+        """`hit` for each of several identities, each decided for itself, in order, in one round trip for each 500.
 
         Args:
             hits: tuples of what `hit` takes, in its order: (identity, rate), (identity, rate, operation) or (identity,

@@ -145,6 +145,10 @@ class TestWait:
             local_limiter(Clock()).wait("a", "1/hour", timeout=timeout)
 
 
+async def always(*args: Any) -> bool:
+    return True
+
+
 class TestDecorator:
     def test_limits_by_a_template_and_keeps_the_signature(self, limits: RateLimiter) -> None:
         @limits.rate_limited("2/hour", key="{agent_id}:{kind}", operation="kg_store")
@@ -298,8 +302,8 @@ class TestDecorator:
             {"cost": True},
             {"cost": "1"},
             {"exempt": True},
+            {"exempt": always},
         ],
-        ids=str,
     )
     def test_refuses_at_decoration(self, options: dict[str, Any]) -> None:
         rate = options.pop("rate", "20/hour")
