@@ -25,6 +25,8 @@ from limit_load import (
 from govredis import GovRedis, Limit
 from govredis.testing.servers import PostgresServer, RedisServer
 
+pytestmark = pytest.mark.once
+
 AWAY = "redis://127.0.0.1:1/0"
 N = 40
 RATE = [Limit(N, 0.25), UNPRUNED]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import time
 
+import pytest
 from limit_load import UNPRUNED, Load, all_calls, in_redis, verify
 
 from govredis import Limit
 from govredis.testing.servers import RedisServer
+
+pytestmark = pytest.mark.once
 
 SECONDS = float(os.environ.get("GOVREDIS_TEST_SECONDS", 15))
 RATE = [Limit(20, 0.1), Limit(90, 1), Limit(350, 5), UNPRUNED]
