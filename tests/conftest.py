@@ -81,7 +81,9 @@ def postgres_server(shared_postgres: PostgresServer) -> PostgresServer:
     """A living PostgreSQL with our tables, empty."""
     connection = psycopg2.connect(shared_postgres.url)
     with connection, connection.cursor() as cursor:
-        cursor.execute("TRUNCATE govredis_limit_windows, govredis_agents, govredis_health_snapshots")
+        cursor.execute(
+            "TRUNCATE govredis_limit_windows, govredis_limit_counters, govredis_agents, govredis_health_snapshots"
+        )
     connection.close()
     return shared_postgres
 

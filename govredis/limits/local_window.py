@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from .._fork import renew_in_child
+from .local_counter import LocalCounters
 from .rates import Limit
 from .windows import Mode, Outcome
 
@@ -16,7 +17,7 @@ from .windows import Mode, Outcome
 class LocalWindow:
     """See windows.Window. Counts this process only: N processes admit up to N times as much.
 
-    Bounded: beyond `entries` identities the one used longest ago is forgotten.
+    Bounded: beyond `entries` identities, of logs and of counters, the one used longest ago is forgotten.
 
     Args:
         entries: identities kept.
@@ -35,10 +36,13 @@ class LocalWindow:
         self._lock = threading.RLock()  # a signal handler may make calls of its own
         #: key -> its entries' times in ascending order, and the longest window used; both in microseconds.
         self._logs: OrderedDict[str, tuple[list[int], int]] = OrderedDict()
+        self._counters = LocalCounters(self._entries)
 
     def decide(self, key: str, limits: Sequence[Limit], cost: int, mode: Mode) -> Outcome:
         with self._lock:
             now = int(self._clock() * 1_000_000)
+            if limits[0].counted:
+                return self._counters.decide(key, limits, cost, mode, now)
             log, longest = self._logs.get(key, ([], 0))
             outcome = decide(log, now, limits, cost, mode)
             if log and mode != "peek":
@@ -55,12 +59,15 @@ class LocalWindow:
 
     def count(self, key: str, window_us: int) -> int:
         with self._lock:
+            now = int(self._clock() * 1_000_000)
             log, _ = self._logs.get(key, ([], 0))
-            return len(log) - bisect_right(log, int(self._clock() * 1_000_000) - window_us)
+            logged = len(log) - bisect_right(log, now - window_us)
+            return max(logged, self._counters.count(key, window_us, now))
 
     def reset(self, key: str) -> None:
         with self._lock:
             self._logs.pop(key, None)
+            self._counters.reset(key)
 
 
 def decide(log: list[int], now: int, limits: Sequence[Limit], cost: int, mode: Mode) -> Outcome:

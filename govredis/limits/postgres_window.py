@@ -1,4 +1,4 @@
-"""The window in PostgreSQL: one function call; see schema/0001_limits.sql."""
+"""The window in PostgreSQL: one function call; see schema/0001_limits.sql and 0006_limit_counters.sql."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 _PURGED_AT_ONCE = 1000
 
+_DECIDE = "SELECT * FROM govredis_limit_decide(%s, %s, %s, %s::bigint[], %s::bigint[])"
+_DECIDE_BY_COUNTERS = "SELECT * FROM govredis_counter_decide(%s, %s, %s, %s::bigint[], %s::bigint[])"
+
 
 class PostgresWindow:
     """See windows.Window. Exact among all processes that use this database."""
@@ -24,32 +27,42 @@ class PostgresWindow:
 
     def decide(self, key: str, limits: Sequence[Limit], cost: int, mode: Mode) -> Outcome:
         ((admitted, deciding, remaining, retry_after, reset_after),) = self._postgres.fetch(
-            "SELECT * FROM govredis_limit_decide(%s, %s, %s, %s::bigint[], %s::bigint[])",
+            _DECIDE_BY_COUNTERS if limits[0].counted else _DECIDE,
             (key, cost, mode, [limit.count for limit in limits], [limit.window_us for limit in limits]),
         )
         return Outcome(admitted, deciding - 1, remaining, retry_after, reset_after)
 
     def count(self, key: str, window_us: int) -> int:
-        rows = self._postgres.fetch(
-            "SELECT cardinality(entries)"
-            " - width_bucket((extract(epoch FROM clock_timestamp()) * 1000000)::bigint - %s, entries)"
-            " FROM govredis_limit_windows WHERE key = %s AND entries <> '{}'",
-            (window_us, key),
+        ((count,),) = self._postgres.fetch(
+            "WITH clock AS (SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now_us)"
+            " SELECT greatest("
+            "(SELECT cardinality(entries) - width_bucket(now_us - %s, entries)"
+            " FROM govredis_limit_windows WHERE key = %s AND entries <> '{}'),"
+            " (SELECT sum(used) FROM govredis_limit_counters WHERE key = %s AND window_us = %s"
+            " AND bucket >= govredis_counter_first(window_us, now_us)), 0) FROM clock",
+            (window_us, key, key, window_us),
         )
-        return int(rows[0][0]) if rows else 0
+        return int(count)
 
     def reset(self, key: str) -> None:
-        self._postgres.fetch("DELETE FROM govredis_limit_windows WHERE key = %s", (key,))
+        self._postgres.fetch(
+            "WITH counters AS (DELETE FROM govredis_limit_counters WHERE key = %s)"
+            " DELETE FROM govredis_limit_windows WHERE key = %s",
+            (key, key),
+        )
 
     def purge(self) -> int:
         """Delete every window that has ended, a few at a time: none is held up. Returns how many."""
+        return sum(self._purge(table) for table in ("govredis_limit_windows", "govredis_limit_counters"))
+
+    def _purge(self, table: str) -> int:
         deleted = 0
         while True:
             rows = self._postgres.fetch(
-                "WITH ended AS (DELETE FROM govredis_limit_windows WHERE key IN ("
-                " SELECT key FROM govredis_limit_windows"
+                f"WITH ended AS (DELETE FROM {table} WHERE ctid = ANY(ARRAY("
+                f" SELECT ctid FROM {table}"
                 " WHERE expires < (extract(epoch FROM clock_timestamp()) / 600)::bigint"
-                " LIMIT %s FOR UPDATE SKIP LOCKED) RETURNING 1) SELECT count(*) FROM ended",
+                " LIMIT %s FOR UPDATE SKIP LOCKED)) RETURNING 1) SELECT count(*) FROM ended",
                 (_PURGED_AT_ONCE,),
             )
             deleted += int(rows[0][0])

@@ -22,7 +22,8 @@ class RedisWindow:
     def __init__(self, client: RedisClient) -> None:
         self._client = client
         self._script = Script(__package__, "log.lua", "window.lua")
-        self._count = Script(__package__, "count.lua")
+        self._counter_script = Script(__package__, "counter.lua", "counter_window.lua")
+        self._count = Script(__package__, "counter.lua", "count.lua")
         self.renew_after_fork()
         renew_in_child(self)
 
@@ -36,13 +37,18 @@ class RedisWindow:
         pairs: list[str] = []
         for limit in limits:
             pairs += (str(limit.count), str(limit.window_us))
+        keys: tuple[str, ...]
+        if limits[0].counted:
+            script, keys = self._counter_script, (sibling(key, "counter"),)
+        else:
+            script, keys = self._script, (key, sibling(key, "window"))
         admitted, deciding, remaining, retry_after, reset_after = self._client.run(
-            self._script, (key, sibling(key, "window")), mode, str(cost), member, "", *pairs
+            script, keys, mode, str(cost), member, "", *pairs
         )
         return Outcome(admitted == 1, deciding - 1, remaining, retry_after, reset_after)
 
     def count(self, key: str, window_us: int) -> int:
-        return int(self._client.run(self._count, (key,), str(window_us), ""))
+        return int(self._client.run(self._count, (key, sibling(key, "counter")), str(window_us), ""))
 
     def reset(self, key: str) -> None:
-        self._client.call("DEL", key, sibling(key, "window"))
+        self._client.call("DEL", key, sibling(key, "window"), sibling(key, "counter"))

@@ -21,10 +21,12 @@ class Outcome(NamedTuple):
 
 
 class Window(Protocol):
-    """A sliding window log per key, over several limits at once, all or none.
+    """Sliding windows per key, over several limits at once, all or none: a log, or counters where the limits are those.
 
     `decide` counts the entries in (now - window, now] and later, by the store's own clock. Mode "hit" records `cost`
     entries if every limit admits them and writes nothing otherwise; "peek" never writes; "record" always records.
+    Counters count what shares a bucket with such an entry too: see rates.Limit. `count` is of the log, or of the
+    counter of just that window: the larger, where there are both.
     """
 
     backend: str
