@@ -164,7 +164,7 @@ class TestCounter:
     def test_is_never_looser_than_a_log_and_at_most_a_bucket_stricter(
         self, store: Any, gaps: list[int], count: int, window_us: int
     ) -> None:
-        """Whatever the times of arrival: at most N within any window; refused only if a bucket more of a log is full."""
+        """Whatever the times of arrival: at most N in any window; refused only if a bucket more of a log is full."""
         limit, admitted, key = counted(count, window_us / SECOND), Entries(), uuid.uuid4().hex
         width = -(-window_us // BUCKETS)
         for gap in gaps:
