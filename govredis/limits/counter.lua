@@ -72,3 +72,21 @@ local function add(counter, cost, now)
   end
   counts[1] = counts[1] + cost
 end
+
+-- Take back `cost` of what was added at a time, if its bucket is still there and has as much.
+local function take(counter, cost, at)
+  local i = counter.newest - math.floor(at / counter.width) + 1
+  local count = counter.counts[i]
+  if not count or count < cost then return false end
+  counter.counts[i] = count - cost
+  return true
+end
+
+-- The latest calls, about 15, in a text: of one among them that arrives again it is known.
+local function noted(calls, call)
+  return calls and string.find(calls, ' ' .. call .. ' ', 1, true)
+end
+
+local function note(calls, call)
+  return string.sub((calls or ' ') .. call .. ' ', -512)
+end

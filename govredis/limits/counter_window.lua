@@ -7,7 +7,7 @@
 -- ARGV[4]  now in microseconds, or "" for the server's clock (tests only pass one)
 -- ARGV[5]  limit, ARGV[6] its window in microseconds, and so on in pairs
 --
--- Reply: {admitted (1 or 0), index of the deciding limit from 1, its remaining, retry_after, reset_after}, times in
+-- Reply: {admitted (1 or 0), index of the deciding limit from 1, its remaining, retry_after, reset_after, now}, times in
 -- microseconds. A denial writes nothing.
 
 local mode, cost, member = ARGV[1], tonumber(ARGV[2]), ARGV[3]
@@ -16,9 +16,9 @@ local now, limits = clock(ARGV[4]), {unpack(ARGV, 5)}
 local fields = {'calls'}
 for i = 2, #limits, 2 do fields[#fields + 1] = limits[i] end
 local held = redis.call('HMGET', KEYS[1], unpack(fields))
-local calls = held[1] or ' '
+local calls = held[1]
 
-local again = mode == 'hit' and string.find(calls, ' ' .. member .. ' ', 1, true)
+local again = mode == 'hit' and noted(calls, member)
 local needed, unasked = again and 0 or cost, again or mode == 'record'
 local counters, admitted, deciding, least, wait = {}, true, 1, nil, 0
 for i = 1, #limits / 2 do
@@ -40,7 +40,7 @@ if admitted and mode ~= 'peek' and not again then
     redis.call('HSET', KEYS[1], string.format('%d', counter.window), fold(counter))
     kept = math.max(kept, math.ceil(until_empty(counter, now) / 1000) + 60000)
   end
-  redis.call('HSET', KEYS[1], 'calls', string.sub(calls .. member .. ' ', -512))
+  redis.call('HSET', KEYS[1], 'calls', note(calls, member))
   redis.call('PEXPIRE', KEYS[1], string.format('%d', math.min(kept, LONGEST_KEPT_MS)))
   if redis.call('HLEN', KEYS[1]) > #fields then
     for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
@@ -51,4 +51,5 @@ if admitted and mode ~= 'peek' and not again then
   end
 end
 
-return {admitted and 1 or 0, deciding, math.max(0, least), wait, until_empty(counters[deciding], now)}
+local reset_after = until_empty(counters[deciding], now)
+return {admitted and 1 or 0, deciding, math.max(0, least), wait, reset_after, now}

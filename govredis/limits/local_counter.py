@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from .rates import BUCKETS, Limit
-from .windows import Mode, Outcome
+from .windows import CounterEntries, Mode, Outcome
 
 
 class Counter:
@@ -49,6 +49,14 @@ class Counter:
         bucket = max(now // self._width, *self._counts, 0)
         self._counts[bucket] = self._counts.get(bucket, 0) + cost
 
+    def take(self, cost: int, at: int) -> bool:
+        """Give back what was added at a time, if its bucket is still there and has as much."""
+        bucket = at // self._width
+        held = self._counts.get(bucket, 0)
+        if held >= cost:
+            self._counts[bucket] = held - cost
+        return held >= cost
+
     def _first(self, now: int) -> int:
         """The oldest bucket that counts."""
         return (now - self._window + 1) // self._width
@@ -74,6 +82,7 @@ class LocalCounters:
         named = {limit.window_us: held.get(limit.window_us) or Counter(limit.window_us) for limit in limits}
         admitted, deciding, retry_after = True, 0, 0
         least: int | None = None
+        entries: CounterEntries | None = None
         for i, limit in enumerate(limits):
             counter = named[limit.window_us]
             used = counter.used(now)
@@ -91,11 +100,15 @@ class LocalCounters:
                 counter.add(cost, now)
             kept = {window: counter for window, counter in held.items() if counter.used(now)} | named
             self._counters[key] = kept
+            entries = CounterEntries.of(limits, now)
             if len(self._counters) > self._entries:
                 self._counters.popitem(last=False)
-        return Outcome(
-            admitted, deciding, max(0, least or 0), retry_after, named[limits[deciding].window_us].until_empty(now)
-        )
+        reset_after = named[limits[deciding].window_us].until_empty(now)
+        return Outcome(admitted, deciding, max(0, least or 0), retry_after, reset_after, entries)
+
+    def refund(self, key: str, entries: CounterEntries, cost: int) -> bool:
+        held = self._counters.get(key, {})
+        return sum(held[window].take(cost, entries.at) for window in entries.windows_us if window in held) > 0
 
     def count(self, key: str, window_us: int, now: int) -> int:
         counter = self._counters.get(key, {}).get(window_us)

@@ -1,4 +1,4 @@
-"""The window in PostgreSQL: one function call; see schema/0001_limits.sql and 0006_limit_counters.sql."""
+"""The window in PostgreSQL: one function call; see schema/0001_limits.sql and 0007_limit_counters.sql."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .rates import Limit
-from .windows import Mode, Outcome
+from .windows import CounterEntries, Mode, Outcome
 
 if TYPE_CHECKING:
     from ..postgres import Postgres
 
 _PURGED_AT_ONCE = 1000
 
-_DECIDE = "SELECT * FROM govredis_limit_decide(%s, %s, %s, %s::bigint[], %s::bigint[])"
-_DECIDE_BY_COUNTERS = "SELECT * FROM govredis_counter_decide(%s, %s, %s, %s::bigint[], %s::bigint[])"
+_ADMIT = "SELECT * FROM govredis_limit_admit(%s, %s, %s, %s::bigint[], %s::bigint[])"
+_ADMIT_BY_COUNTERS = "SELECT * FROM govredis_counter_admit(%s, %s, %s, %s::bigint[], %s::bigint[])"
 
 
 class PostgresWindow:
@@ -26,11 +26,28 @@ class PostgresWindow:
         self._postgres = postgres
 
     def decide(self, key: str, limits: Sequence[Limit], cost: int, mode: Mode) -> Outcome:
-        ((admitted, deciding, remaining, retry_after, reset_after),) = self._postgres.fetch(
-            _DECIDE_BY_COUNTERS if limits[0].counted else _DECIDE,
+        ((admitted, deciding, remaining, retry_after, reset_after, at),) = self._postgres.fetch(
+            _ADMIT_BY_COUNTERS if limits[0].counted else _ADMIT,
             (key, cost, mode, [limit.count for limit in limits], [limit.window_us for limit in limits]),
         )
-        return Outcome(admitted, deciding - 1, remaining, retry_after, reset_after)
+        entries = CounterEntries.of(limits, at) if limits[0].counted else at
+        return Outcome(admitted, deciding - 1, remaining, retry_after, reset_after, entries)
+
+    def refund(self, key: str, entries: int | CounterEntries, cost: int) -> bool:
+        if isinstance(entries, CounterEntries):
+            ((given,),) = self._postgres.fetch(
+                "SELECT govredis_counter_refund(%s, %s, %s::bigint[], %s)",
+                (key, cost, list(entries.windows_us), entries.at),
+            )
+            return bool(given)
+        # They follow those that are older: as many as width_bucket finds up to the microsecond before.
+        rows = self._postgres.fetch(
+            "UPDATE govredis_limit_windows SET entries = entries[: width_bucket(%s::bigint, entries)]"
+            " || entries[least(width_bucket(%s::bigint, entries) + %s, width_bucket(%s::bigint, entries)) + 1 :]"
+            " WHERE key = %s AND %s = ANY (entries) RETURNING 1",
+            (entries - 1, entries - 1, cost, entries, key, entries),
+        )
+        return bool(rows)
 
     def count(self, key: str, window_us: int) -> int:
         ((count,),) = self._postgres.fetch(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from ..errors import refuse
 
@@ -25,8 +25,10 @@ Algorithm: TypeAlias = Literal["sliding_window_log", "sliding_window_counter"]
 #: The largest count of a limit, by its algorithm.
 MAX_COUNT: dict[str, int] = {"sliding_window_log": 1_000_000, "sliding_window_counter": 10**12}
 MAX_WINDOW = 366 * 86400.0
+#: Each unit is an entry of its own in a log. Counters take any.
+MAX_COST = 10_000
 
-#: How many buckets a counter cuts its window into; as in counter.lua and schema/0006_limit_counters.sql.
+#: How many buckets a counter cuts its window into; as in counter.lua and schema/0007_limit_counters.sql.
 BUCKETS = 60
 
 
@@ -106,3 +108,13 @@ def parse_rate(rate: Rate) -> tuple[Limit, ...]:
             raise refuse("rate", rate, "limits of one algorithm: a counter may be small too")
         return tuple(rate)
     raise refuse("rate", rate, f"{_WANTED}, a Limit, or a non-empty list of Limit")
+
+
+def check_cost(cost: Any, limits: Sequence[Limit]) -> None:
+    """Raises ValueError for what is no cost, and for one that a limit could never admit."""
+    most = limits[0].count if limits[0].counted else MAX_COST
+    if type(cost) is not int or not 1 <= cost <= most:
+        raise refuse("cost", cost, f"a whole number from 1 to {most}")
+    for limit in limits:
+        if cost > limit.count:
+            raise refuse("cost", cost, f"at most {limit.count}: more could never be admitted under {limit}")

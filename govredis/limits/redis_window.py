@@ -11,7 +11,7 @@ from .._fork import renew_in_child
 from ..client import RedisClient, Script
 from ..keys import sibling
 from .rates import Limit
-from .windows import Mode, Outcome
+from .windows import CounterEntries, Mode, Outcome
 
 
 class RedisWindow:
@@ -23,6 +23,7 @@ class RedisWindow:
         self._client = client
         self._script = Script(__package__, "log.lua", "window.lua")
         self._counter_script = Script(__package__, "counter.lua", "counter_window.lua")
+        self._counter_refund = Script(__package__, "counter.lua", "counter_refund.lua")
         self._count = Script(__package__, "counter.lua", "count.lua")
         self.renew_after_fork()
         renew_in_child(self)
@@ -33,22 +34,56 @@ class RedisWindow:
         self._calls = itertools.count()
 
     def decide(self, key: str, limits: Sequence[Limit], cost: int, mode: Mode) -> Outcome:
-        member = f"{time.time_ns() // 1000}-{self._nonce}{next(self._calls)}"
-        pairs: list[str] = []
-        for limit in limits:
-            pairs += (str(limit.count), str(limit.window_us))
-        keys: tuple[str, ...]
-        if limits[0].counted:
-            script, keys = self._counter_script, (sibling(key, "counter"),)
-        else:
-            script, keys = self._script, (key, sibling(key, "window"))
-        admitted, deciding, remaining, retry_after, reset_after = self._client.run(
-            script, keys, mode, str(cost), member, "", *pairs
-        )
-        return Outcome(admitted == 1, deciding - 1, remaining, retry_after, reset_after)
+        member = self._member()
+        script, keys = self._script_of(key, limits)
+        return _outcome(self._client.run(script, keys, *_arguments(limits, cost, mode, member)), limits, member)
+
+    def hit_many(self, hits: Sequence[tuple[str, Sequence[Limit], int]]) -> list[Outcome]:
+        """`decide` in mode "hit" for each key, limits and cost, in order, in one round trip."""
+        members = [self._member() for _ in hits]
+        calls = [(*self._script_of(key, limits), limits, cost) for key, limits, cost in hits]
+        commands = [
+            script.call(keys, _arguments(limits, cost, "hit", member))
+            for (script, keys, limits, cost), member in zip(calls, members, strict=True)
+        ]
+        replies = self._client.pipeline(commands, list({script for script, *_ in calls}))
+        return [
+            _outcome(reply, limits, member)
+            for reply, (_, limits, _), member in zip(replies, hits, members, strict=True)
+        ]
+
+    def refund(self, key: str, entries: str | CounterEntries, cost: int) -> bool:
+        if isinstance(entries, CounterEntries):
+            windows = map(str, entries.windows_us)
+            arguments = (str(cost), entries.member, str(entries.at), "", *windows)
+            return bool(self._client.run(self._counter_refund, (sibling(key, "counter"),), *arguments))
+        members = [f"{entries}-{i}" for i in range(1, cost + 1)]
+        return int(self._client.call("ZREM", key, *members)) > 0
 
     def count(self, key: str, window_us: int) -> int:
         return int(self._client.run(self._count, (key, sibling(key, "counter")), str(window_us), ""))
 
     def reset(self, key: str) -> None:
         self._client.call("DEL", key, sibling(key, "window"), sibling(key, "counter"))
+
+    def _script_of(self, key: str, limits: Sequence[Limit]) -> tuple[Script, tuple[str, ...]]:
+        """What decides over these limits, and its keys."""
+        if limits[0].counted:
+            return self._counter_script, (sibling(key, "counter"),)
+        return self._script, (key, sibling(key, "window"))
+
+    def _member(self) -> str:
+        return f"{time.time_ns() // 1000}-{self._nonce}{next(self._calls)}"
+
+
+def _arguments(limits: Sequence[Limit], cost: int, mode: Mode, member: str) -> list[str]:
+    arguments = [mode, str(cost), member, ""]
+    for limit in limits:
+        arguments += (str(limit.count), str(limit.window_us))
+    return arguments
+
+
+def _outcome(reply: list[int], limits: Sequence[Limit], member: str) -> Outcome:
+    admitted, deciding, remaining, retry_after, reset_after = reply[:5]
+    entries = CounterEntries.of(limits, reply[5], member) if limits[0].counted else member
+    return Outcome(admitted == 1, deciding - 1, remaining, retry_after, reset_after, entries)

@@ -126,6 +126,35 @@ class TestCounter:
         assert store.window.decide("k", limits, 1, "hit") == Outcome(True, 0, 0, 0, until - store.now)
         assert store.window.decide("k", limits, 1, "hit") == Outcome(False, 0, 0, until - store.now, until - store.now)
 
+    def test_a_refund_gives_back_what_its_hit_took_to_every_window(self, store: Any) -> None:
+        limits = [counted(9, 60), counted(8, 600)]
+        outcomes = []
+        for cost in (1, 3, 2):
+            outcomes.append(store.window.decide("k", limits, cost, "hit"))
+            store.now += 10 * SECOND
+        assert store.window.refund("k", outcomes[1].entries, 3)
+        assert [store.window.count("k", w * SECOND) for w in (60, 600)] == [3, 3]
+        store.now += 50 * SECOND
+        assert store.window.count("k", 60 * SECOND) == 2, "the first has aged out, the third is there"
+
+    def test_what_is_gone_is_not_given_back(self, store: Any) -> None:
+        limits = [counted(5, 6)]
+        first = store.window.decide("k", limits, 3, "hit")
+        store.now += 7 * SECOND
+        store.window.decide("k", limits, 1, "hit")
+        assert not store.window.refund("k", first.entries, 3)
+        second = store.window.decide("k", limits, 3, "hit")
+        store.window.reset("k")
+        store.window.decide("k", limits, 1, "hit")
+        assert not store.window.refund("k", second.entries, 3)
+        assert store.window.count("k", 6 * SECOND) == 1
+        assert not store.window.refund("unknown", second.entries, 3)
+
+    def test_an_emptied_counter_is_full_again(self, store: Any) -> None:
+        outcome = store.window.decide("k", [counted(2, 60)], 2, "hit")
+        assert store.window.refund("k", outcome.entries, 2)
+        assert store.window.decide("k", [counted(2, 60)], 1, "peek") == Outcome(True, 0, 1, 0, 0)
+
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
     def test_decides_as_counting_every_entry_does(self, store: Any, data: st.DataObject) -> None:

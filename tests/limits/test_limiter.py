@@ -41,22 +41,6 @@ def local_limiter(clock: Clock, fallback: str = "local") -> RateLimiter:
     )
 
 
-@pytest.fixture(params=["redis", "postgres", "local"])
-def limits(
-    request: pytest.FixtureRequest,
-    make_gov: Callable[..., GovRedis],
-    redis_server: RedisServer,
-    postgres_server: PostgresServer,
-) -> RateLimiter:
-    """The limiter as each store decides."""
-    urls = {
-        "redis": {"redis_url": redis_server.url, "database_url": postgres_server.url},
-        "postgres": {"redis_url": AWAY, "database_url": postgres_server.url},
-        "local": {"redis_url": AWAY, "database_url": PG_AWAY},
-    }
-    return make_gov(**urls[request.param]).limits
-
-
 class TestCalls:
     def test_hit(self, limits: RateLimiter, request: pytest.FixtureRequest) -> None:
         first = limits.hit("agent-123", "3/hour;2/minute", operation="kg_store")

@@ -132,6 +132,14 @@ class TestCountersInRedis:
         if cost == 3:
             assert redis_store.server.command("HGETALL", self.COUNTER) == before
 
+    def test_a_refund_that_arrives_twice_gives_back_once(self, redis_store: Any) -> None:
+        limits = [Limit(9, 60, "sliding_window_counter")]
+        outcome = redis_store.window.decide("k", limits, 2, "hit")
+        redis_store.window.decide("k", limits, 3, "hit")
+        assert redis_store.window.refund("k", outcome.entries, 2)
+        assert redis_store.window.refund("k", outcome.entries, 2), "the answer of the first"
+        assert redis_store.window.count("k", 60 * SECOND) == 3
+
     def test_its_memory_does_not_grow_with_what_it_counts(self, redis_store: Any) -> None:
         for n in range(2000):
             redis_store.now += 40_000 + n
@@ -285,6 +293,12 @@ class TestPostgres:
         kept = {key for (key,) in postgres_store.sql("SELECT key FROM govredis_limit_windows WHERE key !~ '^new'")}
         assert kept == {"wide"}
 
+    def test_a_process_of_the_version_before_shares_the_window(self, postgres_store: Any) -> None:
+        ask = "SELECT * FROM govredis_limit_decide('k', 2, 'hit', '{3}', '{1000000}')"
+        assert postgres_store.sql(ask) == [(True, 1, 1, 0, SECOND)]
+        assert postgres_store.window.decide("k", [Limit(3, 1)], 1, "hit").admitted
+        assert postgres_store.sql(ask) == [(False, 1, 0, SECOND, SECOND)]
+
     def test_the_table_is_unlogged(self, postgres_store: Any) -> None:
         found = postgres_store.sql("SELECT relpersistence FROM pg_class WHERE relname = 'govredis_limit_windows'")
         assert found == [("u",)]
@@ -301,7 +315,7 @@ class TestCountersInPostgres:
         watcher.autocommit = True
         try:
             with holder.cursor() as cursor, watcher.cursor() as look:
-                cursor.execute("SELECT govredis_counter_decide('k', 1, 'hit', '{9}', '{3600000000}')")
+                cursor.execute("SELECT govredis_counter_admit('k', 1, 'hit', '{9}', '{3600000000}')")
                 assert not window.decide("k", limits, 2, "hit").admitted
                 thread = threading.Thread(target=lambda: outcomes.append(window.decide("k", limits, 1, "hit")))
                 thread.start()

@@ -67,10 +67,11 @@ BEGIN
 END $$;
 
 -- Decide and count: one call, one statement. A denial takes no lock and writes nothing; an admission is decided anew
--- under the key's lock.
-CREATE FUNCTION govredis_counter_decide(
+-- under the key's lock. `at`: when it was counted; NULL where it was not.
+CREATE FUNCTION govredis_counter_admit(
     k text, cost bigint, mode text, counts bigint[], windows bigint[],
-    OUT admitted boolean, OUT deciding integer, OUT remaining bigint, OUT retry_after bigint, OUT reset_after bigint
+    OUT admitted boolean, OUT deciding integer, OUT remaining bigint, OUT retry_after bigint, OUT reset_after bigint,
+    OUT at bigint
 ) LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
     now_us bigint;
@@ -91,6 +92,7 @@ BEGIN
         RETURN;
     END IF;
 
+    at := now_us;
     FOR w IN SELECT DISTINCT unnest(windows) LOOP
         width := govredis_counter_width(w);
         DELETE FROM govredis_limit_counters c
@@ -112,4 +114,15 @@ BEGIN
             SELECT o.key, o.window_us, o.bucket FROM govredis_limit_counters o
             WHERE o.expires < now_us / 600000000 LIMIT 100 FOR UPDATE SKIP LOCKED);
     END IF;
+END $$;
+
+-- Give back what was counted at a time, where its buckets are still there and have as much.
+CREATE FUNCTION govredis_counter_refund(k text, cost bigint, windows bigint[], at bigint) RETURNS boolean
+LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtextextended(k, 7013));
+    UPDATE govredis_limit_counters c SET used = c.used - cost
+        WHERE c.key = k AND c.window_us = ANY (windows) AND c.bucket = at / govredis_counter_width(c.window_us)
+        AND c.used >= cost;
+    RETURN FOUND;
 END $$;
