@@ -5,10 +5,11 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from govredis.limits import Limit
+from govredis.limits import Limit, RateLimiter
 from govredis.limits.rates import BUCKETS
 from govredis.limits.windows import Mode, Outcome
 
@@ -207,3 +208,43 @@ class TestCounter:
             else:
                 assert full_of_a_bucket_more
                 assert found.retry_after_us <= window_us + width - 1
+
+
+class TestLimiter:
+    """The same calls."""
+
+    RATE = counted(5, 3600)
+
+    def test_hit_peek_count_and_refund(self, limits: RateLimiter) -> None:
+        result = limits.hit("a", self.RATE, operation="kg_store", cost=3)
+        assert (result.allowed, result.limit, result.remaining, result.retry_after) == (True, self.RATE, 2, 0)
+        assert 3600 <= result.reset_after <= 3660
+        assert limits.peek("a", self.RATE, operation="kg_store").remaining == 1
+        refused = limits.hit("a", self.RATE, operation="kg_store", cost=3)
+        assert (refused.allowed, refused.violated, refused.remaining) == (False, self.RATE, 2)
+        assert 3600 - 60 < refused.retry_after <= 3660
+        assert limits.get_count("a", 3600, operation="kg_store") == 3
+        assert limits.get_count("a", 1800, operation="kg_store") == 0, "of just that window"
+        assert result.refund() is True
+        assert result.refund() is False
+        assert refused.refund() is False
+        assert limits.get_count("a", 3600, operation="kg_store") == 0
+
+    def test_hit_many_may_mix_them(self, limits: RateLimiter) -> None:
+        found = limits.hit_many([("a", self.RATE), ("a", "5/hour"), ("b", [self.RATE, counted(1, 1)])], cost=1)
+        assert [result.remaining for result in found] == [4, 4, 0]
+        assert all(result.refund() for result in found)
+        assert limits.get_count("a", 3600) == 0
+
+    def test_a_cost_may_be_as_large_as_the_limit(self, limits: RateLimiter) -> None:
+        assert limits.hit("bytes", counted(10**12, 86400), cost=10**12 - 1).remaining == 1
+        with pytest.raises(
+            ValueError, match="cost is 1000000000001; it must be a whole number from 1 to 1000000000000"
+        ):
+            limits.hit("bytes", counted(10**12, 86400), cost=10**12 + 1)
+        with pytest.raises(ValueError, match="cost is 6; it must be at most 5"):
+            limits.hit("bytes", [counted(9, 60), self.RATE], cost=6)
+
+    def test_algorithms_are_not_mixed_in_a_rate(self, limits: RateLimiter) -> None:
+        with pytest.raises(ValueError, match="it must be limits of one algorithm"):
+            limits.hit("a", [self.RATE, Limit(1, 1)])
