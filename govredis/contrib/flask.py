@@ -21,7 +21,8 @@ from flask import Blueprint, Flask, Response, after_this_request, current_app, r
 from flask.cli import AppGroup, with_appcontext
 from werkzeug.exceptions import BadRequest
 
-from .._commands import COMMANDS, work_on
+from .._commands import COMMANDS
+from .._invocation import work_on
 from .._templates import KeyTemplate
 from ..api import GovRedis, get_gov
 from ..errors import BackendUnavailable, ConfigurationError, RateLimitExceeded, refuse
