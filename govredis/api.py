@@ -106,6 +106,7 @@ class GovRedis:
         Locks still held are not released, and what this process owes Redis (revocations and invalidations made while it
         was away) is lost: close when Redis is back.
         """
+        self.limits.close()
         if self._redis is not None:
             self._redis.close()
         if self._postgres is not None:

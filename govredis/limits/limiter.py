@@ -12,11 +12,12 @@ from .._counters import Counters
 from ..errors import BackendUnavailable, RateLimitExceeded, check_timeout, refuse
 from ..keys import Keys
 from .calls import LimitedCalls
+from .denied import Denied, DeniedCounts
 from .local_window import LocalWindow
 from .rates import MAX_COST, Limit, Rate, check_cost, parse_rate
 from .redis_window import RedisWindow
 from .result import RateLimitResult
-from .windows import Mode, Outcome, Window
+from .windows import Mode, Outcome, Standing, Window
 
 if TYPE_CHECKING:
     from ..client import RedisClient
@@ -63,6 +64,7 @@ class RateLimiter:
         self._fallback = fallback
         self._sleep = sleep
         self._clock = clock
+        self._denied = DeniedCounts(keys, redis, counters)
         self._windows: list[Window] = []
         if redis is not None:
             self._windows.append(RedisWindow(redis))
@@ -172,6 +174,28 @@ class RateLimiter:
                 return store.count(key, window_us)
         return 0
 
+    def standing(self, identity: str, *, operation: str = _DEFAULT) -> Standing:
+        """What stands in the identity's windows, in the store that would decide now. Writes nothing.
+
+        Raises BackendUnavailable where there is none.
+        """
+        key = self._keys.rate_limit(operation, identity)
+        for store in self._windows:
+            with contextlib.suppress(BackendUnavailable):
+                return store.standing(key)
+        raise BackendUnavailable("Redis and PostgreSQL are away, and GOVREDIS_LIMIT_FALLBACK keeps no windows")
+
+    def most_denied(self, n: int = 10) -> list[Denied]:
+        """Whom `hit` has refused most often, over all processes, in this hour and in the one before.
+
+        Args:
+            n: how many, the most denied first.
+
+        Counted in Redis, a second later, without a round trip of the denial's own; see denied.DeniedCounts for how far
+        off a count may be. Raises BackendUnavailable, also where Redis is disabled; BackendError.
+        """
+        return self._denied.most(n)
+
     def reset(self, identity: str, *, operation: str = _DEFAULT) -> None:
         """Forget every entry of the identity, in each store that can be reached.
 
@@ -193,6 +217,10 @@ class RateLimiter:
         Raises BackendUnavailable, ConfigurationError.
         """
         return self._postgres_window.purge() if self._postgres_window is not None else 0
+
+    def close(self) -> None:
+        """Tell Redis whom this process has denied in the last second. The limiter may be used again."""
+        self._denied.flush()
 
     # -- decorator -----------------------------------------------------------------------------------------------
 
@@ -288,6 +316,8 @@ class RateLimiter:
         degraded = backend != "redis"
         if mode == "hit":
             self._counters.add("limits.allowed" if admitted else "limits.denied")
+            if not admitted:
+                self._denied.add(identity, operation)
         if degraded:
             self._counters.add(f"limits.degraded.{backend}")
         result = RateLimitResult(

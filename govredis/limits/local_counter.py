@@ -114,5 +114,9 @@ class LocalCounters:
         counter = self._counters.get(key, {}).get(window_us)
         return counter.used(now) if counter is not None else 0
 
+    def standing(self, key: str, now: int) -> dict[float, int]:
+        held = self._counters.get(key, {}).items()
+        return {window / 1_000_000: used for window, counter in held if (used := counter.used(now))}
+
     def reset(self, key: str) -> None:
         self._counters.pop(key, None)

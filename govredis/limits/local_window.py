@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from .._fork import renew_in_child
 from .local_counter import LocalCounters
 from .rates import Limit
-from .windows import CounterEntries, Mode, Outcome
+from .windows import CounterEntries, Mode, Outcome, Standing
 
 
 class LocalWindow:
@@ -74,6 +74,20 @@ class LocalWindow:
             log, _ = self._logs.get(key, ([], 0))
             logged = len(log) - bisect_right(log, now - window_us)
             return max(logged, self._counters.count(key, window_us, now))
+
+    def standing(self, key: str) -> Standing:
+        with self._lock:
+            now = int(self._clock() * 1_000_000)
+            log, longest = self._logs.get(key, ([], 0))
+            log = log[bisect_right(log, now - longest) :]
+            return Standing(
+                self.backend,
+                len(log),
+                longest / 1_000_000 or None,
+                (now - log[0]) / 1_000_000 if log else None,
+                (now - log[-1]) / 1_000_000 if log else None,
+                self._counters.standing(key, now),
+            )
 
     def reset(self, key: str) -> None:
         with self._lock:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .rates import Limit
-from .windows import CounterEntries, Mode, Outcome
+from .windows import CounterEntries, Mode, Outcome, Standing
 
 if TYPE_CHECKING:
     from ..postgres import Postgres
@@ -15,6 +15,8 @@ _PURGED_AT_ONCE = 1000
 
 _ADMIT = "SELECT * FROM govredis_limit_admit(%s, %s, %s, %s::bigint[], %s::bigint[])"
 _ADMIT_BY_COUNTERS = "SELECT * FROM govredis_counter_admit(%s, %s, %s, %s::bigint[], %s::bigint[])"
+
+_CLOCK = "clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now_us)"
 
 
 class PostgresWindow:
@@ -51,7 +53,7 @@ class PostgresWindow:
 
     def count(self, key: str, window_us: int) -> int:
         ((count,),) = self._postgres.fetch(
-            "WITH clock AS (SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now_us)"
+            f"WITH {_CLOCK}"
             " SELECT greatest("
             "(SELECT cardinality(entries) - width_bucket(now_us - %s, entries)"
             " FROM govredis_limit_windows WHERE key = %s AND entries <> '{}'),"
@@ -60,6 +62,29 @@ class PostgresWindow:
             (window_us, key, key, window_us),
         )
         return int(count)
+
+    def standing(self, key: str) -> Standing:
+        ((now, longest, entries, oldest, newest),) = self._postgres.fetch(
+            f"WITH {_CLOCK}, held AS ("
+            "SELECT longest, entries[width_bucket(now_us - longest, entries) + 1 :] AS entries"
+            " FROM govredis_limit_windows, clock WHERE key = %s AND entries <> '{}')"
+            " SELECT now_us, longest, cardinality(entries), entries[1], entries[cardinality(entries)]"
+            " FROM clock LEFT JOIN held ON true",
+            (key,),
+        )
+        counters = self._postgres.fetch(
+            f"WITH {_CLOCK} SELECT window_us, sum(used)::bigint FROM govredis_limit_counters, clock"
+            " WHERE key = %s AND bucket >= govredis_counter_first(window_us, now_us) AND used > 0 GROUP BY window_us",
+            (key,),
+        )
+        return Standing(
+            self.backend,
+            entries or 0,
+            longest / 1_000_000 if longest else None,
+            (now - oldest) / 1_000_000 if entries else None,
+            (now - newest) / 1_000_000 if entries else None,
+            {window_us / 1_000_000: used for window_us, used in counters},
+        )
 
     def reset(self, key: str) -> None:
         self._postgres.fetch(

@@ -11,7 +11,7 @@ from .._fork import renew_in_child
 from ..client import RedisClient, Script
 from ..keys import sibling
 from .rates import Limit
-from .windows import CounterEntries, Mode, Outcome
+from .windows import CounterEntries, Mode, Outcome, Standing
 
 
 class RedisWindow:
@@ -25,6 +25,7 @@ class RedisWindow:
         self._counter_script = Script(__package__, "counter.lua", "counter_window.lua")
         self._counter_refund = Script(__package__, "counter.lua", "counter_refund.lua")
         self._count = Script(__package__, "counter.lua", "count.lua")
+        self._standing = Script(__package__, "counter.lua", "standing.lua")
         self.renew_after_fork()
         renew_in_child(self)
 
@@ -62,6 +63,19 @@ class RedisWindow:
 
     def count(self, key: str, window_us: int) -> int:
         return int(self._client.run(self._count, (key, sibling(key, "counter")), str(window_us), ""))
+
+    def standing(self, key: str) -> Standing:
+        now, longest, entries, oldest, newest, counters = self._client.run(
+            self._standing, (key, sibling(key, "window"), sibling(key, "counter")), ""
+        )
+        return Standing(
+            self.backend,
+            entries,
+            longest / 1_000_000 or None,
+            now / 1_000_000 - float(oldest) if entries else None,
+            now / 1_000_000 - float(newest) if entries else None,
+            {int(window) / 1_000_000: int(used) for window, used in zip(counters[::2], counters[1::2], strict=True)},
+        )
 
     def reset(self, key: str) -> None:
         self._client.call("DEL", key, sibling(key, "window"), sibling(key, "counter"))

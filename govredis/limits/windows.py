@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -44,6 +44,29 @@ class CounterEntries(NamedTuple):
         return cls(at, tuple({limit.window_us: None for limit in limits}), member)
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What stands in an identity's windows, in one store. Durations are seconds, by the store's clock.
+
+    Attributes:
+        backend: the store.
+        entries: of the log, within the longest window ever used on it.
+        window: that window; None where there is no log, or one that only other clients write.
+        oldest, newest: how long ago these were recorded; negative for one that is booked; None without entries.
+        counters: window -> count, of the sliding window counters that count something.
+    """
+
+    backend: str
+    entries: int = 0
+    window: float | None = None
+    oldest: float | None = None
+    newest: float | None = None
+    counters: Mapping[float, int] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.entries or self.counters)
+
+
 class Window(Protocol):
     """Sliding windows per key, over several limits at once, all or none: a log, or counters where the limits are those.
 
@@ -62,5 +85,7 @@ class Window(Protocol):
     def refund(self, key: str, entries: Any, cost: int) -> bool: ...
 
     def count(self, key: str, window_us: int) -> int: ...
+
+    def standing(self, key: str) -> Standing: ...
 
     def reset(self, key: str) -> None: ...
