@@ -230,38 +230,46 @@ class RateLimiter:
         *,
         key: str | Callable[..., str],
         operation: str = _DEFAULT,
+        cost: int | Callable[..., int] = 1,
+        exempt: Callable[..., bool] | None = None,
         on_limit: Literal["raise", "wait"] = "raise",
         timeout: float = 60.0,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Limit the calls of a function.
 
         Args:
-            rate: as in `hit`, or a callable that gets the call's arguments and returns one.
+            rate: as in `hit`, or a callable that gets the call's arguments and returns one: a limit that depends on a
+                plan, say. It holds from the next call on.
             key: a template of the function's argument names, "{agent_id}", or a callable that gets its arguments.
             operation: what is limited.
+            cost: as in `hit`, or a callable that gets the call's arguments and returns one.
+            exempt: a callable that gets the call's arguments; a call for which it returns True is let through, unasked
+                and uncounted.
             on_limit: "raise" raises RateLimitExceeded; "wait" sleeps up to `timeout` seconds, then raises it.
             timeout: seconds, for "wait".
 
-        Raises ValueError at decoration for a bad rate, key, operation, on_limit or timeout. What each call may raise or
-        promises when Redis is away is as for `hit`.
+        Raises ValueError at decoration for a bad argument; a call does for what a callable returned. What each call may
+        raise or promises when Redis is away is as for `hit`.
         """
         if on_limit not in {"raise", "wait"}:
             raise refuse("on_limit", on_limit, '"raise" or "wait"')
         check_timeout(timeout)
-        calls = LimitedCalls(rate, key, operation)
+        calls = LimitedCalls(rate, key, operation, cost, exempt)
 
         def decorate(function: Callable[P, R]) -> Callable[P, R]:
             look = calls.of(function)
 
             @functools.wraps(function)
             def limited(*args: P.args, **kwargs: P.kwargs) -> R:
-                identity, now = look(args, kwargs)
-                if on_limit == "wait":
-                    result = self.wait(identity, now, operation=operation, timeout=timeout)
+                found = look(args, kwargs)
+                if found is not None:
+                    identity, rate, cost = found
+                    if on_limit == "wait":
+                        result = self.wait(identity, rate, timeout=timeout, operation=operation, cost=cost)
+                    else:
+                        result = self.hit(identity, rate, operation=operation, cost=cost)
                     if not result.allowed:
                         raise RateLimitExceeded(result)
-                else:
-                    self.require(identity, now, operation=operation)
                 return function(*args, **kwargs)
 
             return limited

@@ -83,6 +83,40 @@ class TestRedis:
         redis_store.now += refused.retry_after_us
         assert redis_store.window.decide("k", [Limit(1, 1)], 1, "hit").admitted
 
+    def test_a_plain_client_of_whole_seconds_and_we_count_each_other(self, redis_store: Any) -> None:
+        """One that does ZREMRANGEBYSCORE, ZCARD and ZADD by its own clock, in whole seconds, one member a second."""
+        redis, limit, window = redis_store.server.command, 4, 10
+
+        def theirs() -> bool:
+            now = redis_store.now // SECOND
+            redis("ZREMRANGEBYSCORE", "k", 0, now - window)
+            if redis("ZCARD", "k") >= limit:
+                return False
+            redis("ZADD", "k", now, f"{now}")
+            redis("EXPIRE", "k", window)
+            return True
+
+        def ours() -> bool:
+            return bool(redis_store.window.decide("k", [Limit(limit, window)], 1, "hit").admitted)
+
+        start = redis_store.now
+        assert [ours(), theirs()] == [True, True]
+        redis_store.now += 2 * SECOND
+        assert [ours(), theirs()] == [True, True]
+        assert [ours(), theirs()] == [False, False], "four, two of each, for both"
+        # Theirs of the first second counts from its whole second on: it goes first, and then ours.
+        redis_store.now = start // SECOND * SECOND + 10 * SECOND - 1
+        assert [ours(), theirs()] == [False, False]
+        redis_store.now += 1
+        assert ours()
+        assert not theirs()
+        redis_store.now = start + 10 * SECOND - 1
+        assert not ours()
+        redis_store.now += SECOND  # they prune by whole seconds, so up to a second late
+        assert theirs()
+        assert not ours()
+        assert redis("ZCARD", "k") == 4
+
     @pytest.mark.parametrize("fraction", ["0.1234561", "0.1234562", "0.1234563", "0.1234568", "0.7777773", "0.9999999"])
     def test_retry_after_is_not_too_early_for_scores_between_two_microseconds(
         self, redis_store: Any, fraction: str
@@ -295,9 +329,9 @@ class TestPostgres:
 
     def test_a_process_of_the_version_before_shares_the_window(self, postgres_store: Any) -> None:
         ask = "SELECT * FROM govredis_limit_decide('k', 2, 'hit', '{3}', '{1000000}')"
-        assert postgres_store.sql(ask) == [(True, 1, 1, 0, SECOND)]
+        assert postgres_store.postgres.fetch(ask) == [(True, 1, 1, 0, SECOND)]
         assert postgres_store.window.decide("k", [Limit(3, 1)], 1, "hit").admitted
-        assert postgres_store.sql(ask) == [(False, 1, 0, SECOND, SECOND)]
+        assert postgres_store.postgres.fetch(ask) == [(False, 1, 0, SECOND, SECOND)]
 
     def test_the_table_is_unlogged(self, postgres_store: Any) -> None:
         found = postgres_store.sql("SELECT relpersistence FROM pg_class WHERE relname = 'govredis_limit_windows'")
