@@ -17,25 +17,25 @@ local function clock(given)
   return tonumber(time[1]) * 1000000 + tonumber(time[2])
 end
 
--- What is held, in numbers, without the buckets that lie before the window.
+-- What is held, without the buckets that lie before the window. Counts stay text until one is changed: most are written
+-- back as they were.
 local function unfold(held, window, now)
   local width = math.ceil(window / BUCKETS)
   local first = math.floor((now - window + 1) / width)
   local numbers = string.gmatch(held or '', '%d+')
   local newest = tonumber(numbers() or '0')
-  local counts, used = {}, 0
+  local counts, used, kept = {}, 0, 0
   for count in numbers do
-    if newest - #counts < first then break end
-    counts[#counts + 1] = tonumber(count)
+    if newest - kept < first then break end
+    kept = kept + 1
+    counts[kept] = count
     used = used + count
   end
   return {window = window, width = width, newest = newest, counts = counts, used = used}
 end
 
 local function fold(counter)
-  local text = {string.format('%d', counter.newest)}
-  for i, count in ipairs(counter.counts) do text[i + 1] = string.format('%d', count) end
-  return table.concat(text, ' ')
+  return string.format('%d ', counter.newest) .. table.concat(counter.counts, ' ')
 end
 
 -- Microseconds until the i-th bucket, from the newest, counts no more.
@@ -54,7 +54,7 @@ end
 -- Microseconds until nothing counts any more.
 local function until_empty(counter, now)
   for i, count in ipairs(counter.counts) do
-    if count > 0 then return left(counter, i, now) end
+    if count ~= '0' then return left(counter, i, now) end
   end
   return 0
 end
@@ -64,21 +64,21 @@ local function add(counter, cost, now)
   local bucket, counts = math.floor(now / counter.width), counter.counts
   if #counts == 0 then
     counter.newest = bucket
-    counts[1] = 0
+    counts[1] = '0'
   end
   while counter.newest < bucket do
     counter.newest = counter.newest + 1
-    table.insert(counts, 1, 0)
+    table.insert(counts, 1, '0')
   end
-  counts[1] = counts[1] + cost
+  counts[1] = string.format('%d', counts[1] + cost)
 end
 
 -- Take back `cost` of what was added at a time, if its bucket is still there and has as much.
 local function take(counter, cost, at)
   local i = counter.newest - math.floor(at / counter.width) + 1
-  local count = counter.counts[i]
-  if not count or count < cost then return false end
-  counter.counts[i] = count - cost
+  local count = tonumber(counter.counts[i] or '0')
+  if count < cost then return false end
+  counter.counts[i] = string.format('%d', count - cost)
   return true
 end
 
