@@ -75,8 +75,12 @@ class DeniedCounts:
         """Count one denial. Returns at once."""
         if self._redis is None:
             return
+        who = identity, operation
         with self._lock:
-            self._count((identity, operation), 1)
+            if who in self._counts:
+                self._counts[who] += 1
+            else:
+                self._count(who, 1)
         now = self._clock()
         if now >= self._next:
             # Set before the thread is there: if an exception strikes in between, the next second's denial starts one.
@@ -118,6 +122,7 @@ class DeniedCounts:
         return found
 
     def _count(self, who: tuple[str, str], count: int) -> None:
+        """Under the lock."""
         if who in self._counts:
             self._counts[who] += count
         elif len(self._counts) < KEPT:

@@ -193,7 +193,7 @@ TAG = "{govredis:denied}"
 
 
 def tell(gov: GovRedis, room: int, now: int, *pairs: tuple[str, int]) -> None:
-    denied: Any = gov.limits._denied
+    denied: Any = gov.limits._denied_counts
     assert gov._redis is not None
     arguments = [str(part) for pair in pairs for part in pair]
     assert gov._redis.run(denied._script, (TAG,), str(room), str(now), *arguments) == 1
@@ -201,7 +201,7 @@ def tell(gov: GovRedis, room: int, now: int, *pairs: tuple[str, int]) -> None:
 
 def most(gov: GovRedis, now: int) -> dict[bytes, int]:
     assert gov._redis is not None
-    denied: Any = gov.limits._denied
+    denied: Any = gov.limits._denied_counts
     counts: Counter[bytes] = Counter()
     for flat in gov._redis.run(denied._most, (TAG,), str(now)):
         counts.update({m: int(n) for m, n in zip(flat[::2], flat[1::2], strict=True)})

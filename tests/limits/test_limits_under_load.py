@@ -15,12 +15,14 @@ from govredis.testing.servers import PostgresServer, RedisServer
 N, WINDOW_US = 50, 500_000
 PROCESSES, SECONDS = 8, 1.5
 
+# Each answer is to be a decision of the server's: no denial is remembered.
 # The second limit admits all; it only keeps the log from being pruned, so that the test can read the whole of it.
 WORKER = f"""
 import json, sys, time
 from govredis import Config, GovRedis, Limit
 rate = [Limit({N}, {WINDOW_US / 1e6}), Limit(1000000, 3600)]
-limits = GovRedis(Config(socket_timeout=5, connect_timeout=5, postgres_timeout=10, **json.loads(sys.argv[1]))).limits
+patient = dict(socket_timeout=5, connect_timeout=5, postgres_timeout=10)
+limits = GovRedis(Config(limit_deny_cache=False, **patient, **json.loads(sys.argv[1]))).limits
 limits.peek("k", rate)
 print("ready", flush=True)
 sys.stdin.readline()
