@@ -111,8 +111,8 @@ def parse_rate(rate: Rate) -> tuple[Limit, ...]:
 
 
 def check_cost(cost: Any, limits: Sequence[Limit]) -> None:
-    """Raises ValueError for what is no cost, and for one that a limit could never admit."""
-    most = limits[0].count if limits[0].counted else MAX_COST
+    """Raises ValueError for what is no cost, and for one that a limit could never admit. () where they are unknown."""
+    most = MAX_COST if limits and not limits[0].counted else MAX_COUNT["sliding_window_counter"]
     if type(cost) is not int or not 1 <= cost <= most:
         raise refuse("cost", cost, f"a whole number from 1 to {most}")
     for limit in limits:
