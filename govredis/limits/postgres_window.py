@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .mirror import Admission
 from .rates import Limit
 from .windows import CounterEntries, Mode, Outcome, Standing
 
@@ -17,6 +18,24 @@ _ADMIT = "SELECT * FROM govredis_limit_admit(%s, %s, %s, %s::bigint[], %s::bigin
 _ADMIT_BY_COUNTERS = "SELECT * FROM govredis_counter_admit(%s, %s, %s, %s::bigint[], %s::bigint[])"
 
 _CLOCK = "clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now_us)"
+# In the order of the keys, as everybody must who locks several of these rows. Merged, not appended: other processes'
+# copies may be younger, and a clock that was set back must not unsort the log.
+_COPY = """
+INSERT INTO govredis_limit_windows AS held (key, entries, longest, expires)
+SELECT key, array_agg(now_us - age ORDER BY now_us - age), max(longest), (now_us + max(longest)) / 600000000 + 1
+    FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now_us) AS clock,
+        unnest(%s::text[], %s::bigint[], %s::integer[], %s::bigint[]) AS told (key, age, cost, longest),
+        generate_series(1, cost)
+    GROUP BY key, now_us ORDER BY key
+ON CONFLICT (key) DO UPDATE SET
+    entries = ARRAY(
+        SELECT entry FROM unnest(held.entries || excluded.entries) AS entry
+            WHERE entry > (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
+                - greatest(held.longest, excluded.longest)
+            ORDER BY entry),
+    longest = greatest(held.longest, excluded.longest),
+    expires = greatest(held.expires, excluded.expires)
+"""
 
 
 class PostgresWindow:
@@ -91,6 +110,18 @@ class PostgresWindow:
             "WITH counters AS (DELETE FROM govredis_limit_counters WHERE key = %s)"
             " DELETE FROM govredis_limit_windows WHERE key = %s",
             (key, key),
+        )
+
+    def copy(self, admissions: Sequence[Admission], now: float) -> None:
+        """See mirror.CopiedWindow. One statement; one that is told twice is written twice."""
+        self._postgres.fetch(
+            _COPY,
+            (
+                [one.key for one in admissions],
+                [one.age_us(now) for one in admissions],
+                [one.cost for one in admissions],
+                [one.longest_us for one in admissions],
+            ),
         )
 
     def purge(self) -> int:

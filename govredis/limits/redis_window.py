@@ -10,8 +10,12 @@ from collections.abc import Sequence
 from .._fork import renew_in_child
 from ..client import RedisClient, Script
 from ..keys import sibling
+from .mirror import Admission
 from .rates import Limit
 from .windows import CounterEntries, Mode, Outcome, Standing
+
+#: Admissions that one exchange tells of: some ten milliseconds of Redis's time.
+_COPIED_AT_ONCE = 1000
 
 
 class RedisWindow:
@@ -26,6 +30,7 @@ class RedisWindow:
         self._counter_refund = Script(__package__, "counter.lua", "counter_refund.lua")
         self._count = Script(__package__, "counter.lua", "count.lua")
         self._standing = Script(__package__, "counter.lua", "standing.lua")
+        self._copy = Script(__package__, "log.lua", "copy.lua")
         self.renew_after_fork()
         renew_in_child(self)
 
@@ -85,6 +90,20 @@ class RedisWindow:
         if limits[0].counted:
             return self._counter_script, (sibling(key, "counter"),)
         return self._script, (key, sibling(key, "window"))
+
+    def copy(self, admissions: Sequence[Admission], now: float) -> None:
+        """See mirror.CopiedWindow. One that is told twice is written once."""
+        for first in range(0, len(admissions), _COPIED_AT_ONCE):
+            calls: dict[str, list[Admission]] = {}
+            for one in admissions[first : first + _COPIED_AT_ONCE]:
+                calls.setdefault(one.key, []).append(one)
+            commands = []
+            for key, told in calls.items():
+                args = ["", str(max(one.longest_us for one in told))]
+                for one in told:
+                    args += (str(one.age_us(now)), str(one.cost), one.name)
+                commands.append(self._copy.call((key, sibling(key, "window")), args))
+            self._client.pipeline(commands, (self._copy,))
 
     def _member(self) -> str:
         return f"{time.time_ns() // 1000}-{self._nonce}{next(self._calls)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 from typing import Any
@@ -22,6 +23,25 @@ from govredis.postgres import Postgres
 from govredis.testing.servers import PostgresServer
 
 SECOND = 1_000_000
+
+
+def never_looser_when_set_back(store: Any) -> None:
+    """Hit for a while, over several windows, with a server's clock that is set back now and then; by the true time."""
+    limits = [Limit(3, 1), Limit(6, 4), Limit(10, 8)]
+    chance, now = random.Random(7), 0
+    admitted: list[int] = []
+    for _ in range(600):
+        passed = chance.choice([10_000, 200_000, 700_000])
+        now += passed
+        store.now += passed
+        if chance.random() < 0.03:
+            store.now -= chance.choice([1, 300_000, 2 * SECOND, 12 * SECOND])
+        if store.window.decide("k", limits, 1, "hit").admitted:
+            admitted.append(now)
+    for limit in limits:
+        pairs = zip(admitted, admitted[limit.count :], strict=False)
+        assert all(later - first >= limit.window_us for first, later in pairs), limit
+    assert len(admitted) > 50
 
 
 class TestRedis:
@@ -140,6 +160,9 @@ class TestRedis:
         refused = redis_store.window.decide("k", [Limit(2, 1)], 1, "hit")
         assert refused == Outcome(False, 0, 0, 11 * SECOND, 11 * SECOND)
 
+    def test_a_clock_set_back_again_and_again_is_never_looser(self, redis_store: Any) -> None:
+        never_looser_when_set_back(redis_store)
+
     def test_a_child_makes_other_members(self, redis_store: Any) -> None:
         window = redis_store.window
         before = window._nonce
@@ -227,6 +250,9 @@ class TestPostgres:
         assert postgres_store.entries("k") == [start] * 3, "an entry stands at the newest time known"
         refused = postgres_store.window.decide("k", [Limit(3, 1)], 1, "hit")
         assert refused == Outcome(False, 0, 0, 11 * SECOND, 11 * SECOND)
+
+    def test_a_clock_set_back_again_and_again_is_never_looser(self, postgres_store: Any) -> None:
+        never_looser_when_set_back(postgres_store)
 
     def test_a_refusal_takes_no_lock_and_an_admission_waits_for_it(self, postgres_server: PostgresServer) -> None:
         postgres = Postgres(Config(database_url=postgres_server.url, postgres_timeout=20))
