@@ -46,6 +46,15 @@ def _seconds(value: Any) -> float:
     return number
 
 
+def _seconds_or_none(value: Any) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        return _seconds(value)
+    except _Bad as wanted:
+        raise _Bad(f"{wanted}, or left unset") from None
+
+
 def _count(value: Any) -> int:
     try:
         number = int(value)
@@ -179,6 +188,8 @@ class Config:
     session_ttl: float = _setting(3600.0, "REDIS_SESSION_TTL", _seconds)
     metadata_ttl: float = _setting(300.0, "REDIS_METADATA_TTL", _seconds)
     lock_ttl: float = _setting(30.0, "REDIS_LOCK_TIMEOUT", _seconds)
+    #: With PostgreSQL: how old a cached value may be at most, whatever failed.
+    metadata_staleness: float = _setting(5.0, "GOVREDIS_METADATA_STALENESS", _seconds)
 
     #: When Redis is away: "file" = flock, one holder per host, degraded; "fail" = LockUnavailable.
     lock_fallback: str = _setting("file", "GOVREDIS_LOCK_FALLBACK", _one_of("file", "fail"))
@@ -186,6 +197,8 @@ class Config:
     limit_fallback: str = _setting("local", "GOVREDIS_LIMIT_FALLBACK", _one_of("local", "deny", "allow"))
     #: A denial is remembered in the process, for a second at most, and answers the same call again.
     limit_deny_cache: bool = _setting(True, "GOVREDIS_LIMIT_DENY_CACHE", _flag)
+    #: How often each process tells PostgreSQL what Redis admitted, and the other way round. None: never.
+    limit_mirror: float | None = _setting(None, "GOVREDIS_LIMIT_MIRROR", _seconds_or_none)
     #: Folder of the lock files; all processes that share a lock on a host must share it. None: /tmp/govredis-locks-UID.
     lock_folder: str | None = _setting(None, "GOVREDIS_LOCK_FOLDER", _folder)
 

@@ -74,8 +74,14 @@ class Keys:
         """The agent's primary key in PostgreSQL."""
         return f"{self.prefix}{check_id(agent_id, 'agent_id')}"
 
+    def guard(self) -> str:
+        return f"{self.prefix}govredis:guard"
+
     def held_locks(self) -> str:
         return f"{self.prefix}govredis:locks"
+
+    def denied(self) -> str:
+        return f"{self.prefix}govredis:denied"
 
     def heartbeat(self) -> str:
         return f"{self.prefix}govredis:heartbeat"

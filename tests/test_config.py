@@ -83,6 +83,13 @@ SETTINGS: dict[str, tuple[str, Any, dict[Any, Any], list[Any], str]] = {
         ["open", "LOCAL", True],
         "one of local, deny, allow",
     ),
+    "GOVREDIS_LIMIT_MIRROR": (
+        "limit_mirror",
+        None,
+        {"0.5": 0.5, 2: 2.0},
+        ["0", 0, -1, "soon", "nan", True],
+        "a number of seconds, at least 0.001 and less than 1e9, or left unset",
+    ),
     "GOVREDIS_LOCK_FOLDER": (
         "lock_folder",
         None,
@@ -98,6 +105,7 @@ SECONDS = {
     "REDIS_SESSION_TTL": ("session_ttl", 3600.0),
     "REDIS_METADATA_TTL": ("metadata_ttl", 300.0),
     "REDIS_LOCK_TIMEOUT": ("lock_ttl", 30.0),
+    "GOVREDIS_METADATA_STALENESS": ("metadata_staleness", 5.0),
     "GOVREDIS_SOCKET_TIMEOUT": ("socket_timeout", 0.2),
     "GOVREDIS_CONNECT_TIMEOUT": ("connect_timeout", 0.1),
     "GOVREDIS_POSTGRES_TIMEOUT": ("postgres_timeout", 2.0),

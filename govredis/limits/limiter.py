@@ -12,12 +12,14 @@ from .._counters import Counters
 from ..errors import BackendUnavailable, RateLimitExceeded, check_timeout, refuse
 from ..keys import Keys
 from .calls import LimitedCalls
+from .denied import Denied, DeniedCounts
 from .deny_cache import DenyCache, Question, Sent
 from .local_window import LocalWindow
+from .mirror import Mirror
 from .rates import MAX_COST, Limit, Rate, check_cost, parse_rate
 from .redis_window import RedisWindow
 from .result import RateLimitResult
-from .windows import Mode, Outcome, Window
+from .windows import Mode, Outcome, Standing, Window
 
 if TYPE_CHECKING:
     from ..client import RedisClient
@@ -44,8 +46,10 @@ class RateLimiter:
 
     When Redis is away, the same window is kept in PostgreSQL if there is one, and enforced there, exactly. With that
     away too, GOVREDIS_LIMIT_FALLBACK says: "local" (the default) keeps a window in each process, so P processes admit
-    up to P times N; "deny" refuses all; "allow" lets all through. Each store counts for itself: a window that spans a
-    switch admits at most N per store. `result.backend` and `result.degraded` say who decided.
+    up to P times N; "deny" refuses all; "allow" lets all through. Each store counts for itself: a window that spans
+    switches, however many, admits at most N per store, and each loss of a store's data adds N. With
+    GOVREDIS_LIMIT_MIRROR each of the two servers is told what the other admitted (see mirror.Mirror): such a window
+    admits at most N and what was not told yet. `result.backend` and `result.degraded` say who decided.
 
     A server's denial is remembered in the process (unless GOVREDIS_LIMIT_DENY_CACHE=0): until its retry_after, but for
     a second at most, the same `hit`, `peek` or `check` is refused again without a round trip, its times counted down.
@@ -64,6 +68,7 @@ class RateLimiter:
         local_entries: int,
         counters: Counters,
         deny_cache: bool = True,
+        mirror: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -72,15 +77,22 @@ class RateLimiter:
         self._fallback = fallback
         self._sleep = sleep
         self._clock = clock
+        self._denied_counts = DeniedCounts(keys, redis, counters)
         self._windows: list[Window] = []
-        if redis is not None:
-            self._windows.append(RedisWindow(redis))
+        self._mirror: Mirror | None = None
+        redis_window = RedisWindow(redis) if redis is not None else None
+        if redis_window is not None:
+            self._windows.append(redis_window)
         self._postgres_window: PostgresWindow | None = None
         if postgres is not None:
             from .postgres_window import PostgresWindow
 
             self._postgres_window = PostgresWindow(postgres)
             self._windows.append(self._postgres_window)
+            if mirror is not None and redis is not None and redis_window is not None:
+                self._mirror = Mirror(
+                    redis, redis_window, postgres.breaker, self._postgres_window, interval=mirror, counters=counters
+                )
         if fallback == "local":
             self._windows.append(LocalWindow(local_entries, clock))
         self._denials = DenyCache(local_entries, clock) if deny_cache else None
@@ -184,12 +196,37 @@ class RateLimiter:
                 return store.count(key, window_us)
         return 0
 
+    def standing(self, identity: str, *, operation: str = _DEFAULT) -> Standing:
+        """What stands in the identity's windows, in the store that would decide now. Writes nothing.
+
+        Raises BackendUnavailable where there is none.
+        """
+        key = self._keys.rate_limit(operation, identity)
+        for store in self._windows:
+            with contextlib.suppress(BackendUnavailable):
+                return store.standing(key)
+        raise BackendUnavailable("Redis and PostgreSQL are away, and GOVREDIS_LIMIT_FALLBACK keeps no windows")
+
+    def most_denied(self, n: int = 10) -> list[Denied]:
+        """Whom `hit` has refused most often, over all processes, in this hour and in the one before.
+
+        Args:
+            n: how many, the most denied first.
+
+        Counted in Redis, a second later, without a round trip of the denial's own; see denied.DeniedCounts for how far
+        off a count may be. Raises BackendUnavailable, also where Redis is disabled; BackendError.
+        """
+        return self._denied_counts.most(n)
+
     def reset(self, identity: str, *, operation: str = _DEFAULT) -> None:
         """Forget every entry of the identity, in each store that can be reached.
 
-        Raises BackendUnavailable if one could not: the window there is as it was.
+        With GOVREDIS_LIMIT_MIRROR, what another process has yet to tell comes afterwards, to the store that did not
+        decide it. Raises BackendUnavailable if one could not: the window there is as it was.
         """
         key = self._keys.rate_limit(operation, identity)
+        if self._mirror is not None:
+            self._mirror.forget(key)
         failed: BackendUnavailable | None = None
         try:
             for store in self._windows:
@@ -208,6 +245,14 @@ class RateLimiter:
         Raises BackendUnavailable, ConfigurationError.
         """
         return self._postgres_window.purge() if self._postgres_window is not None else 0
+
+    def close(self) -> None:
+        """Tell the servers what they are to hear yet: whom this process denied in the last second, and, with
+        GOVREDIS_LIMIT_MIRROR, what each admitted. The limiter may be used again.
+        """
+        self._denied_counts.flush()
+        if self._mirror is not None:
+            self._mirror.close()
 
     # -- decorator -----------------------------------------------------------------------------------------------
 
@@ -278,6 +323,7 @@ class RateLimiter:
             if mode == "hit":
                 self._counters.add("limits.denied")
                 self._counters.add("limits.denied_cached")
+                self._denied_counts.add(question[0], question[2])
             if known.degraded:
                 self._counters.add(f"limits.degraded.{known.backend}")
         return known
@@ -325,6 +371,8 @@ class RateLimiter:
         degraded = backend != "redis"
         if mode == "hit":
             self._counters.add("limits.allowed" if admitted else "limits.denied")
+            if not admitted:
+                self._denied_counts.add(question[0], question[2])
         if degraded:
             self._counters.add(f"limits.degraded.{backend}")
         result = RateLimitResult(
@@ -338,6 +386,9 @@ class RateLimiter:
             degraded,
         )
         if admitted:
+            if self._mirror is not None and mode != "peek" and not limit.counted:
+                identity, _, operation, cost = question
+                self._mirror.note(backend, self._keys.rate_limit(operation, identity), limits, cost)
             if mode == "hit" and store is not None:
                 taken = store, question, outcome.entries
                 result._taken = self._give_back, taken  # type: ignore[misc]  # mypy does not see the slot of the base
