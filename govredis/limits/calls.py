@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from .._templates import KeyTemplate
 from ..errors import refuse
 from ..keys import check_name
 from .rates import Rate, check_cost, parse_rate
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 #: The arguments of a call.
 Args: TypeAlias = tuple[Any, ...]
@@ -66,6 +70,19 @@ class LimitedCalls:
             return identify(args, kwargs), *self.terms(args, kwargs)
 
         return look
+
+    def limit(self, function: Callable[P, R], admit: Callable[[Any, Rate, int], None]) -> Callable[P, R]:
+        """The function, each call of which `admit` lets through, or raises. Raises as `of`."""
+        look = self.of(function)
+
+        @functools.wraps(function)
+        def limited(*args: P.args, **kwargs: P.kwargs) -> R:
+            found = look(args, kwargs)
+            if found is not None:
+                admit(*found)
+            return function(*args, **kwargs)
+
+        return limited
 
     def exempts(self, args: Args, kwargs: Kwargs) -> bool:
         """Whether the call is let through."""
