@@ -67,21 +67,15 @@ class DenyCache:
             known = self._known.get((identity, operation))
         except TypeError:  # not hashable: no identity
             return None
-        if known is None or known.cost != cost or type(cost) is not int or known.rate != _fixed(rate):
+        if known is None:
+            return None
+        held, held_cost, until, admitted_at, full_at, limit, remaining, backend, degraded = known
+        if cost != held_cost or type(cost) is not int or (rate is not held and _fixed(rate) != held):
             return None
         now = self._clock()
-        if now >= known.until:
+        if now >= until:
             return None
-        return RateLimitResult(
-            False,
-            known.limit,
-            known.remaining,
-            known.admitted_at - now,
-            known.full_at - now,
-            known.limit,
-            known.backend,
-            known.degraded,
-        )
+        return RateLimitResult(False, limit, remaining, admitted_at - now, full_at - now, limit, backend, degraded)
 
     def sent(self) -> Sent:
         """To be asked before a question is sent."""

@@ -308,8 +308,7 @@ class RateLimiter:
         known = self._denials.find(question)
         if known is not None:
             if mode == "hit":
-                self._counters.add("limits.denied")
-                self._counters.add("limits.denied_cached")
+                self._counters.add_each("limits.denied", "limits.denied_cached")
                 self._denied_counts.add(question[0], question[2])
             if known.degraded:
                 self._counters.add(f"limits.degraded.{known.backend}")
