@@ -75,9 +75,9 @@ class Mirror:
 
     What is not told: what sliding window counters count; what was admitted in the last interval before this process
     died without `close`; the oldest beyond 50,000 that wait; what a server refused; what PostgreSQL did not answer, for
-    it may have been written, and twice would be too much. The counters `limits.mirrored.postgres` and `.redis` say how
-    many admissions each was told, `limits.mirror_lost.postgres` and `.redis` how many it was not. Refunds are not told:
-    copies stay: stricter.
+    it may have been written, and twice would be too much. Refunds are not told: a copy stays, which is stricter. The
+    counters `limits.mirrored.postgres` and `.redis` say how many admissions each was told;
+    `limits.mirror_lost.postgres` and `.redis`, how many it was not.
 
     Args:
         redis: it says when it is back.
