@@ -24,8 +24,8 @@ from .rates import Limit
 
 log = logging.getLogger("govredis")
 
-#: What is kept of each direction until it is told. In memory, some 10 MB.
-_KEPT = 50_000
+#: What is kept of each direction until it is told. In memory, some 4 MB.
+_KEPT = 20_000
 #: The thread outlives the last admission by this many seconds.
 _IDLE = 5.0
 
@@ -70,11 +70,16 @@ class Mirror:
     statement, so never more than one an interval, and to Redis in one pipeline. Redis is also told before this process
     uses it again after an outage. No hit waits for any of this: `note` only appends.
 
+    So a window that spans a switch to PostgreSQL admits at most N and what Redis admitted in the interval before; one
+    that spans the way back, N and what is admitted until the last process is back, about half a second. While some
+    processes see Redis and others do not, it is N per store, as without a mirror: Redis hears from those who do not
+    when they do again.
+
     A copy's time is the age of the admission by this process's monotonic clock, so no two clocks need agree; it is late
     by the time that telling took, so a copy ends no earlier than what it is a copy of, and hardly later.
 
     What is not told: what was admitted in the last interval before this process died without `close`; the oldest beyond
-    50,000 that wait; what a server refused; what PostgreSQL did not answer, for it may have been written, and twice
+    20,000 that wait; what a server refused; what PostgreSQL did not answer, for it may have been written, and twice
     would be too much. The counters `limits.mirrored.postgres` and `.redis` say how many admissions each was told,
     `limits.mirror_lost.postgres` and `.redis` how many it was not. Refunds are not told: copies stay: stricter.
 
