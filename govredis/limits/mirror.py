@@ -244,22 +244,25 @@ class _Backlog:
                 return
             try:
                 self._window.copy(told, now)
-            except (BackendUnavailable, Rejected) as error:
-                if self._again:
-                    # Before what came meanwhile, and only as far as there is room: extendleft would push that out.
-                    kept = told[max(0, len(told) + len(self._waiting) - _KEPT) :]
-                    self._waiting.extendleft(reversed(kept))
-                    self._lost(len(told) - len(kept))
+            except BaseException as error:
+                answered = isinstance(error, GovRedisError) and not isinstance(error, BackendUnavailable | Rejected)
+                if self._again and not answered:
+                    self._put_back(told)
                 else:
                     self._lost(len(told), error)
-                raise
-            except GovRedisError as error:
-                self._lost(len(told), error)
+                if not answered:
+                    raise
             else:
                 self._failed = False
                 self._counters.add(f"limits.mirrored.{self._window.backend}", len(told))
 
-    def _lost(self, count: int, error: GovRedisError | None = None) -> None:
+    def _put_back(self, told: list[Admission]) -> None:
+        """Before what came meanwhile, and only as far as there is room: extendleft would push that out."""
+        kept = told[max(0, len(told) + len(self._waiting) - _KEPT) :]
+        self._waiting.extendleft(reversed(kept))
+        self._lost(len(told) - len(kept))
+
+    def _lost(self, count: int, error: BaseException | None = None) -> None:
         if count:
             self._counters.add(f"limits.mirror_lost.{self._window.backend}", count)
         if error is not None and not self._failed:
