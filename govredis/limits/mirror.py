@@ -67,8 +67,9 @@ class Mirror:
     """Tells PostgreSQL what Redis admitted, and Redis what PostgreSQL admitted, a moment later.
 
     Every `interval` seconds a thread of this process sends what was admitted here meanwhile: to PostgreSQL in one
-    statement, so never more than one an interval, and to Redis in one pipeline. Redis is also told before this process
-    uses it again after an outage. No hit waits for any of this: `note` only appends.
+    statement, so never more than one an interval (and one at `close`), and to Redis in a pipeline. Redis is also told
+    before this process uses it again after an outage. No hit waits for any of this: `note` only appends. Where threads
+    cannot run, PostgreSQL is told nothing.
 
     So a window that spans a switch to PostgreSQL admits at most N and what Redis admitted in the interval before; one
     that spans the way back, N and what is admitted until the last process is back, about half a second. While some
@@ -141,7 +142,7 @@ class Mirror:
 
     def tell(self) -> None:
         """Tell whoever is there what waits for it, now."""
-        for backlog in (self._to_postgres, self._to_redis):
+        for backlog in (self._to_redis, self._to_postgres):
             backlog.tell_if_there()
 
     def close(self) -> None:
