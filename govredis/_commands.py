@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import click
 
-from .api import GovRedis
-from .errors import BackendError, ConfigurationError
+from ._invocation import invoked_gov as _gov
+from ._invocation import print_table, printable
+from ._limit_commands import limits
 from .locks import LockHolder
-
-_GOV = "govredis.gov"
-
-
-def work_on(gov: GovRedis) -> None:
-    """Have the commands of this invocation work on `gov`. Without, on one of the environment's, closed after it."""
-    click.get_current_context().meta[_GOV] = gov
-
-
-@contextlib.contextmanager
-def _gov() -> Iterator[GovRedis]:
-    """The GovRedis of this invocation. Our errors are said in one line, without a traceback."""
-    gov: GovRedis | None = click.get_current_context().meta.get(_GOV)
-    try:
-        if gov is not None:
-            yield gov
-        else:
-            with GovRedis.from_env() as gov:
-                yield gov
-    except (ConfigurationError, BackendError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 @click.command()
@@ -97,15 +76,11 @@ def release(name: str) -> None:
 
 
 def _print_holders(holders: Iterable[LockHolder]) -> None:
-    rows = [("NAME", "KIND", "TOKEN", "ENDS IN", "OWNER")]
+    rows = []
     for h in holders:
         ends = "never" if h.remaining is None else f"{h.remaining:.1f} s"
-        # An outsider's owner may be anything, and this may be a terminal.
-        owner = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in h.owner)
-        rows.append((h.name, h.kind, "-" if h.token is None else str(h.token), ends, owner))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(map(str.ljust, row, widths)).rstrip())
+        rows.append((h.name, h.kind, "-" if h.token is None else str(h.token), ends, printable(h.owner)))
+    print_table(("NAME", "KIND", "TOKEN", "ENDS IN", "OWNER"), rows)
 
 
-COMMANDS = (migrate, health, locks)
+COMMANDS = (migrate, health, locks, limits)

@@ -12,13 +12,14 @@ from .._counters import Counters
 from ..errors import BackendUnavailable, RateLimitExceeded, check_timeout, refuse
 from ..keys import Keys
 from .calls import LimitedCalls
+from .denied import Denied, DeniedCounts
 from .deny_cache import DenyCache, Question, Sent
 from .local_window import LocalWindow
 from .mirror import Mirror
 from .rates import MAX_COST, Limit, Rate, check_cost, parse_rate
 from .redis_window import RedisWindow
 from .result import RateLimitResult
-from .windows import Mode, Outcome, Window
+from .windows import Mode, Outcome, Standing, Window
 
 if TYPE_CHECKING:
     from ..client import RedisClient
@@ -76,6 +77,7 @@ class RateLimiter:
         self._fallback = fallback
         self._sleep = sleep
         self._clock = clock
+        self._denied_counts = DeniedCounts(keys, redis, counters)
         self._windows: list[Window] = []
         self._mirror: Mirror | None = None
         redis_window = RedisWindow(redis) if redis is not None else None
@@ -194,6 +196,28 @@ class RateLimiter:
                 return store.count(key, window_us)
         return 0
 
+    def standing(self, identity: str, *, operation: str = _DEFAULT) -> Standing:
+        """What stands in the identity's windows, in the store that would decide now. Writes nothing.
+
+        Raises BackendUnavailable where there is none.
+        """
+        key = self._keys.rate_limit(operation, identity)
+        for store in self._windows:
+            with contextlib.suppress(BackendUnavailable):
+                return store.standing(key)
+        raise BackendUnavailable("Redis and PostgreSQL are away, and GOVREDIS_LIMIT_FALLBACK keeps no windows")
+
+    def most_denied(self, n: int = 10) -> list[Denied]:
+        """Whom `hit` has refused most often, over all processes, in this hour and in the one before.
+
+        Args:
+            n: how many, the most denied first.
+
+        Counted in Redis, a second later, without a round trip of the denial's own; see denied.DeniedCounts for how far
+        off a count may be. Raises BackendUnavailable, also where Redis is disabled; BackendError.
+        """
+        return self._denied_counts.most(n)
+
     def reset(self, identity: str, *, operation: str = _DEFAULT) -> None:
         """Forget every entry of the identity, in each store that can be reached.
 
@@ -223,7 +247,10 @@ class RateLimiter:
         return self._postgres_window.purge() if self._postgres_window is not None else 0
 
     def close(self) -> None:
-        """Tell the other store what was admitted and is not mirrored yet. The limiter may be used again."""
+        """Tell the servers what they are to hear yet: whom this process denied in the last second, and, with
+        GOVREDIS_LIMIT_MIRROR, what each admitted. The limiter may be used again.
+        """
+        self._denied_counts.flush()
         if self._mirror is not None:
             self._mirror.close()
 
@@ -296,6 +323,7 @@ class RateLimiter:
             if mode == "hit":
                 self._counters.add("limits.denied")
                 self._counters.add("limits.denied_cached")
+                self._denied_counts.add(question[0], question[2])
             if known.degraded:
                 self._counters.add(f"limits.degraded.{known.backend}")
         return known
@@ -343,6 +371,8 @@ class RateLimiter:
         degraded = backend != "redis"
         if mode == "hit":
             self._counters.add("limits.allowed" if admitted else "limits.denied")
+            if not admitted:
+                self._denied_counts.add(question[0], question[2])
         if degraded:
             self._counters.add(f"limits.degraded.{backend}")
         result = RateLimitResult(
@@ -356,7 +386,7 @@ class RateLimiter:
             degraded,
         )
         if admitted:
-            if mode != "peek" and self._mirror is not None:
+            if self._mirror is not None and mode != "peek" and not limit.counted:
                 identity, _, operation, cost = question
                 self._mirror.note(backend, self._keys.rate_limit(operation, identity), limits, cost)
             if mode == "hit" and store is not None:

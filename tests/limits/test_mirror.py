@@ -74,6 +74,13 @@ class TestToPostgres:
         mirror_of(mirrored).tell()
         assert in_postgres(postgres_server) == told, "once"
 
+    def test_counters_are_not_mirrored(self, mirrored: GovRedis, postgres_server: PostgresServer) -> None:
+        rate = Limit(10**12, 60, algorithm="sliding_window_counter")
+        assert mirrored.limits.hit("k", rate, cost=5)
+        mirror_of(mirrored).tell()
+        assert in_postgres(postgres_server) == []
+        assert mirrored.limits.get_count("k", 60) == 5
+
     def test_postgres_goes_on_from_there(self, mortal: GovRedis, mortal_redis: RedisServer) -> None:
         assert [mortal.limits.hit("k", "5/hour").allowed for _ in range(3)] == [True] * 3
         mirror_of(mortal).tell()
