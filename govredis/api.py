@@ -44,7 +44,13 @@ class GovRedis:
 
         config, keys, redis = self.config, self._keys, self._redis
         self.sessions = SessionCache(
-            keys, redis, ttl=config.session_ttl, local_entries=config.local_entries, counters=self.counters
+            keys,
+            redis,
+            self._postgres,
+            ttl=config.session_ttl,
+            local_entries=config.local_entries,
+            counters=self.counters,
+            hash_ids=config.session_hash_ids,
         )
         self.locks = DistributedLock(
             keys,

@@ -81,7 +81,10 @@ def postgres_server(shared_postgres: PostgresServer) -> PostgresServer:
     """A living PostgreSQL with our tables, empty."""
     connection = psycopg2.connect(shared_postgres.url)
     with connection, connection.cursor() as cursor:
-        cursor.execute("TRUNCATE govredis_limit_windows, govredis_agents, govredis_health_snapshots")
+        cursor.execute(
+            "TRUNCATE govredis_limit_windows, govredis_agents, govredis_health_snapshots,"
+            " govredis_sessions, govredis_session_agents"
+        )
     connection.close()
     return shared_postgres
 
