@@ -1,0 +1,311 @@
+"""Sessions with PostgreSQL: the row is the record, whatever Redis loses, has back, or was not told."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any
+
+import psycopg2
+import pytest
+
+from govredis import GovRedis
+from govredis.sessions import redis_store
+from govredis.sessions.copies import Copies
+from govredis.sessions.postgres_store import SessionRows
+from govredis.testing.servers import PostgresServer, RedisServer
+
+MakeGov = Callable[..., GovRedis]
+
+
+def until(condition: Callable[[], Any], within: float = 20.0) -> None:
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def query(server: PostgresServer, sql: str, *params: Any) -> list[Any]:
+    """What somebody else sees in, or does to, the database."""
+    connection = psycopg2.connect(server.url)
+    try:
+        with connection, connection.cursor() as cursor:
+            cursor.execute(sql, params or None)
+            return cursor.fetchall() if cursor.description else []
+    finally:
+        connection.close()
+
+
+def statements(gov: GovRedis) -> int:
+    return gov.postgres.statements
+
+
+@pytest.fixture
+def other(make_gov: MakeGov, redis_server: RedisServer, postgres_server: PostgresServer) -> GovRedis:
+    """Another process, as far as sessions go."""
+    return make_gov(redis_url=redis_server.url, database_url=postgres_server.url)
+
+
+def backend(gov: GovRedis, sid: str) -> str | None:
+    found = gov.sessions.get(sid)
+    return None if found is None else found.backend
+
+
+class TestHealthy:
+    def test_the_wire_format_is_that_of_sessions_without_postgresql_and_a_stamp(
+        self, gov: GovRedis, plain_redis: Any
+    ) -> None:
+        bound = gov.sessions.bind("s", "agent-é", data={"list": []})
+        record = json.loads(plain_redis.get("session:s"))
+        stamp = record.pop("__govredis__")
+        assert set(stamp) == {"epoch", "version"}
+        assert record == {
+            "agent_id": "agent-é",
+            "bound_at": bound.bound_at.isoformat(timespec="microseconds"),
+            "data": {"list": []},
+            "bind_count": 1,
+        }
+        assert 3_590_000 < plain_redis.pttl("session:s") <= 3_600_000
+        assert plain_redis.zrange("agent_sessions:agent-é", 0, -1) == ["s"]
+        gov.sessions.unbind("s")
+        gov.sessions.get("s")
+        ours = [key for key in plain_redis.keys("*") if "session" in key]
+        assert all(plain_redis.pttl(key) > 0 for key in ours), "every key ends"
+
+    def test_a_hit_is_one_round_trip_without_a_script_and_without_a_statement(
+        self, gov: GovRedis, plain_redis: Any
+    ) -> None:
+        gov.sessions.bind("s", "a")
+        gov.sessions.get("s")
+        before = statements(gov)
+        plain_redis.config_resetstat()
+        for _ in range(20):
+            assert backend(gov, "s") == "redis"
+        assert statements(gov) == before
+        calls = {name: stat["calls"] for name, stat in plain_redis.info("commandstats").items()}
+        assert calls["cmdstat_pttl"] == 20
+        assert not any("eval" in name for name in calls)
+        assert gov.counters.get("sessions.hits") >= 20
+
+    def test_what_each_call_costs_in_statements(self, gov: GovRedis, other: GovRedis, plain_redis: Any) -> None:
+        gov.sessions.get("warm")
+
+        def cost(call: Callable[[], Any]) -> int:
+            before = statements(gov)
+            call()
+            return statements(gov) - before
+
+        assert cost(lambda: gov.sessions.bind("s", "a")) == 2
+        assert cost(lambda: gov.sessions.touch("s")) == 0, "not a tenth of the TTL has passed"
+        assert cost(lambda: gov.sessions.unbind("s")) == 1
+        assert cost(lambda: gov.sessions.get("s")) == 1
+        other.sessions.bind("t", "a")
+        assert cost(lambda: gov.sessions.get("t")) == 0, "one process reads what another bound"
+        plain_redis.delete("session:t")
+        assert cost(lambda: gov.sessions.get("t")) == 1
+        assert cost(lambda: gov.sessions.get("t")) == 0
+        assert cost(lambda: gov.sessions.for_agent("a")) == 1
+        assert cost(lambda: gov.sessions.unbind_agent("a")) == 1
+
+    def test_touch_slides_row_and_copy_after_a_tenth(
+        self, gov: GovRedis, plain_redis: Any, postgres_server: PostgresServer
+    ) -> None:
+        def left() -> float:
+            ((seconds,),) = query(
+                postgres_server, "SELECT extract(epoch FROM expires_at - clock_timestamp()) FROM govredis_sessions"
+            )
+            return float(seconds)
+
+        gov.sessions.bind("s", "a", ttl=3300)
+        before = statements(gov)
+        gov.sessions.get("s", touch=True)
+        assert (statements(gov) - before, left() < 3300) == (0, True)
+        gov.sessions.bind("s", "a", ttl=3200)
+        before = statements(gov)
+        found = gov.sessions.get("s", touch=True)
+        assert statements(gov) - before == 1
+        assert found is not None
+        assert found.expires_at is not None
+        assert (found.expires_at - datetime.now(timezone.utc)).total_seconds() > 3500
+        assert left() > 3500
+        assert plain_redis.pttl("session:s") > 3_500_000
+        before = statements(gov)
+        assert gov.sessions.touch("s")
+        assert statements(gov) == before
+        plain_redis.flushall()
+        gov.sessions.bind("t", "a", ttl=50)
+        plain_redis.flushall()
+        assert gov.sessions.touch("t"), "a miss slides, too"
+        assert plain_redis.pttl("session:t") > 3_500_000
+
+    def test_a_touch_of_what_is_revoked_ends_the_copy(
+        self, gov: GovRedis, plain_redis: Any, postgres_server: PostgresServer
+    ) -> None:
+        """As where the revocation has not reached Redis yet: who finds out says so."""
+        gov.sessions.bind("s", "a", ttl=50)
+        query(postgres_server, "SELECT govredis_session_unbind('s', '1 hour', NULL)")
+        assert gov.sessions.touch("s") is False
+        assert not plain_redis.exists("session:s")
+
+    def test_the_outbox_gets_revocations_and_rebinds(self, postgres_server: PostgresServer) -> None:
+        def bind(sid: str, agent: str) -> str:
+            return f"SELECT govredis_session_bind('{sid}', '{agent}', now(), '1 hour', NULL, false, 999999999, 0)"
+
+        changes = [
+            bind("s", "a"),  # not this: no cache has what was bound to nobody
+            bind("s", "b"),
+            bind("t", "b"),
+            "SELECT govredis_session_unbind('s', '1 hour', NULL)",
+            "SELECT govredis_session_unbind_agent('b', NULL)",
+            "SELECT id, version FROM govredis_outbox WHERE namespace = 'session' ORDER BY entry",
+        ]
+        # With this seed random() does not have the outbox clean itself.
+        noted = query(postgres_server, "DELETE FROM govredis_outbox; SELECT setseed(0.5);" + ";".join(changes))
+        assert [sid for sid, _ in noted] == ["s", "s", "t"]
+        versions = [version for _, version in noted]
+        assert versions == sorted(set(versions))
+
+
+class TestRedisLosesData:
+    def test_flushall_logs_nobody_out(self, gov: GovRedis, other: GovRedis, plain_redis: Any) -> None:
+        for n in range(20):
+            gov.sessions.bind(f"s{n}", "a", data={"n": n})
+        gov.sessions.unbind("s0")
+        plain_redis.flushall()
+        for process in (gov, other):
+            found = [process.sessions.get(f"s{n}") for n in range(20)]
+            assert [binding and binding.data for binding in found] == [None, *({"n": n} for n in range(1, 20))]
+        assert len(gov.sessions.for_agent("a")) == 19
+        assert gov.sessions.unbind_agent("a") == 19
+        assert [backend(other, f"s{n}") for n in range(20)] == [None] * 20
+
+    def test_the_async_service_finds_again_what_was_asked_for(self, gov: GovRedis, plain_redis: Any) -> None:
+        gov.sessions.bind("s", "a")
+        plain_redis.flushall()
+        assert backend(gov, "s") == "postgres"
+        assert json.loads(plain_redis.get("session:s"))["agent_id"] == "a"
+        assert backend(gov, "s") == "redis"
+
+
+class TestLate:
+    """What was begun before a revocation, and is carried out after it."""
+
+    def interrupted(self, owner: type, name: str, meanwhile: Callable[[], Any], monkeypatch: Any) -> None:
+        """The next call of `owner.name` does something else first."""
+        call = getattr(owner, name)
+
+        def interrupt(self: Any, *args: Any, **options: Any) -> Any:
+            monkeypatch.setattr(owner, name, call)
+            meanwhile()
+            return call(self, *args, **options)
+
+        monkeypatch.setattr(owner, name, interrupt)
+
+    @pytest.mark.parametrize("end", ["unbind", "unbind_agent"])
+    @pytest.mark.parametrize("step", [(SessionRows, "bind"), (Copies, "fill"), (Copies, "lease_to_bind")], ids=str)
+    def test_a_bind_overtaken_by_a_revocation_is_ended(
+        self, gov: GovRedis, other: GovRedis, monkeypatch: pytest.MonkeyPatch, step: tuple[type, str], end: str
+    ) -> None:
+        def revoke() -> None:
+            other.sessions.unbind("s") if end == "unbind" else other.sessions.unbind_agent("a")
+
+        self.interrupted(*step, revoke, monkeypatch)
+        gov.sessions.bind("s", "a")
+        for process in (gov, other):
+            assert process.sessions.get("s") is None
+        assert gov.sessions.for_agent("a") == []
+        assert gov.sessions.bind("s", "a").bind_count == 1
+        assert other.sessions.get_agent_id("s") == "a", "a new one is bound as ever"
+
+    @pytest.mark.parametrize("end", ["unbind", "unbind_agent"])
+    def test_a_fill_overtaken_by_a_revocation_fills_nothing(
+        self, gov: GovRedis, other: GovRedis, plain_redis: Any, monkeypatch: pytest.MonkeyPatch, end: str
+    ) -> None:
+        gov.sessions.bind("s", "a")
+        plain_redis.delete("session:s")
+
+        def revoke() -> None:
+            other.sessions.unbind("s") if end == "unbind" else other.sessions.unbind_agent("a")
+
+        self.interrupted(Copies, "fill", revoke, monkeypatch)
+        assert gov.sessions.get_agent_id("s") == "a", "it was read before"
+        assert not plain_redis.exists("session:s")
+        for process in (gov, other):
+            assert process.sessions.get("s") is None
+
+    def test_a_fill_without_a_lease_any_more_fills_nothing(
+        self, gov: GovRedis, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As where lease and version were evicted: nobody knows what happened since."""
+        gov.sessions.bind("s", "a")
+        plain_redis.delete("session:s")
+
+        def revoke() -> None:
+            gov.sessions.unbind("s")
+            plain_redis.delete("{session:s}:lease", "{session:s}:version")
+
+        self.interrupted(Copies, "fill", revoke, monkeypatch)
+        gov.sessions.get("s")
+        assert not plain_redis.exists("session:s")
+
+    def test_an_older_copy_replaces_no_newer_one(
+        self, gov: GovRedis, other: GovRedis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.interrupted(Copies, "fill", lambda: other.sessions.bind("s", "newer"), monkeypatch)
+        gov.sessions.bind("s", "older")
+        for process in (gov, other):
+            assert process.sessions.get_agent_id("s") == "newer"
+
+    def test_a_fill_replaces_nothing_that_somebody_else_has_bound_meanwhile(
+        self, gov: GovRedis, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gov.sessions.bind("s", "a")
+        plain_redis.delete("session:s")
+        theirs = json.dumps({"agent_id": "theirs", "bound_at": datetime.now(timezone.utc).isoformat()})
+        self.interrupted(Copies, "fill", lambda: plain_redis.set("session:s", theirs), monkeypatch)
+        gov.sessions.get("s")
+        assert gov.sessions.get_agent_id("s") == "theirs"
+
+
+class TestLateInRedisAlone:
+    @pytest.mark.parametrize("end", ["unbind", "unbind_agent"])
+    def test_a_bind_overtaken_by_a_revocation_is_ended(
+        self, make_gov: MakeGov, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, end: str
+    ) -> None:
+        gov, other = (make_gov(redis_url=redis_server.url) for _ in range(2))
+        binding = redis_store.RedisSessions._binding
+
+        def late(self: Any, *args: Any) -> Any:
+            monkeypatch.undo()
+            other.sessions.unbind("s") if end == "unbind" else other.sessions.unbind_agent("a")
+            return binding(self, *args)
+
+        monkeypatch.setattr(redis_store.RedisSessions, "_binding", late)
+        gov.sessions.bind("s", "a")
+        assert gov.sessions.get("s") is None
+        assert gov.counters.get("sessions.overtaken") == 1
+        assert gov.sessions.bind("s", "a").bind_count == 1
+        assert other.sessions.get_agent_id("s") == "a"
+
+    def test_marks_rise_when_the_servers_clock_was_set_back(
+        self, make_gov: MakeGov, redis_server: RedisServer, plain_redis: Any
+    ) -> None:
+        gov = make_gov(redis_url=redis_server.url)
+        ahead = 10**6 * (int(time.time()) + 1000)
+        plain_redis.set("{session:s}:revoked", ahead, px=5000)
+        gov.sessions.bind("s", "a")
+        assert gov.sessions.get_agent_id("s") == "a", "begun after that revocation, whatever the clock says"
+        gov.sessions.unbind("s")
+        assert int(plain_redis.get("{session:s}:revoked")) == ahead + 1
+
+    def test_a_mark_is_kept_for_as_long_as_the_session_would_have_lived(
+        self, make_gov: MakeGov, redis_server: RedisServer, plain_redis: Any
+    ) -> None:
+        gov = make_gov(redis_url=redis_server.url)
+        gov.sessions.bind("long", "a", ttl=7200)
+        for sid in ("long", "unknown"):
+            gov.sessions.unbind(sid)
+        assert plain_redis.pttl("{session:long}:revoked") > 7_100_000
+        assert 3_500_000 < plain_redis.pttl("{session:unknown}:revoked") <= 3_600_000
