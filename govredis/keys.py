@@ -78,6 +78,9 @@ class Keys:
         """The session's primary key in PostgreSQL."""
         return f"{self.prefix}{check_id(session_id, 'session_id')}"
 
+    def guard(self) -> str:
+        return f"{self.prefix}govredis:guard"
+
     def held_locks(self) -> str:
         return f"{self.prefix}govredis:locks"
 

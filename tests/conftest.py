@@ -83,7 +83,8 @@ def postgres_server(shared_postgres: PostgresServer) -> PostgresServer:
     with connection, connection.cursor() as cursor:
         cursor.execute(
             "TRUNCATE govredis_limit_windows, govredis_agents, govredis_health_snapshots,"
-            " govredis_sessions, govredis_session_agents"
+            " govredis_sessions, govredis_session_agents;"
+            "TRUNCATE govredis_outbox, govredis_epochs"
         )
     connection.close()
     return shared_postgres
@@ -110,7 +111,7 @@ def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(health_module, "_POSTGRES_DEADLINE", 2 if mortal else 20)
     if mortal:
         return {"socket_timeout": 1, "connect_timeout": 1}
-    return {"socket_timeout": 10, "connect_timeout": 10, "postgres_timeout": 20}
+    return {"socket_timeout": 10, "connect_timeout": 10, "postgres_timeout": 20, "metadata_staleness": 60}
 
 
 @pytest.fixture

@@ -74,6 +74,13 @@ SETTINGS: dict[str, tuple[str, Any, dict[Any, Any], list[Any], str]] = {
         ["a{b", "a\nb", "x" * 600, b"app:", 5],
         "a str without '{', '}' or control characters",
     ),
+    "GOVREDIS_SESSION_HASH_IDS": (
+        "session_hash_ids",
+        False,
+        {"1": True, "off": False, True: True},
+        ["many", "2"],
+        "1 or 0 (also true/false, yes/no, on/off)",
+    ),
     "GOVREDIS_LOCK_FALLBACK": ("lock_fallback", "file", {"fail": "fail"}, ["File", "none", 0], "one of file, fail"),
     "GOVREDIS_LIMIT_FALLBACK": (
         "limit_fallback",
@@ -97,6 +104,7 @@ SECONDS = {
     "REDIS_SESSION_TTL": ("session_ttl", 3600.0),
     "REDIS_METADATA_TTL": ("metadata_ttl", 300.0),
     "REDIS_LOCK_TIMEOUT": ("lock_ttl", 30.0),
+    "GOVREDIS_METADATA_STALENESS": ("metadata_staleness", 5.0),
     "GOVREDIS_SOCKET_TIMEOUT": ("socket_timeout", 0.2),
     "GOVREDIS_CONNECT_TIMEOUT": ("connect_timeout", 0.1),
     "GOVREDIS_POSTGRES_TIMEOUT": ("postgres_timeout", 2.0),

@@ -93,7 +93,7 @@ class SessionCache:
         keys: Keys,
         redis: RedisClient | None,
         postgres: Postgres | None = None,
-        guard: Guard | None = None,
+        guard: Guard[Any] | None = None,
         *,
         ttl: float,
         local_entries: int,

@@ -12,8 +12,9 @@ while that was away). That it counts is looked up once an epoch, and remembered.
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from .._counters import Counters
 from ..client import Command, RedisClient, Script
@@ -28,6 +29,9 @@ _LEASE_MS = "30000"
 _VERSION_MS = "60000"
 #: Epochs begin at 1: a copy put while no guard stood is believed by nobody here, and seen by the async service.
 _NO_EPOCH = 0
+#: Where another process is at a tick.
+_TRIES = 10
+_BETWEEN_TRIES = 0.02
 
 
 class Seen(Protocol):
@@ -37,18 +41,24 @@ class Seen(Protocol):
     def epoch(self) -> int: ...
 
 
-class Guard(Protocol):
+SeenT = TypeVar("SeenT", bound=Seen)
+
+
+class Guard(Protocol[SeenT]):
     """What says whether Redis may be believed: see metadata.Guard."""
 
-    def look(self) -> Seen | None: ...
+    def look(self) -> SeenT | None: ...
 
-    def stands(self, seen: Seen) -> bool: ...
+    def stands(self, seen: SeenT) -> bool: ...
 
     def watch(
-        self, namespace: str, invalidations: Callable[[Sequence[tuple[str, int]]], Sequence[Command]]
+        self,
+        namespace: str,
+        invalidations: Callable[[Sequence[tuple[str, int]]], Sequence[Command]],
+        scripts: Sequence[Script] = (),
     ) -> None: ...
 
-    def drain(self) -> None: ...
+    def drain(self) -> int | None: ...
 
 
 class Lease(NamedTuple):
@@ -72,7 +82,7 @@ class Copies:
         self,
         keys: Keys,
         client: RedisClient,
-        guard: Guard | None,
+        guard: Guard[Any] | None,
         redis_sessions: RedisSessions,
         *,
         entries: int,
@@ -90,18 +100,21 @@ class Copies:
         #: Records without a stamp that count, and the epoch in which that was looked up.
         self._vouched: dict[str, tuple[bytes, int]] = {}
         if guard is not None:
-            guard.watch("session", self._invalidations)
-            client.on_recovery(lambda _: guard.drain())
+            guard.watch("session", self._invalidations, (self._drop,))
+            client.on_recovery(lambda _: _catch_up(guard))
 
     def read(self, session_id: str) -> tuple[Record | None, bool]:
         """What is there, and whether it may be believed."""
-        seen = None if self._guard is None else self._guard.look()
-        record = self.sessions.read(session_id)
-        if record is None or seen is None or self._guard is None or not self._guard.stands(seen):
-            return record, False
-        if record.stamp is None:
-            return record, self._vouched.get(session_id) == (record.raw, seen.epoch)
-        return record, record.stamp.epoch == seen.epoch
+        for _ in range(2):  # the first time, perhaps, over a new connection
+            seen = None if self._guard is None else self._guard.look()
+            record = self.sessions.read(session_id)
+            if record is None or seen is None or self._guard is None:
+                break
+            if self._guard.stands(seen):
+                if record.stamp is None:
+                    return record, self._vouched.get(session_id) == (record.raw, seen.epoch)
+                return record, record.stamp.epoch == seen.epoch
+        return record, False
 
     def vouch(self, record: Record, lease: Lease) -> None:
         """A record without a stamp counts: believe it for as long as it and the epoch stay."""
@@ -186,3 +199,12 @@ class Copies:
 
     def _invalidations(self, changes: Sequence[tuple[str, int]]) -> Sequence[Command]:
         return [self._dropping(session_id, version) for session_id, version in changes]
+
+
+def _catch_up(guard: Guard[Any]) -> None:
+    """Have Redis told what the outbox has, by a tick that began now: one that somebody else is at may have begun before
+    our row was written."""
+    for _ in range(_TRIES):
+        if guard.drain() is not None:
+            break
+        time.sleep(_BETWEEN_TRIES)
