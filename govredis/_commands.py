@@ -100,12 +100,58 @@ def _print_holders(holders: Iterable[LockHolder]) -> None:
     rows = [("NAME", "KIND", "TOKEN", "ENDS IN", "OWNER")]
     for h in holders:
         ends = "never" if h.remaining is None else f"{h.remaining:.1f} s"
-        # An outsider's owner may be anything, and this may be a terminal.
-        owner = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in h.owner)
-        rows.append((h.name, h.kind, "-" if h.token is None else str(h.token), ends, owner))
+        rows.append((h.name, h.kind, "-" if h.token is None else str(h.token), ends, _printable(h.owner)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         click.echo("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
-COMMANDS = (migrate, health, locks)
+def _printable(text: str) -> str:
+    """What an outsider wrote may be anything, and this may be a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+@click.group()
+def sessions() -> None:
+    """Look at sessions."""
+
+
+@sessions.command("show")
+@click.argument("session_id")
+def show_session(session_id: str) -> None:
+    """Show whose the session SESSION_ID is. Exits with 1 if it is nobody's."""
+    with _gov() as gov:
+        binding = gov.sessions.get(session_id)
+    if binding is None:
+        click.echo(f"{session_id} is bound to nobody")
+        sys.exit(1)
+    ends = "never" if binding.expires_at is None else binding.expires_at.isoformat(timespec="seconds")
+    for name, value in (
+        ("agent", _printable(binding.agent_id)),
+        ("bound", f"{binding.bound_at.isoformat(timespec='seconds')}, {binding.bind_count} times"),
+        ("ends", ends),
+        ("data", json.dumps(binding.data)),
+        ("says", binding.backend),
+    ):
+        click.echo(f"{name:6} {value}")
+
+
+@sessions.command()
+def verify() -> None:
+    """Compare the sessions in PostgreSQL with their copies in Redis. Exits with 1 if any differ.
+
+    A change that Redis has not been told of is told within metadata_staleness: what differs for longer should not.
+    """
+    with _gov() as gov:
+        parity = gov.sessions.verify()
+    click.echo(
+        f"{parity.rows} rows, {parity.bound} of them bound; of these {parity.copied} in Redis,"
+        f" {parity.others} bound there by others; {len(parity.differing)} differ"
+    )
+    for session_id in parity.differing:
+        click.echo(session_id)
+    if parity.differing:
+        sys.exit(1)
+
+
+COMMANDS = (migrate, health, locks, sessions)

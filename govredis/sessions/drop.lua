@@ -5,12 +5,18 @@
 -- KEYS[3]  the sibling :version, of the newest row that was told of here
 -- ARGV[1]  the row's version
 -- ARGV[2]  how long that is remembered, in milliseconds
--- ARGV[3]  what was at the key when it was found to be over; what came since stays. "*": whatever is there
+-- ARGV[3]  what was at the key when it was found to be over; what came since stays. "*": whatever is there, unless that
+--          version was told of before
 --
 -- Reply: 1 if there was something and is gone, else 0.
 
-if tonumber(redis.call('GET', KEYS[3]) or '0') >= tonumber(ARGV[1]) then return 0 end
-if ARGV[3] ~= '*' and redis.call('GET', KEYS[1]) ~= ARGV[3] then return 0 end
-redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[2])
+local told = tonumber(redis.call('GET', KEYS[3]) or '0')
+local version = tonumber(ARGV[1])
+if ARGV[3] == '*' then
+  if told >= version then return 0 end
+elseif redis.call('GET', KEYS[1]) ~= ARGV[3] then
+  return 0
+end
+if told < version then redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[2]) end
 redis.call('DEL', KEYS[2])
 return redis.call('DEL', KEYS[1])

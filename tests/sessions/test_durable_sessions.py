@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import psycopg2
 import pytest
 
-from govredis import GovRedis
+from govredis import BackendError, ConfigurationError, GovRedis, SessionAlreadyBound
 from govredis.sessions import redis_store
+from govredis.sessions.binding import Order
 from govredis.sessions.copies import Copies
 from govredis.sessions.postgres_store import SessionRows
 from govredis.testing.servers import PostgresServer, RedisServer
@@ -309,3 +311,246 @@ class TestLateInRedisAlone:
             gov.sessions.unbind(sid)
         assert plain_redis.pttl("{session:long}:revoked") > 7_100_000
         assert 3_500_000 < plain_redis.pttl("{session:unknown}:revoked") <= 3_600_000
+
+
+class TestOthersWithoutRows:
+    """The async service, and govredis without PostgreSQL."""
+
+    @staticmethod
+    def record(agent: str, seconds_ago: float = 0.0) -> str:
+        at = datetime.now(timezone.utc) - timedelta(seconds=seconds_ago)
+        return json.dumps({"agent_id": agent, "bound_at": at.isoformat(), "bind_count": 3, "api_key_hash": "x"})
+
+    def test_theirs_are_found_and_looked_up_once_an_epoch(self, gov: GovRedis, plain_redis: Any) -> None:
+        plain_redis.set("session:s", self.record("theirs"), ex=50)
+        before = statements(gov)
+        for _ in range(20):
+            found = gov.sessions.get("s")
+            assert found is not None
+            assert (found.agent_id, found.bind_count, found.backend) == ("theirs", 3, "redis")
+        assert statements(gov) - before <= 10, "one look, and a tick"
+        before = statements(gov)
+        assert gov.sessions.touch("s")
+        assert plain_redis.pttl("session:s") > 3_500_000
+        assert statements(gov) == before
+        with pytest.raises(SessionAlreadyBound):
+            gov.sessions.bind("s", "b", if_absent=True)
+        assert gov.sessions.bind("s", "b").bind_count == 4
+        assert gov.sessions.unbind("s") is True
+
+    def test_theirs_counts_where_it_is_newer_than_the_row(self, gov: GovRedis, plain_redis: Any) -> None:
+        gov.sessions.bind("s", "ours")
+        gov.sessions.bind("t", "ours")
+        gov.sessions.unbind("t")
+        for sid in ("s", "t"):
+            plain_redis.set(f"session:{sid}", self.record("newer"))
+            assert gov.sessions.get_agent_id(sid) == "newer"
+
+    def test_theirs_does_not_come_back_from_older_data(self, gov: GovRedis, plain_redis: Any) -> None:
+        gov.sessions.bind("s", "ours")
+        gov.sessions.bind("t", "ours")
+        gov.sessions.unbind("t")
+        gov.sessions.unbind("unknown")
+        for sid, agent in (("s", "ours"), ("t", None), ("unknown", None)):
+            plain_redis.set(f"session:{sid}", self.record("older", 60))
+            assert gov.sessions.get_agent_id(sid) == agent
+            assert plain_redis.exists(f"session:{sid}") == (agent is not None), "and is not shown to others either"
+
+    def test_what_govredis_bound_without_postgresql_goes_on(
+        self, make_gov: MakeGov, redis_server: RedisServer, postgres_server: PostgresServer
+    ) -> None:
+        """PostgreSQL is configured later: nobody is logged out, and `unbind_agent` finds them by the index."""
+        before = make_gov(redis_url=redis_server.url)
+        before.sessions.bind("s", "a")
+        before.sessions.bind("t", "a")
+        after = make_gov(redis_url=redis_server.url, database_url=postgres_server.url)
+        assert after.sessions.get_agent_id("s") == "a"
+        assert after.sessions.unbind_agent("a") == 2
+        assert after.sessions.get("s") is None
+
+    @pytest.mark.parametrize("raw", [b"x", b"[]", b'{"agent_id": 5}'], ids=repr)
+    def test_what_nobody_can_read_is_an_error_until_bound_over(
+        self, gov: GovRedis, plain_redis: Any, raw: bytes
+    ) -> None:
+        plain_redis.set("session:s", raw)
+        with pytest.raises(BackendError, match="record of session 's'"):
+            gov.sessions.get("s")
+        assert gov.sessions.bind("s", "a").bind_count == 2
+        assert gov.sessions.get_agent_id("s") == "a"
+
+    @pytest.mark.parametrize("member", [5, None, {}, {"epoch": "x", "version": 1}, {"epoch": 1}], ids=repr)
+    def test_a_stamp_that_is_none_makes_it_theirs(self, gov: GovRedis, plain_redis: Any, member: Any) -> None:
+        gov.sessions.bind("s", "ours")
+        theirs = {"agent_id": "theirs", "__govredis__": member}
+        plain_redis.set("session:s", json.dumps(theirs))
+        assert gov.sessions.get_agent_id("s") == "ours", "without a bound_at it is older than any row"
+        plain_redis.set("session:t", json.dumps(theirs))
+        assert gov.sessions.get_agent_id("t") == "theirs"
+
+    def test_a_stamp_of_another_epoch_is_not_believed(
+        self, gov: GovRedis, plain_redis: Any, postgres_server: PostgresServer
+    ) -> None:
+        gov.sessions.bind("s", "a")
+        record = json.loads(plain_redis.get("session:s"))
+        for epoch, agent in ((record["__govredis__"]["epoch"], "forged"), (1, "a")):
+            record["agent_id"], record["__govredis__"]["epoch"] = "forged", epoch
+            plain_redis.set("session:s", json.dumps(record))
+            assert gov.sessions.get_agent_id("s") == agent
+        assert gov.sessions.get_agent_id("s") == "a"
+
+
+class TestHashedIds:
+    def test_neither_redis_nor_postgresql_holds_the_id(
+        self, make_gov: MakeGov, redis_server: RedisServer, postgres_server: PostgresServer, plain_redis: Any
+    ) -> None:
+        gov = make_gov(redis_url=redis_server.url, database_url=postgres_server.url, session_hash_ids=True)
+        secret = "a-session-id-that-logs-in"
+        gov.sessions.bind(secret, "a", data=1)
+        gov.sessions.get(secret)
+        rotated = gov.sessions.rotate(secret)
+        assert rotated is not None
+        gov.sessions.unbind(secret)
+        gov.sessions.bind("another", "b")
+        dump = [*plain_redis.keys("*")]
+        for key in dump[:]:
+            if plain_redis.type(key) == "string":
+                dump.append(plain_redis.get(key))
+            if plain_redis.type(key) == "zset":
+                dump += plain_redis.zrange(key, 0, -1)
+        dump += [str(row) for row in query(postgres_server, "SELECT * FROM govredis_sessions")]
+        dump += [str(row) for row in query(postgres_server, "SELECT * FROM govredis_outbox")]
+        assert len(dump) > 10
+        for sid in (secret, rotated, "another"):
+            assert not any(sid in text for text in dump)
+        hashed = hashlib.sha256(rotated.encode()).hexdigest()
+        assert plain_redis.exists(f"session:{hashed}")
+        assert gov.sessions.for_agent("a") == [hashed]
+        found = gov.sessions.get(rotated)
+        assert found is not None
+        assert (found.session_id, found.agent_id) == (rotated, "a")
+        with pytest.raises(SessionAlreadyBound) as refused:
+            gov.sessions.bind(rotated, "b", if_absent=True)
+        assert refused.value.existing is not None
+        assert refused.value.existing.session_id == rotated
+
+
+class TestTable:
+    def test_purge_deletes_what_is_over(self, gov: GovRedis, postgres_server: PostgresServer) -> None:
+        for sid in ("ended", "alive", "revoked", "revoked long ago"):
+            gov.sessions.bind(sid, "a")
+        gov.sessions.bind("x", "of-revoked")
+        gov.sessions.unbind("revoked")
+        gov.sessions.unbind("revoked long ago")
+        gov.sessions.unbind_agent("of-revoked")
+        query(
+            postgres_server,
+            "UPDATE govredis_sessions SET expires_at = now() - interval '2 minutes' WHERE session IN"
+            " ('ended', 'revoked long ago');"
+            "INSERT INTO govredis_sessions SELECT 'many' || n, 'a', now(), now(), now() - interval '1 day', 1, NULL,"
+            " false, 1 FROM generate_series(1, 2500) n;"
+            "INSERT INTO govredis_session_agents VALUES ('old', 1, now() - interval '2 days')",
+        )
+        assert gov.sessions.purge() == 2502
+        left = {sid for (sid,) in query(postgres_server, "SELECT session FROM govredis_sessions")}
+        assert left == {"alive", "revoked", "x"}, "a revoked one is remembered until it would have ended"
+        assert query(postgres_server, "SELECT agent FROM govredis_session_agents") == [("of-revoked",)]
+        assert gov.sessions.purge() == 0
+
+    def test_without_postgresql_there_is_nothing_to_purge(self, make_gov: MakeGov, redis_server: RedisServer) -> None:
+        assert make_gov(redis_url=redis_server.url).sessions.purge() == 0
+
+    def test_missing_tables_are_said(
+        self, make_gov: MakeGov, redis_server: RedisServer, postgres_server: PostgresServer
+    ) -> None:
+        unmigrated = postgres_server.url.removesuffix("/postgres") + "/template1"
+        gov = make_gov(redis_url=redis_server.url, database_url=unmigrated)
+        for call in (
+            lambda: gov.sessions.get("s"),
+            lambda: gov.sessions.bind("s", "a"),
+            lambda: gov.sessions.unbind("s"),
+            lambda: gov.sessions.purge(),
+        ):
+            with pytest.raises(ConfigurationError, match="govredis migrate"):
+                call()
+
+    def test_a_prefix_keeps_two_apart(
+        self, make_gov: MakeGov, redis_server: RedisServer, postgres_server: PostgresServer
+    ) -> None:
+        one, two = (
+            make_gov(redis_url=redis_server.url, database_url=postgres_server.url, key_prefix=prefix)
+            for prefix in ("one:", "two:")
+        )
+        one.sessions.bind("s", "a")
+        one.sessions.bind("s", "a")
+        assert two.sessions.get("s") is None
+        assert two.sessions.unbind_agent("a") == 0
+        assert two.sessions.for_agent("a") == []
+        assert one.sessions.for_agent("a") == ["s"]
+        assert (one.sessions.verify().rows, two.sessions.verify().rows) == (1, 0)
+        assert redis_server.command("EXISTS", "one:session:s") == 1
+
+    def test_the_tick_ends_copies_under_a_prefix(
+        self, make_gov: MakeGov, redis_server: RedisServer, postgres_server: PostgresServer
+    ) -> None:
+        gov = make_gov(redis_url=redis_server.url, database_url=postgres_server.url, key_prefix="p:")
+        gov.sessions.bind("s", "a")
+        query(postgres_server, "SELECT govredis_session_unbind('p:s', '1 hour', NULL)")
+        assert gov.sessions.get_agent_id("s") == "a", "not told yet"
+        assert gov._guard is not None
+        gov._guard.drain()
+        assert gov.sessions.get("s") is None
+        assert redis_server.command("EXISTS", "p:session:s") == 0
+
+    def test_verify(self, gov: GovRedis, plain_redis: Any, postgres_server: PostgresServer) -> None:
+        for sid in ("same", "not asked for", "theirs", "revoked", "behind"):
+            gov.sessions.bind(sid, "a")
+        gov.sessions.unbind("revoked")
+        plain_redis.delete("session:not asked for")
+        plain_redis.set("session:theirs", TestOthersWithoutRows.record("them"))
+        parity = gov.sessions.verify()
+        assert (parity.rows, parity.bound, parity.copied, parity.others, parity.differing) == (5, 4, 2, 1, ())
+        query(postgres_server, "UPDATE govredis_sessions SET version = version + 100 WHERE session = 'behind'")
+        query(
+            postgres_server,
+            "INSERT INTO govredis_sessions SELECT 'many' || n, 'a', now(), now(), now() + interval '1 hour', 1, NULL,"
+            " false, 1 FROM generate_series(1, 1200) n",
+        )
+        query(postgres_server, "UPDATE govredis_sessions SET revoked = true WHERE session = 'same'")
+        parity = gov.sessions.verify()
+        assert (parity.rows, parity.copied, parity.differing) == (1205, 0, ("behind", "same"))
+
+    def test_verify_needs_both(self, make_gov: MakeGov, redis_server: RedisServer) -> None:
+        with pytest.raises(ConfigurationError):
+            make_gov(redis_url=redis_server.url).sessions.verify()
+
+
+def test_a_bind_told_late_gives_way_to_what_came_since(gov: GovRedis, postgres_server: PostgresServer) -> None:
+    """As of a process cut off: by the clocks, since it has seen nothing."""
+    now = datetime.now(timezone.utc)
+    rows = gov.sessions._rows
+    assert rows is not None
+
+    def told(sid: str, agent: str, at: datetime) -> str:
+        return rows.bind(Order(sid, agent, at, 60_000, None, True), None)[0]
+
+    gov.sessions.bind("s", "a")
+    assert told("s", "b", now + timedelta(hours=1)) == "held", "somebody else has it"
+    gov.sessions.unbind("s")
+    assert told("s", "b", now) == "overtaken"
+    gov.sessions.unbind_agent("b")
+    assert told("new", "b", now) == "overtaken"
+    assert query(postgres_server, "SELECT count(*) FROM govredis_sessions WHERE session = 'new'") == [(0,)]
+    assert told("s", "b", now + timedelta(hours=1)) == "bound"
+    assert told("s", "b", now + timedelta(hours=1)) == "held", "it arrives twice"
+    assert gov.sessions.get_agent_id("s") == "b"
+
+
+def test_a_revocation_told_late_is_as_old_as_it_is(gov: GovRedis) -> None:
+    rows = gov.sessions._rows
+    assert rows is not None
+    at = datetime.now(timezone.utc) - timedelta(minutes=1)
+    rows.unbind("s", at)
+    rows.unbind_agent("a", at)
+    order = Order("s", "a", at + timedelta(seconds=1), 60_000, None, True)
+    assert rows.bind(order, None)[0] == "bound"
+    assert rows.bind(order._replace(session_id="t", bound_at=at - timedelta(seconds=1)), None)[0] == "overtaken"
