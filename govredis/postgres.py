@@ -20,7 +20,7 @@ from typing import Any
 
 from ._fork import renew_in_child
 from ._pool import Pool
-from .breaker import CircuitBreaker
+from .breaker import CircuitBreaker, Rejected
 from .config import Config, redact
 from .errors import BackendError, BackendUnavailable, ConfigurationError
 
@@ -243,7 +243,7 @@ class Postgres:
     def _not_connected(self, error: psycopg2.Error) -> BackendError:
         text = redact(str(error).strip())
         if _REJECTED.search(text):
-            return BackendError(f"{self.name} rejects us: {text}")
+            return Rejected(f"{self.name} rejects us: {text}")
         return self._no_answer(text)
 
     def _no_answer(self, reason: str, timed_out: bool = False) -> _NoAnswer:
@@ -284,8 +284,9 @@ class Postgres:
     def on_recovery(self, replay: Callable[[Postgres], None]) -> None:
         """Have `replay(postgres)` called when PostgreSQL is back, before anybody else in this process uses it again.
 
-        If it goes away meanwhile, the breaker stays open, and `replay` is called again after the next probe. Any other
-        error of `replay` is logged: one feature's mistake must not keep PostgreSQL from all.
+        If it goes away meanwhile, or rejects our credentials, the breaker stays open, and `replay` is called again
+        after the next probe. Any other error of `replay` is logged: one feature's mistake must not keep PostgreSQL from
+        all.
         """
         self._recoveries.append(replay)
 
@@ -299,7 +300,7 @@ class Postgres:
             for replay in list(self._recoveries):
                 try:
                     replay(self)
-                except BackendUnavailable:
+                except (BackendUnavailable, Rejected):
                     raise
                 except Exception:
                     log.exception("a replay on %s failed", self.name)
@@ -337,9 +338,8 @@ class Postgres:
             self._connect(time.monotonic() + self._timeout).close()
         except _NoAnswer as error:
             raise BackendUnavailable(error.reason) from error
-        except BackendError:  # it is back, and callers shall see that mistake
-            self._pool.drop_idle()
-            return
+        except BackendError:
+            pass  # it is back, and callers shall see that mistake
         self._pool.drop_idle()
         self._replay()
 

@@ -12,7 +12,8 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._counters import Counters
-from ..client import RedisClient, Rejected
+from ..breaker import Rejected
+from ..client import RedisClient
 from ..errors import (
     BackendError,
     BackendUnavailable,

@@ -270,6 +270,27 @@ class TestLate:
         gov.sessions.get("s")
         assert gov.sessions.get_agent_id("s") == "theirs"
 
+    def test_a_fill_overtaken_by_a_revocation_that_only_redis_knows_fills_nothing(
+        self, gov: GovRedis, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As by a process for which PostgreSQL is away."""
+        gov.sessions.bind("s", "a")
+        plain_redis.delete("session:s")
+        assert gov.sessions._copies is not None
+        in_redis = gov.sessions._copies.sessions
+        self.interrupted(Copies, "fill", lambda: in_redis.unbind("s"), monkeypatch)
+        gov.sessions.get("s")
+        assert gov.sessions.get("s") is None
+
+    def test_what_is_bound_after_such_a_revocation_stays_whatever_the_clocks_say(
+        self, gov: GovRedis, plain_redis: Any
+    ) -> None:
+        ahead = 10**6 * (int(time.time()) + 1000)
+        plain_redis.set("{session:s}:revoked", ahead, px=100_000)
+        gov.sessions.bind("s", "a")
+        plain_redis.delete("session:s")
+        assert gov.sessions.get_agent_id("s") == "a"
+
 
 class TestLateInRedisAlone:
     @pytest.mark.parametrize("end", ["unbind", "unbind_agent"])
