@@ -106,7 +106,7 @@ class DurableSessions:
         """The binding of a record that is believed; None if its row has ended."""
         if record.stamp is not None and self._rows.due(record.ttl_ms):
             try:
-                if self._rows.touch(record.binding.session_id) is None:
+                if self._rows.touch(record.binding.session_id, record.stamp.version) is None:
                     return None
             except BackendUnavailable:  # the row's turn comes with a later touch
                 self._counters.add("sessions.unguarded")
@@ -131,6 +131,8 @@ class DurableSessions:
         if row is not None and row.alive and lease.mark >= microseconds(row.changed_at):
             self.unbind(session_id)  # whoever revoked it while PostgreSQL was away has not told yet
             return None
+        if row is not None and record is not None:
+            row = _as_late(row, record)
         version = 0 if row is None else row.version
         if row is not None and touch and row.alive:
             row = self._slid(row, session_id)
@@ -145,7 +147,7 @@ class DurableSessions:
         """The row with its whole TTL again, if a tenth of that has passed; None if it has ended."""
         if not self._rows.due(row.left_ms):
             return row
-        expires_at = self._rows.touch(session_id)
+        expires_at = self._rows.touch(session_id, row.version)
         return None if expires_at is None else row.until(expires_at)
 
     def _tell_bound(self, order: Order) -> SessionBinding | None:
@@ -167,3 +169,12 @@ class DurableSessions:
 
     def _drop(self, session_id: str, version: int) -> int:
         return 0 if self._copies is None else self._copies.drop({session_id: version})
+
+
+def _as_late(row: SessionRow, record: Record) -> SessionRow:
+    """The row, ending when a copy of it does if that is later: touches that came while PostgreSQL was away count."""
+    expires_at = record.binding.expires_at
+    same = record.stamp is not None and record.stamp.version == row.version
+    if same and expires_at is not None and record.ttl_ms > row.left_ms:
+        return row._replace(expires_at=expires_at, left_ms=record.ttl_ms)
+    return row

@@ -95,12 +95,17 @@ class SessionRows:
         """Is a touch worth it for what has so much left: has a tenth of the TTL passed?"""
         return 0 <= ttl_ms <= 0.9 * self._ttl / timedelta(milliseconds=1)
 
-    def touch(self, session_id: str) -> datetime | None:
-        """Give a session its whole TTL again. Returns when it ends now; None if it has ended."""
+    def touch(self, session_id: str, version: int) -> datetime | None:
+        """Give a session its whole TTL again. Returns when it ends now; None if it has ended.
+
+        Args:
+            version: of a living copy; where the row is still that, it has only missed touches.
+        """
         rows = self._postgres.fetch(
             "UPDATE govredis_sessions SET expires_at = greatest(expires_at, clock_timestamp() + %s)"
-            " WHERE session = %s AND NOT revoked AND expires_at > clock_timestamp() RETURNING expires_at",
-            (self._ttl, self._keys.session_row(session_id)),
+            " WHERE session = %s AND NOT revoked AND (expires_at > clock_timestamp() OR version = %s)"
+            " RETURNING expires_at",
+            (self._ttl, self._keys.session_row(session_id), version),
         )
         return _utc(rows[0][0]) if rows else None
 

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psycopg2
 import pytest
 
-from govredis import GovRedis, SessionAlreadyBound, SessionStoreUnavailable
+from govredis import Config, GovRedis, SessionAlreadyBound, SessionStoreUnavailable
 from govredis.testing.servers import PostgresServer, RedisServer
 
 MakeGov = Callable[..., GovRedis]
@@ -50,6 +51,25 @@ def two(make_gov: MakeGov, keeping_redis: RedisServer, postgres_server: Postgres
 
 #: As of servers that go away; and an X that a test can wait for.
 SHORT = {"socket_timeout": 1, "connect_timeout": 1, "metadata_staleness": 3}
+
+
+@pytest.fixture(scope="module")
+def shared_outages() -> Iterator[PostgresServer]:
+    with PostgresServer() as server:
+        with GovRedis(Config(redis_enabled=False, database_url=server.url)) as gov:
+            gov.postgres.migrate()
+        yield server
+
+
+@pytest.fixture
+def fragile_postgres(shared_outages: PostgresServer) -> PostgresServer:
+    """A PostgreSQL to kill and restart, with our tables, empty. (One for these tests: it takes seconds to make.)"""
+    connection = psycopg2.connect(shared_outages.url)
+    with connection, connection.cursor() as cursor:
+        cursor.execute("TRUNCATE govredis_sessions, govredis_session_agents, govredis_outbox, govredis_epochs")
+    connection.close()
+    return shared_outages
+
 
 READER = """
 import sys
@@ -165,14 +185,16 @@ class TestOldData:
 
 class TestPostgresAway:
     def test_redis_answers_what_it_has(
-        self, make_gov: MakeGov, redis_server: RedisServer, mortal_postgres: PostgresServer
+        self, make_gov: MakeGov, redis_server: RedisServer, fragile_postgres: PostgresServer
     ) -> None:
-        gov, other = (make_gov(redis_url=redis_server.url, database_url=mortal_postgres.url) for _ in range(2))
+        gov, other = (
+            make_gov(redis_url=redis_server.url, database_url=fragile_postgres.url, **SHORT) for _ in range(2)
+        )
         gov.sessions.bind("s", "a")
         for n in range(3):
             gov.sessions.bind(f"r{n}", "gone" if n == 2 else "a")
             other.sessions.get(f"r{n}")
-        mortal_postgres.kill()
+        fragile_postgres.kill()
         redis_server.command("DEL", "govredis:guard")  # as after a while
         assert other.sessions.get_agent_id("s", touch=True) == "a"
         assert gov.sessions.for_agent("a") == ["r0", "r1", "s"]
@@ -190,7 +212,7 @@ class TestPostgresAway:
         assert other.counters.get("sessions.unguarded") > 0
         assert gov.counters.get("sessions.degraded.bind") == 2
         redis_server.command("FLUSHALL")
-        mortal_postgres.restart()
+        fragile_postgres.restart()
         back(gov)
         back(other)
         for process in (gov, other):
@@ -200,16 +222,18 @@ class TestPostgresAway:
         assert gov.sessions._local.debts() == ([], [], [])
 
     def test_a_revocation_outlives_who_made_it(
-        self, make_gov: MakeGov, redis_server: RedisServer, mortal_postgres: PostgresServer
+        self, make_gov: MakeGov, redis_server: RedisServer, fragile_postgres: PostgresServer
     ) -> None:
-        gov, other = (make_gov(redis_url=redis_server.url, database_url=mortal_postgres.url) for _ in range(2))
+        gov, other = (
+            make_gov(redis_url=redis_server.url, database_url=fragile_postgres.url, **SHORT) for _ in range(2)
+        )
         gov.sessions.bind("s", "a")
         other.sessions.bind("again", "a")
-        mortal_postgres.kill()
+        fragile_postgres.kill()
         gov.sessions.unbind("s")
         gov.sessions.unbind("again")
         gov.sessions._local.renew_after_fork()  # it is gone, and what it owed with it
-        mortal_postgres.restart()
+        fragile_postgres.restart()
         back(other)
         assert other.sessions.get("s") is None, "the mark in Redis says so"
         other.sessions.bind("again", "a")
@@ -219,14 +243,14 @@ class TestPostgresAway:
         assert other.sessions.get_agent_id("again") == "a"
 
     def test_postgres_is_not_used_before_it_was_told(
-        self, make_gov: MakeGov, redis_server: RedisServer, mortal_postgres: PostgresServer
+        self, make_gov: MakeGov, redis_server: RedisServer, fragile_postgres: PostgresServer
     ) -> None:
-        gov = make_gov(redis_url=redis_server.url, database_url=mortal_postgres.url)
+        gov = make_gov(redis_url=redis_server.url, database_url=fragile_postgres.url, **SHORT)
         gov.sessions.bind("s", "a")
-        mortal_postgres.kill()
+        fragile_postgres.kill()
         gov.sessions.unbind("s")
         redis_server.command("FLUSHALL")  # the mark, too
-        mortal_postgres.restart()
+        fragile_postgres.restart()
         seen = set()
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and not gov.postgres.breaker.closed:
@@ -237,14 +261,16 @@ class TestPostgresAway:
 
 class TestBothAway:
     def test_what_is_known_here(
-        self, make_gov: MakeGov, keeping_redis: RedisServer, mortal_postgres: PostgresServer
+        self, make_gov: MakeGov, keeping_redis: RedisServer, fragile_postgres: PostgresServer
     ) -> None:
-        gov, other = (make_gov(redis_url=keeping_redis.url, database_url=mortal_postgres.url) for _ in range(2))
+        gov, other = (
+            make_gov(redis_url=keeping_redis.url, database_url=fragile_postgres.url, **SHORT) for _ in range(2)
+        )
         for sid in ("s", "r"):
             gov.sessions.bind(sid, "a")
         other.sessions.bind("unseen", "a")
         keeping_redis.kill()
-        mortal_postgres.kill()
+        fragile_postgres.kill()
         found = gov.sessions.get("s")
         assert found is not None
         assert (found.agent_id, found.backend) == ("a", "local")
@@ -263,20 +289,20 @@ class TestBothAway:
         # Redis is back, and has them still; but this process has revoked them.
         assert [gov.sessions.get(sid) for sid in ("r", "unseen")] == [None, None]
         assert gov.sessions.get_agent_id("s") == "a"
-        mortal_postgres.restart()
+        fragile_postgres.restart()
         back(gov)
         back(other)
         sids = ("s", "r", "unseen", "new")
         for process in (gov, other):
             assert [process.sessions.get_agent_id(sid) for sid in sids] == ["a", None, None, "a"]
-        assert read_elsewhere(keeping_redis, mortal_postgres, *sids) == ["a", "None", "None", "a"]
+        assert read_elsewhere(keeping_redis, fragile_postgres, *sids) == ["a", "None", "None", "a"]
 
     def test_a_child_does_not_tell_what_its_parent_owes(
-        self, make_gov: MakeGov, redis_server: RedisServer, mortal_postgres: PostgresServer
+        self, make_gov: MakeGov, redis_server: RedisServer, fragile_postgres: PostgresServer
     ) -> None:
-        gov = make_gov(redis_url=redis_server.url, database_url=mortal_postgres.url)
+        gov = make_gov(redis_url=redis_server.url, database_url=fragile_postgres.url, **SHORT)
         gov.sessions.bind("s", "a")
-        mortal_postgres.kill()
+        fragile_postgres.kill()
         gov.sessions.unbind("s")
         ready, go = os.pipe(), os.pipe()
         pid = os.fork()
@@ -291,7 +317,7 @@ class TestBothAway:
             finally:
                 os._exit(status)
         os.read(ready[0], 1)
-        mortal_postgres.restart()
+        fragile_postgres.restart()
         back(gov)
         gov.sessions.bind("s", "b")
         os.write(go[1], b"x")

@@ -142,6 +142,25 @@ class TestHealthy:
         assert gov.sessions.touch("t"), "a miss slides, too"
         assert plain_redis.pttl("session:t") > 3_500_000
 
+    def test_what_slid_while_postgresql_was_away_goes_on(
+        self, gov: GovRedis, plain_redis: Any, postgres_server: PostgresServer
+    ) -> None:
+        """Its row has ended by now, for want of touches, and the copy has not."""
+        for sid in ("s", "t"):
+            gov.sessions.bind(sid, "a")
+            query(postgres_server, "UPDATE govredis_sessions SET expires_at = clock_timestamp() - interval '1 second'")
+            plain_redis.pexpire(f"session:{sid}", 3_000_000)
+        assert gov.sessions.touch("s")
+        plain_redis.delete("govredis:guard")  # the copy is not believed any more
+        gov._guard._seen = None  # type: ignore[union-attr]
+        assert backend(gov, "t") == "postgres"
+        assert gov.sessions.touch("t")
+        plain_redis.flushall()
+        assert [gov.sessions.get_agent_id(sid) for sid in ("s", "t")] == ["a", "a"]
+        query(postgres_server, "UPDATE govredis_sessions SET expires_at = clock_timestamp() - interval '1 second'")
+        plain_redis.flushall()
+        assert [gov.sessions.touch(sid) for sid in ("s", "t")] == [False, False]
+
     def test_a_touch_of_what_is_revoked_ends_the_copy(
         self, gov: GovRedis, plain_redis: Any, postgres_server: PostgresServer
     ) -> None:
