@@ -61,7 +61,7 @@ class SessionCache:
     one.
 
     - Redis away: the rows answer (backend "postgres").
-    - PostgreSQL away: what Redis has is believed (counter `sessions.unguarded`), though it may be older than 5 s.
+    - PostgreSQL away: what Redis has is believed, though it may be older than 5 s (`sessions.degraded.unguarded`).
       `bind` and `unbind` are carried out in Redis and here, and told to PostgreSQL when it is back; what this process
       has not told is lost to PostgreSQL if it ends before.
     - Both away: this process's memory, as below. What Redis has not is unknown then, too.

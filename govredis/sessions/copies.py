@@ -180,7 +180,7 @@ class Copies:
 
     def _untold(self) -> None:
         """The outbox has it: on recovery the guard's tick tells Redis, before this process uses that again."""
-        self._counters.add("sessions.untold")
+        self._counters.add("sessions.degraded.untold")
         self._client.replay_soon("sessions were changed without it")
 
     def _epoch(self) -> int:

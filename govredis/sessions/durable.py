@@ -54,7 +54,7 @@ class DurableSessions:
                         return binding
                 lease = self._copies.lease(session_id)
             except BackendUnavailable:
-                self._counters.add("sessions.uncached")
+                self._counters.add("sessions.degraded.postgres")
         if self._copies is None or lease is None:
             row = self._rows.get(session_id)
             if row is not None and touch and row.alive:
@@ -73,7 +73,7 @@ class DurableSessions:
             if self._copies is None:
                 raise
             found = self._copies.sessions.for_agent(agent_id)
-            self._counters.add("sessions.unguarded")
+            self._counters.add("sessions.degraded.unguarded")
             return found
 
     def unbind_agent(self, agent_id: str) -> int:
@@ -99,7 +99,7 @@ class DurableSessions:
             try:
                 return self._copies.lease_to_bind(order)
             except BackendUnavailable:
-                self._counters.add("sessions.uncached")
+                self._counters.add("sessions.degraded.postgres")
         return None, 0
 
     def _touched(self, copies: Copies, record: Record) -> SessionBinding | None:
@@ -109,7 +109,7 @@ class DurableSessions:
                 if self._rows.touch(record.binding.session_id, record.stamp.version) is None:
                     return None
             except BackendUnavailable:  # the row's turn comes with a later touch
-                self._counters.add("sessions.unguarded")
+                self._counters.add("sessions.degraded.unguarded")
         return copies.sessions.touched(record)
 
     def _look_up(
@@ -120,7 +120,7 @@ class DurableSessions:
             row = self._rows.get(session_id)
         except BackendUnavailable:
             if record is not None:
-                self._counters.add("sessions.unguarded")
+                self._counters.add("sessions.degraded.unguarded")
                 return copies.sessions.touched(record) if touch else record.binding
             if lease.mark:
                 return None  # revoked while PostgreSQL was away
@@ -164,7 +164,7 @@ class DurableSessions:
         try:
             return redis.unbind_of(agent_id, [sid for sid in redis.named(agent_id) if sid not in ended])
         except BackendUnavailable:
-            self._counters.add("sessions.uncached")
+            self._counters.add("sessions.degraded.postgres")
             return 0
 
     def _drop(self, session_id: str, version: int) -> int:

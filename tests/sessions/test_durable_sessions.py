@@ -259,13 +259,13 @@ class TestLate:
     def test_a_fill_without_a_lease_any_more_fills_nothing(
         self, gov: GovRedis, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As where lease and version were evicted: nobody knows what happened since."""
+        """Also where the version was evicted."""
         gov.sessions.bind("s", "a")
         plain_redis.delete("session:s")
 
         def revoke() -> None:
             gov.sessions.unbind("s")
-            plain_redis.delete("{session:s}:lease", "{session:s}:version")
+            plain_redis.delete("{session:s}:version")
 
         self.interrupted(Copies, "fill", revoke, monkeypatch)
         gov.sessions.get("s")
