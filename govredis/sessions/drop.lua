@@ -17,6 +17,8 @@ if ARGV[3] == '*' then
 elseif redis.call('GET', KEYS[1]) ~= ARGV[3] then
   return 0
 end
-if told < version then redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[2]) end
+-- Deleting comes first: a script that has written may go on writing when Redis is out of memory.
 redis.call('DEL', KEYS[2])
-return redis.call('DEL', KEYS[1])
+local had = redis.call('DEL', KEYS[1])
+if told < version then redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[2]) end
+return had

@@ -69,7 +69,7 @@ class LocalSessions:
             if since is not None and since != self.changes:
                 return
             if not self._owes(binding.session_id) and binding.agent_id not in self._to_unbind_agents:
-                self._put(replace(binding, backend="local"))
+                self._put(binding)
                 self._ended.pop(binding.session_id, None)
 
     def forget(self, session_id: str) -> None:
@@ -89,7 +89,9 @@ class LocalSessions:
 
     def get(self, session_id: str) -> SessionBinding | None:
         with self._lock:
-            return self._live(session_id)
+            binding = self._live(session_id)
+        # Here, not where it is noted: that is part of every hit.
+        return None if binding is None else replace(binding, backend="local")
 
     def for_agent(self, agent_id: str) -> list[str]:
         with self._lock:

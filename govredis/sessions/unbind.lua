@@ -25,6 +25,8 @@ if not at then
 end
 -- What was bound before it, here or by a process cut off from us, would have ended by then.
 local kept = math.max(tonumber(ARGV[3]), redis.call('PTTL', KEYS[1]), redis.call('PTTL', KEYS[2]))
-redis.call('SET', KEYS[2], string.format('%d', math.max(at, mark)), 'PX', string.format('%d', kept))
+-- Deleting comes first: a script that has written may go on writing when Redis is out of memory.
 redis.call('DEL', KEYS[3])
-return redis.call('DEL', KEYS[1])
+local had = redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[2], string.format('%d', math.max(at, mark)), 'PX', string.format('%d', kept))
+return had

@@ -147,6 +147,32 @@ class TestRedisAway:
         assert seen == {None}
         back(gov)
 
+    def test_one_refusal_is_no_outage_and_redis_is_told_all_the_same(
+        self, two: list[GovRedis], keeping_redis: RedisServer
+    ) -> None:
+        gov, _ = two
+        cached(gov)
+        gov.sessions.bind("s", "a")
+        keeping_redis.kill()
+        assert gov.sessions.unbind("s") is True
+        keeping_redis.restart("keep")
+        assert gov.sessions.get("s") is None
+        back(gov)
+        assert gov.sessions.get("s") is None
+
+    def test_redis_out_of_memory_forgets_all_the_same(self, two: list[GovRedis], keeping_redis: RedisServer) -> None:
+        gov, other = two
+        cached(other)
+        for sid in ("s", "t"):
+            gov.sessions.bind(sid, "a")
+            other.sessions.get(sid)
+        keeping_redis.command("CONFIG", "SET", "maxmemory", "1")
+        assert gov.sessions.unbind("s") is True
+        assert gov.sessions.unbind_agent("a") == 1
+        assert keeping_redis.command("EXISTS", "session:s", "session:t") == 0
+        assert gov.sessions.bind("u", "a").backend == "postgres"
+        assert other.sessions.get_agent_id("u") == "a"
+
 
 class TestOldData:
     def test_a_restart_with_old_data_logs_nobody_out_and_revives_nobody(
@@ -266,7 +292,7 @@ class TestBothAway:
         gov, other = (
             make_gov(redis_url=keeping_redis.url, database_url=fragile_postgres.url, **SHORT) for _ in range(2)
         )
-        for sid in ("s", "r"):
+        for sid in ("s", "r", "again"):
             gov.sessions.bind(sid, "a")
         other.sessions.bind("unseen", "a")
         keeping_redis.kill()
@@ -284,6 +310,11 @@ class TestBothAway:
         gov.sessions.unbind("r")
         gov.sessions.unbind("unseen")
         assert gov.sessions.bind("new", "a").backend == "local"
+        gov.sessions.unbind("again")
+        gov.sessions.bind("again", "a")
+        gov.sessions.bind("of-agent", "gone")
+        gov.sessions.unbind_agent("gone")
+        gov.sessions.bind("of-agent", "gone")
         keeping_redis.restart("keep")
         until(lambda: gov._redis.breaker.closed)  # type: ignore[union-attr]
         # Redis is back, and has them still; but this process has revoked them.
@@ -292,10 +323,10 @@ class TestBothAway:
         fragile_postgres.restart()
         back(gov)
         back(other)
-        sids = ("s", "r", "unseen", "new")
+        sids = ("s", "r", "unseen", "new", "again", "of-agent")
         for process in (gov, other):
-            assert [process.sessions.get_agent_id(sid) for sid in sids] == ["a", None, None, "a"]
-        assert read_elsewhere(keeping_redis, fragile_postgres, *sids) == ["a", "None", "None", "a"]
+            assert [process.sessions.get_agent_id(sid) for sid in sids] == ["a", None, None, "a", "a", "gone"]
+        assert read_elsewhere(keeping_redis, fragile_postgres, *sids) == ["a", "None", "None", "a", "a", "gone"]
 
     def test_a_child_does_not_tell_what_its_parent_owes(
         self, make_gov: MakeGov, redis_server: RedisServer, fragile_postgres: PostgresServer
