@@ -112,7 +112,7 @@ class MetadataCache:
         encode(value)
         ttl_ms = self._ttl_ms(ttl)
         seen = self._look()
-        return seen is not None and self._store(key, value, seen, "", ttl_ms)
+        return seen is not None and seen is not _BLIND and self._store(key, value, seen, "", ttl_ms)
 
     def get_or_load(self, identity: str, loader: Callable[[str], Any], *, ttl: float | None = None) -> Any | None:
         """The cached value, else what `loader(identity)` returns, which is then cached.

@@ -198,9 +198,11 @@ class Ticker:
                 except BackendError:
                     self._counters.add("guard.failed")
                     text = str(told)  # all but what failed has been carried out
-        self._counters.add("guard.epochs")
         begun = GuardRecord(_unique(), _unique(), 0, at=0)
-        return begun if self._set(text, begun) else None
+        if not self._set(text, begun):
+            return None
+        self._counters.add("guard.epochs")
+        return begun
 
     def _commands(self, entries: list[tuple[str, str | None, int]]) -> list[Command] | None:
         """What invalidates these; None where only a new epoch does."""
