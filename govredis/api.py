@@ -82,7 +82,7 @@ class GovRedis:
         uncovered = ["locks"] if config.lock_fallback == "fail" else []
         if config.limit_fallback == "deny" and self._postgres is None:
             uncovered.append("limits")
-        self.health = HealthMonitor(keys, redis, self._postgres, self.counters, uncovered=uncovered)
+        self.health = HealthMonitor(keys, redis, self._postgres, self.counters, guard=self._guard, uncovered=uncovered)
 
     @classmethod
     def from_env(cls) -> GovRedis:
