@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import click
 
-from .api import GovRedis
-from .errors import BackendError, ConfigurationError
+from ._invocation import invoked_gov as _gov
+from ._invocation import print_table, printable
+from ._limit_commands import limits
+from ._session_commands import sessions
 from .locks import LockHolder
 from .metadata import Outbox
 from .metadata.audit import audit as audit_agents
-
-_GOV = "govredis.gov"
-
-
-def work_on(gov: GovRedis) -> None:
-    """Have the commands of this invocation work on `gov`. Without, on one of the environment's, closed after it."""
-    click.get_current_context().meta[_GOV] = gov
-
-
-@contextlib.contextmanager
-def _gov() -> Iterator[GovRedis]:
-    """The GovRedis of this invocation. Our errors are said in one line, without a traceback."""
-    gov: GovRedis | None = click.get_current_context().meta.get(_GOV)
-    try:
-        if gov is not None:
-            yield gov
-        else:
-            with GovRedis.from_env() as gov:
-                yield gov
-    except (ConfigurationError, BackendError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 @click.command()
@@ -99,65 +79,11 @@ def release(name: str) -> None:
 
 
 def _print_holders(holders: Iterable[LockHolder]) -> None:
-    rows = [("NAME", "KIND", "TOKEN", "ENDS IN", "OWNER")]
+    rows = []
     for h in holders:
         ends = "never" if h.remaining is None else f"{h.remaining:.1f} s"
-        rows.append((h.name, h.kind, "-" if h.token is None else str(h.token), ends, _printable(h.owner)))
-    _print_table(rows)
-
-
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(map(str.ljust, row, widths)).rstrip())
-
-
-def _printable(text: str) -> str:
-    """What an outsider wrote may be anything, and this may be a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-@click.group()
-def sessions() -> None:
-    """Look at sessions."""
-
-
-@sessions.command("show")
-@click.argument("session_id")
-def show_session(session_id: str) -> None:
-    """Show whose the session SESSION_ID is. Exits with 1 if it is nobody's."""
-    with _gov() as gov:
-        binding = gov.sessions.get(session_id)
-    if binding is None:
-        click.echo(f"{session_id} is bound to nobody")
-        sys.exit(1)
-    ends = "never" if binding.expires_at is None else binding.expires_at.isoformat(timespec="seconds")
-    for name, value in (
-        ("agent", _printable(binding.agent_id)),
-        ("bound", f"{binding.bound_at.isoformat(timespec='seconds')}, {binding.bind_count} times"),
-        ("ends", ends),
-        ("data", json.dumps(binding.data)),
-        ("says", binding.backend),
-    ):
-        click.echo(f"{name:6} {value}")
-
-
-@sessions.command()
-def verify() -> None:
-    """Compare the sessions in PostgreSQL with their copies in Redis. Exits with 1 if any differ.
-
-    A change that Redis has not been told of is told within metadata_staleness: what differs for longer should not.
-    """
-    with _gov() as gov:
-        parity = gov.sessions.verify()
-    click.echo(
-        f"{parity.rows} rows, {parity.bound} of them bound; of these {parity.copied} in Redis,"
-        f" {parity.others} bound there by others; {len(parity.differing)} differ"
-    )
-    for session_id in parity.differing:
-        click.echo(session_id)
-    if parity.differing:
-        sys.exit(1)
+        rows.append((h.name, h.kind, "-" if h.token is None else str(h.token), ends, printable(h.owner)))
+    print_table(("NAME", "KIND", "TOKEN", "ENDS IN", "OWNER"), rows)
 
 
 @click.group()
@@ -191,7 +117,7 @@ def status() -> None:
     with _gov() as gov:
         watched = Outbox(gov.postgres).watched()
         _, lag = (False, None) if gov._guard is None else gov._guard.state()
-    _print_table([("TABLE", "COLUMN", "NAMESPACE"), *((w.table, w.column, w.namespace) for w in watched)])
+    print_table(("TABLE", "COLUMN", "NAMESPACE"), [(w.table, w.column, w.namespace) for w in watched])
     if lag is None:
         click.echo("this Redis is told of nothing: no cached values are in use")
     elif lag.entries:
@@ -249,4 +175,4 @@ def audit(namespace: str, samples: int) -> None:
         sys.exit(1)
 
 
-COMMANDS = (migrate, health, locks, outbox, metadata, sessions)
+COMMANDS = (migrate, health, locks, limits, sessions, outbox, metadata)

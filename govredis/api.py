@@ -82,6 +82,7 @@ class GovRedis:
             self._postgres,
             fallback=config.limit_fallback,
             local_entries=config.local_entries,
+            deny_cache=config.limit_deny_cache,
             counters=self.counters,
             mirror=config.limit_mirror,
         )

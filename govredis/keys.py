@@ -84,6 +84,9 @@ class Keys:
     def held_locks(self) -> str:
         return f"{self.prefix}govredis:locks"
 
+    def denied(self) -> str:
+        return f"{self.prefix}govredis:denied"
+
     def heartbeat(self) -> str:
         return f"{self.prefix}govredis:heartbeat"
 

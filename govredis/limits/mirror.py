@@ -17,8 +17,8 @@ from typing import NamedTuple, Protocol
 
 from .._counters import Counters
 from .._fork import renew_in_child
-from ..breaker import CircuitBreaker
-from ..client import RedisClient, Rejected
+from ..breaker import CircuitBreaker, Rejected
+from ..client import RedisClient
 from ..errors import BackendUnavailable, GovRedisError
 from .rates import Limit
 
@@ -73,10 +73,11 @@ class Mirror:
     A copy's time is the age of the admission by this process's monotonic clock, so no two clocks need agree; it is late
     by the time that telling took, so a copy ends no earlier than what it is a copy of, and hardly later.
 
-    What is not told: what was admitted in the last interval before this process died without `close`; the oldest beyond
-    50,000 that wait; what a server refused; what PostgreSQL did not answer, for it may have been written, and twice
-    would be too much. The counters `limits.mirrored.postgres` and `.redis` say how many admissions each was told,
-    `limits.mirror_lost.postgres` and `.redis` how many it was not. Refunds are not told: copies stay: stricter.
+    What is not told: what sliding window counters count; what was admitted in the last interval before this process
+    died without `close`; the oldest beyond 50,000 that wait; what a server refused; what PostgreSQL did not answer, for
+    it may have been written, and twice would be too much. Refunds are not told: a copy stays, which is stricter. The
+    counters `limits.mirrored.postgres` and `.redis` say how many admissions each was told;
+    `limits.mirror_lost.postgres` and `.redis`, how many it was not.
 
     Args:
         redis: it says when it is back.

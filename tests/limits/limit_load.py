@@ -29,7 +29,9 @@ settings, rate, shift, threads, pause = json.loads(sys.argv[1])
 true_ns, true = time.time_ns, time.time
 time.time_ns, time.time = (lambda: true_ns() + int(shift * 1e9)), (lambda: true() + shift)
 from govredis import Config, GovRedis, Limit
-gov = GovRedis(Config(**{"socket_timeout": 5, "connect_timeout": 5, "postgres_timeout": 10, **settings}))
+# Each answer is to be a decision of a server's: no denial is remembered.
+patient = {"limit_deny_cache": False, "socket_timeout": 5, "connect_timeout": 5, "postgres_timeout": 10}
+gov = GovRedis(Config(**{**patient, **settings}))
 limits, rate = gov.limits, [Limit(*limit) for limit in rate]
 stop, calls = threading.Event(), []
 

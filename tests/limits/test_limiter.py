@@ -323,7 +323,9 @@ class TestFallback:
         self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, mortal_postgres: PostgresServer
     ) -> None:
         """At most N per store, whoever dies in the middle of the traffic."""
-        gov = make_gov(redis_url=mortal_redis.url, database_url=mortal_postgres.url, postgres_timeout=10)
+        gov = make_gov(
+            redis_url=mortal_redis.url, database_url=mortal_postgres.url, postgres_timeout=10, limit_deny_cache=False
+        )
         hits = lambda: [gov.limits.hit("a", "20/hour") for _ in range(30)]  # noqa: E731
         results = hits()
         mortal_redis.kill()
