@@ -12,6 +12,8 @@ import pytest
 from govredis import GovRedis
 from govredis.testing.servers import PostgresServer, RedisServer
 
+pytestmark = pytest.mark.once
+
 OPERATIONS = 1000
 
 

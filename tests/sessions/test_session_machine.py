@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import redis as redis_py
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -13,6 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from govredis import GovRedis, SessionAlreadyBound
 from govredis.testing.servers import PostgresServer, RedisServer
+
+pytestmark = pytest.mark.once
 
 #: X, in seconds: how long the machine waits where it counts.
 X = 0.2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,8 @@ from govredis import GovRedis
 from govredis.sessions.postgres_store import SessionRows
 from govredis.sessions.redis_store import RedisSessions
 from govredis.testing.servers import PostgresServer, RedisServer
+
+pytestmark = pytest.mark.once
 
 TRIES = 10_000
 BINDERS = 4
@@ -82,16 +84,23 @@ class Race:
         }
 
 
+@pytest.fixture
+def one_redis() -> Iterator[RedisServer]:
+    """Not each: what is raced is no matter of its version."""
+    with RedisServer() as server:
+        yield server
+
+
 @pytest.mark.parametrize("durable", [False, True], ids=["redis alone", "durable"])
 def test_unbind_agent(
     make_gov: MakeGov,
-    redis_server: RedisServer,
+    one_redis: RedisServer,
     postgres_server: PostgresServer,
     monkeypatch: pytest.MonkeyPatch,
     durable: bool,
 ) -> None:
     settings = {"database_url": postgres_server.url} if durable else {}
-    govs = [make_gov(redis_url=redis_server.url, metadata_staleness=5, **settings) for _ in range(2)]
+    govs = [make_gov(redis_url=one_redis.url, metadata_staleness=5, **settings) for _ in range(2)]
     race = Race(*govs, monkeypatch)
     race.run()
     assert race.overlapped > 100, "it was a race"
