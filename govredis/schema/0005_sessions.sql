@@ -96,8 +96,8 @@ BEGIN
     PERFORM govredis_outbox_add('session', s, revoked_version);
 END $$;
 
--- Revoke all sessions of an agent, and raise its generation. Returns those that were alive.
-CREATE FUNCTION govredis_session_unbind_agent(a text, at timestamptz)
+-- Revoke sessions of an agent, as many as given at most, and raise its generation. Returns those that were alive.
+CREATE FUNCTION govredis_session_unbind_agent(a text, at timestamptz, at_most integer)
     RETURNS TABLE (ended text, revoked_version bigint) LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(govredis_session_agent_lock(a));
@@ -108,7 +108,10 @@ BEGIN
     FOR ended, revoked_version IN
         UPDATE govredis_sessions SET revoked = true, data = NULL, changed_at = greatest(changed_at, at),
             version = nextval('govredis_versions')
-            WHERE agent = a AND NOT revoked AND expires_at > clock_timestamp() RETURNING session, version
+            WHERE session IN (
+                SELECT s.session FROM govredis_sessions s
+                WHERE s.agent = a AND NOT s.revoked AND s.expires_at > clock_timestamp() LIMIT at_most FOR UPDATE)
+            RETURNING session, version
     LOOP
         PERFORM govredis_outbox_add('session', ended, revoked_version);
         RETURN NEXT;

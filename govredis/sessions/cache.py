@@ -57,8 +57,8 @@ class SessionCache:
 
     **With PostgreSQL** a session is a row there, and Redis caches it. A Redis that is flushed, or restarted empty or
     with old data, logs nobody out; and a revoked session is found nowhere later than metadata_staleness (5 s) after it
-    was revoked, at once where Redis is well. A hit takes no statement, a TTL that slides one, a bind two, a revocation
-    one.
+    was revoked, at once where Redis is well. A hit takes no statement; one each: a miss, unknown ids among them, a TTL
+    that slides, a revocation; a bind two.
 
     - Redis away: the rows answer (backend "postgres").
     - PostgreSQL away: what Redis has is believed, though it may be older than 5 s (`sessions.degraded.unguarded`).

@@ -11,6 +11,7 @@ while that was away). That it counts is looked up once an epoch, and remembered.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -198,7 +199,11 @@ class Copies:
         return self._drop.call(self._cells(self._keys.session(session_id)), (str(version), _VERSION_MS, was))
 
     def _invalidations(self, changes: Sequence[tuple[str, int]]) -> Sequence[Command]:
-        return [self._dropping(session_id, version) for session_id, version in changes]
+        commands = []
+        for session_id, version in changes:
+            with contextlib.suppress(ValueError):  # under no such id is there a session: it has another prefix
+                commands.append(self._dropping(session_id, version))
+        return commands
 
 
 def _catch_up(guard: Guard[Any]) -> None:

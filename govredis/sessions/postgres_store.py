@@ -17,7 +17,8 @@ _COLUMNS = (
     "agent, bound_at, changed_at, expires_at, bind_count, data, revoked, version,"
     " round(extract(epoch FROM expires_at - clock_timestamp()) * 1000)"
 )
-_PURGED_AT_ONCE = 1000
+#: Rows changed by one statement, at most: each has its deadline.
+_AT_ONCE = 1000
 
 
 class SessionRow(NamedTuple):
@@ -118,10 +119,15 @@ class SessionRows:
 
     def unbind_agent(self, agent_id: str, at: datetime | None = None) -> dict[str, int]:
         """The sessions that have ended by it, with the versions of their revocations."""
-        rows = self._postgres.fetch(
-            "SELECT * FROM govredis_session_unbind_agent(%s, %s)", (self._keys.agent_row(agent_id), at)
-        )
-        return {self._name(session): version for session, version in rows}
+        ended: dict[str, int] = {}
+        while True:
+            rows = self._postgres.fetch(
+                "SELECT * FROM govredis_session_unbind_agent(%s, %s, %s)",
+                (self._keys.agent_row(agent_id), at, _AT_ONCE),
+            )
+            ended.update((self._name(session), version) for session, version in rows)
+            if len(rows) < _AT_ONCE:
+                return ended
 
     def for_agent(self, agent_id: str) -> list[str]:
         rows = self._postgres.fetch(
@@ -149,10 +155,10 @@ class SessionRows:
                 "WITH ended AS (DELETE FROM govredis_sessions WHERE session IN ("
                 " SELECT session FROM govredis_sessions WHERE expires_at < clock_timestamp() - interval '1 minute'"
                 " LIMIT %s FOR UPDATE SKIP LOCKED) RETURNING 1) SELECT count(*) FROM ended",
-                (_PURGED_AT_ONCE,),
+                (_AT_ONCE,),
             )
             deleted += int(some)
-            if some < _PURGED_AT_ONCE:
+            if some < _AT_ONCE:
                 break
         self._postgres.fetch(
             "DELETE FROM govredis_session_agents WHERE revoked_at < clock_timestamp() - interval '1 day'"

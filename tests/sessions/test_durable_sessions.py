@@ -179,7 +179,7 @@ class TestHealthy:
             bind("s", "b"),
             bind("t", "b"),
             "SELECT govredis_session_unbind('s', '1 hour', NULL)",
-            "SELECT govredis_session_unbind_agent('b', NULL)",
+            "SELECT govredis_session_unbind_agent('b', NULL, 10)",
             "SELECT id, version FROM govredis_outbox WHERE namespace = 'session' ORDER BY entry",
         ]
         # With this seed random() does not have the outbox clean itself.
@@ -187,6 +187,18 @@ class TestHealthy:
         assert [sid for sid, _ in noted] == ["s", "s", "t"]
         versions = [version for _, version in noted]
         assert versions == sorted(set(versions))
+
+    @pytest.mark.parametrize("forgotten", [False, True], ids=["", "long after"])
+    def test_a_tick_does_not_take_from_others_what_it_need_not(
+        self, gov: GovRedis, plain_redis: Any, forgotten: bool
+    ) -> None:
+        for agent in ("a", "b"):
+            gov.sessions.bind("s", agent)
+        if forgotten:
+            plain_redis.delete("{session:s}:version")
+        assert gov._guard is not None
+        assert gov._guard.drain() is not None
+        assert json.loads(plain_redis.get("session:s"))["agent_id"] == "b", "the async service goes on finding it"
 
 
 class TestRedisLosesData:
@@ -496,6 +508,17 @@ class TestTable:
         assert query(postgres_server, "SELECT agent FROM govredis_session_agents") == [("of-revoked",)]
         assert gov.sessions.purge() == 0
 
+    def test_thousands_of_an_agent_end_in_one_call(self, gov: GovRedis, postgres_server: PostgresServer) -> None:
+        query(
+            postgres_server,
+            "INSERT INTO govredis_sessions SELECT 's' || n, 'a', now(), now(), now() + interval '1 hour', 1, NULL,"
+            " false, 1 FROM generate_series(1, 3500) n",
+        )
+        gov.sessions.bind("other", "b")
+        assert gov.sessions.unbind_agent("a") == 3500
+        assert gov.sessions.for_agent("a") == []
+        assert gov.sessions.for_agent("b") == ["other"]
+
     def test_without_postgresql_there_is_nothing_to_purge(self, make_gov: MakeGov, redis_server: RedisServer) -> None:
         assert make_gov(redis_url=redis_server.url).sessions.purge() == 0
 
@@ -534,7 +557,8 @@ class TestTable:
     ) -> None:
         gov = make_gov(redis_url=redis_server.url, database_url=postgres_server.url, key_prefix="p:")
         gov.sessions.bind("s", "a")
-        query(postgres_server, "SELECT govredis_session_unbind('p:s', '1 hour', NULL)")
+        for row in ("p:s", "p:", "p:" + 512 * "x"):  # the second is that of another prefix
+            query(postgres_server, "SELECT govredis_session_unbind(%s, '1 hour', NULL)", row)
         assert gov.sessions.get_agent_id("s") == "a", "not told yet"
         assert gov._guard is not None
         gov._guard.drain()
