@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from ._fork import renew_in_child
-from .errors import BackendUnavailable
+from .errors import BackendError, BackendUnavailable
 
 log = logging.getLogger("govredis")
 
@@ -31,6 +31,10 @@ _OVERDUE = 0.5
 _REFUSALS_TO_OPEN = 2
 #: How long, at most, a caller waits for a probe that is about to close the breaker.
 _DRAIN = 0.25
+
+
+class Rejected(BackendError):
+    """A server does not take our credentials: a BackendError to callers; a replay must not take it for an answer."""
 
 
 class CircuitBreaker:

@@ -22,7 +22,7 @@ LEVELS = [
     {"health"},
     {"api"},
     {"_invocation"},
-    {"_limit_commands"},
+    {"_limit_commands", "_session_commands"},
     {"_commands"},
     {"contrib", "testing", "__init__"},
     {"demo"},

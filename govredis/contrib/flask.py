@@ -127,8 +127,8 @@ class FlaskGovRedis:
 
         Returns None where no id came, where what came can be none, and where the session is bound to nobody.
 
-        Raises SessionStoreUnavailable while Redis is away and this process does not know the session: that is not the
-        same as logged out. A view that lets it pass is a 503.
+        Raises SessionStoreUnavailable where nobody can be asked and this process does not know the session: that is not
+        the same as logged out. A view that lets it pass is a 503.
         """
         if _AGENT not in request.__dict__:
             request.__dict__[_AGENT] = self._find_agent()
