@@ -19,7 +19,8 @@ import psycopg2
 
 from govredis import BackendUnavailable, Config, GovRedis
 
-AGENTS = [f"agent-{n}" for n in range(8)]
+#: Few enough to be found in the cache, and so many that a stale one would be read before it is written to again.
+AGENTS = [f"agent-{n}" for n in range(100)]
 
 
 def read(gov: GovRedis, url: str, out: TextIO) -> Iterator[None]:

@@ -38,6 +38,7 @@ class Processes:
 
     def start(self, name: str) -> None:
         file = self._folder / f"{name} {len(self.files)}"
+        file.touch()
         self.files.append(file)
         command = [sys.executable, str(WORKER), name.split()[0], *self._arguments, str(file)]
         self.running[name] = subprocess.Popen(command)
@@ -69,7 +70,7 @@ def keeping_redis() -> Iterator[RedisServer]:
 @pytest.fixture
 def processes(keeping_redis: RedisServer, mortal_postgres: PostgresServer, tmp_path: Path) -> Iterator[Processes]:
     with GovRedis(Config(redis_enabled=False, database_url=mortal_postgres.url)) as gov:
-        for n in range(8):
+        for n in range(100):
             gov.agents.create(f"agent-{n}")
     made = Processes(keeping_redis, mortal_postgres, tmp_path)
     yield made
@@ -156,7 +157,7 @@ def test_no_read_is_more_than_x_behind(keeping_redis: RedisServer, processes: Pr
         newest[agent] = [at for at, _ in some], versions
     worst = 0.0
     for start, agent, version in reads:
-        instants, versions = newest[agent]
+        instants, versions = newest.get(agent, ([], []))
         # What was committed more than X before.
         before = bisect.bisect_left(instants, start - X)
         assert not before or versions[before - 1] <= version, (
