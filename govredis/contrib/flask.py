@@ -20,8 +20,7 @@ from flask import Blueprint, Flask, Response, current_app, request
 from flask.cli import AppGroup, with_appcontext
 from werkzeug.exceptions import BadRequest
 
-from .._commands import COMMANDS
-from .._invocation import work_on
+from .._commands import COMMANDS, work_on
 from ..api import GovRedis, get_gov
 from ..errors import BackendUnavailable, ConfigurationError, RateLimitExceeded, refuse
 from ..keys import check_id
