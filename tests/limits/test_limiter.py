@@ -447,6 +447,12 @@ class TestPurge:
             "INSERT INTO govredis_limit_windows SELECT 'old' || n, '{}', 1, 5 FROM generate_series(1, 2500) n"
         )
         assert gov.limits.purge() == 2500
+        gov.limits.hit("now", Limit(1, 3600, algorithm="sliding_window_counter"))
+        gov.postgres.fetch(
+            "INSERT INTO govredis_limit_counters SELECT 'old' || n / 9, 60, n, 1, 5 FROM generate_series(1, 2500) n"
+        )
+        assert gov.limits.purge() == 2500
+        assert gov.postgres.fetch("SELECT key FROM govredis_limit_counters") == [("rate_limit:default:now",)]
         assert gov.postgres.fetch("SELECT key FROM govredis_limit_windows") == [("rate_limit:default:now",)]
         assert not gov.limits.hit("now", "1/hour").allowed
         assert gov.limits.purge() == 0
