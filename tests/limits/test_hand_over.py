@@ -81,8 +81,8 @@ def test_redis_killed_and_restored_with_its_data_and_without(
     assert not list(unjustified(stores["postgres"], refused["postgres"], RATE))
     of_no_store = list(unjustified(stores["lost"], refused["redis"], RATE))
     assert not list(unjustified(stores["redis"], of_no_store, RATE))
-    # Each process went over once at each kill, and back once: nothing flaps.
-    assert [report.opened for report in reports] == [2] * PROCESSES
+    # Each process went over once at each kill, at most, and back once: nothing flaps.
+    assert all(1 <= report.opened <= 2 for report in reports)
 
 
 def test_redis_away_for_some_and_there_for_others(one_redis: RedisServer, postgres_server: PostgresServer) -> None:
