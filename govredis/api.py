@@ -59,7 +59,14 @@ class GovRedis:
                 counters=self.counters,
             )
         self.sessions = SessionCache(
-            keys, redis, ttl=config.session_ttl, local_entries=config.local_entries, counters=self.counters
+            keys,
+            redis,
+            self._postgres,
+            self._guard,
+            ttl=config.session_ttl,
+            local_entries=config.local_entries,
+            counters=self.counters,
+            hash_ids=config.session_hash_ids,
         )
         self.locks = DistributedLock(
             keys,
@@ -83,7 +90,7 @@ class GovRedis:
         uncovered = ["locks"] if config.lock_fallback == "fail" else []
         if config.limit_fallback == "deny" and self._postgres is None:
             uncovered.append("limits")
-        self.health = HealthMonitor(keys, redis, self._postgres, self.counters, uncovered=uncovered)
+        self.health = HealthMonitor(keys, redis, self._postgres, self.counters, guard=self._guard, uncovered=uncovered)
 
     @classmethod
     def from_env(cls) -> GovRedis:

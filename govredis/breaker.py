@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from ._fork import renew_in_child
-from .errors import BackendUnavailable
+from .errors import BackendError, BackendUnavailable
 
 log = logging.getLogger("govredis")
 
@@ -23,14 +23,17 @@ _random = random.SystemRandom()
 _FIRST_PROBE = 0.05
 _SLOWEST_PROBE = 0.4
 #: Failing again so soon after the breaker was closed is a relapse: the server answers probes, but not what is asked of
-#: it. Each in a row doubles the time until the first probe, so that callers do not find out again and again.
+#: it. Each in a row doubles the time until the first probe, so that fewer callers find out again.
 _RELAPSE = 1.0
-_SLOWEST_RELAPSE = 5.0
 #: A probe this late was not run: threads do not start here (uWSGI without --enable-threads, a stopping interpreter).
 _OVERDUE = 0.5
 _REFUSALS_TO_OPEN = 2
 #: How long, at most, a caller waits for a probe that is about to close the breaker.
 _DRAIN = 0.25
+
+
+class Rejected(BackendError):
+    """A server does not take our credentials: a BackendError to callers; a replay must not take it for an answer."""
 
 
 class CircuitBreaker:
@@ -40,7 +43,7 @@ class CircuitBreaker:
     jittered schedule from 50 to 400 ms; where threads cannot run, a caller that finds the probe overdue runs it. A
     success closes the breaker only if it belongs to the probe: a reply that was on its way before the breaker opened
     (an older generation) proves nothing. A server that fails again within a second of having been let back in, and so
-    again and again, is let in later each time, after 5 s at most.
+    again and again, is let in later each time, but for 400 ms at most.
 
     Args:
         name: the server, without password, as it shall stand in logs and errors.
@@ -125,7 +128,7 @@ class CircuitBreaker:
             if not timed_out and self._refusals < _REFUSALS_TO_OPEN:
                 return
             relapsed = self._clock() - self._closed_at < _RELAPSE
-            self._first_wait = min(_SLOWEST_RELAPSE, 2 * self._first_wait) if relapsed else _FIRST_PROBE
+            self._first_wait = min(_SLOWEST_PROBE, 2 * self._first_wait) if relapsed else _FIRST_PROBE
             self._open(reason, self._first_wait)
         self._opened(reason)
 

@@ -186,6 +186,8 @@ class Config:
     key_prefix: str = _setting("", "GOVREDIS_KEY_PREFIX", _prefix)
 
     session_ttl: float = _setting(3600.0, "REDIS_SESSION_TTL", _seconds)
+    #: Keep a SHA-256 of each session id, in keys, index and rows, instead of the id.
+    session_hash_ids: bool = _setting(False, "GOVREDIS_SESSION_HASH_IDS", _flag)
     metadata_ttl: float = _setting(300.0, "REDIS_METADATA_TTL", _seconds)
     lock_ttl: float = _setting(30.0, "REDIS_LOCK_TIMEOUT", _seconds)
     #: With PostgreSQL: how old a cached value may be at most, whatever failed.

@@ -148,6 +148,36 @@ def test_locks_are_shown_and_released(redis_server: RedisServer, make_gov: Calla
     assert held.release() is False
 
 
+def test_sessions_are_shown_and_compared(
+    redis_server: RedisServer, postgres_server: PostgresServer, make_gov: Callable[..., GovRedis]
+) -> None:
+    where = {"REDIS_URL": redis_server.url, "GOVREDIS_DATABASE_URL": postgres_server.url, **PATIENT}
+    gov = make_gov(redis_url=redis_server.url, database_url=postgres_server.url)
+    gov.sessions.bind("s", "agent-1", data={"x": 1})
+    gov.sessions.bind("t", "agent-1")
+    shown = govredis("sessions", "show", "s", **where)
+    assert shown.returncode == 0
+    fields = dict(line.split(maxsplit=1) for line in shown.stdout.splitlines())
+    assert (fields["agent"], fields["data"], fields["says"]) == ("agent-1", '{"x": 1}', "redis")
+    assert fields["bound"].endswith("1 times")
+    redis_server.command("SET", "session:odd", '{"agent_id": "\\u001b[31m"}')
+    assert "\x1b" not in govredis("sessions", "show", "odd", **where).stdout
+    nobody = govredis("sessions", "show", "nobody", **where)
+    assert (nobody.returncode, nobody.stdout) == (1, "nobody is bound to nobody\n")
+    same = govredis("sessions", "verify", **where)
+    assert (same.returncode, same.stdout) == (
+        0,
+        "2 rows, 2 of them bound; of these 2 in Redis, 0 bound there by others; 0 differ\n",
+    )
+    gov.postgres.fetch("UPDATE govredis_sessions SET revoked = true WHERE session = 't'")
+    differing = govredis("sessions", "verify", **where)
+    assert differing.returncode == 1
+    assert differing.stdout.splitlines()[1:] == ["t"]
+    without = govredis("sessions", "verify", REDIS_URL=redis_server.url, **PATIENT)
+    assert without.returncode == 1
+    assert "GOVREDIS_DATABASE_URL" in without.stderr
+
+
 def test_locks_without_redis(make_gov: Callable[..., GovRedis]) -> None:
     gov = make_gov(redis_enabled=False)
     folder = gov.config.lock_folder or ""

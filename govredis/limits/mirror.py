@@ -17,8 +17,8 @@ from typing import NamedTuple, Protocol
 
 from .._counters import Counters
 from .._fork import renew_in_child
-from ..breaker import CircuitBreaker
-from ..client import RedisClient, Rejected
+from ..breaker import CircuitBreaker, Rejected
+from ..client import RedisClient
 from ..errors import BackendUnavailable, GovRedisError
 from .rates import Limit
 

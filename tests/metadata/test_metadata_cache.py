@@ -338,9 +338,9 @@ print(GovRedis(Config(redis_url=sys.argv[1])).metadata.get_or_load("a", load))
         assert [g.metadata.stats()["fills"] for g in (gov, other)] == [1, 1]
 
     def test_leases_of_parent_and_child_differ(self, gov: GovRedis) -> None:
-        before = gov.metadata._new_lease()
-        gov.metadata.renew_after_fork()
-        assert gov.metadata._new_lease()[:16] != before[:16]
+        before = gov.metadata._shelf.new_lease()
+        gov.metadata._shelf.renew_after_fork()
+        assert gov.metadata._shelf.new_lease()[:16] != before[:16]
 
     def test_works_where_redis_has_no_memory_left(self, gov: GovRedis, plain_redis: Any) -> None:
         gov.metadata.set("a", 1)
