@@ -17,7 +17,8 @@ _DDL_TIMEOUT = 60.0
 
 _LAG = """
 SELECT count(o.entry), coalesce(extract(epoch FROM clock_timestamp() - min(o.at)), 0)
-FROM govredis_epochs e LEFT JOIN govredis_outbox o ON NOT pg_visible_in_snapshot(o.xid, e.seen)
+FROM govredis_epochs e LEFT JOIN govredis_outbox o
+    ON o.xid >= pg_snapshot_xmin(e.seen) AND NOT pg_visible_in_snapshot(o.xid, e.seen)
 WHERE e.epoch = %s GROUP BY e.epoch
 """
 
