@@ -59,7 +59,14 @@ class GovRedis:
                 counters=self.counters,
             )
         self.sessions = SessionCache(
-            keys, redis, ttl=config.session_ttl, local_entries=config.local_entries, counters=self.counters
+            keys,
+            redis,
+            self._postgres,
+            self._guard,
+            ttl=config.session_ttl,
+            local_entries=config.local_entries,
+            counters=self.counters,
+            hash_ids=config.session_hash_ids,
         )
         self.locks = DistributedLock(
             keys,
@@ -75,6 +82,7 @@ class GovRedis:
             self._postgres,
             fallback=config.limit_fallback,
             local_entries=config.local_entries,
+            deny_cache=config.limit_deny_cache,
             counters=self.counters,
             mirror=config.limit_mirror,
         )
