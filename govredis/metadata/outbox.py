@@ -48,7 +48,8 @@ class Outbox:
     def watch(self, table: str, column: str, namespace: str) -> None:
         """Have every change of a table, by whomever, invalidate the cached value of its id.
 
-        Twice is harmless. Waits for writers of the table, up to a minute. In migrations of your own:
+        But not where PostgreSQL fires no triggers: with session_replication_role = replica, and for rows that logical
+        replication brings. Twice is harmless. Waits for writers of the table, up to a minute. In migrations of your own:
         `SELECT govredis_outbox_watch('public.agents', 'agent_id', 'agent_meta')`.
 
         Args:

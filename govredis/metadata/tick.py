@@ -72,14 +72,7 @@ LEFT JOIN LATERAL (
             LIMIT {_ENTRIES + 1}) entry
         GROUP BY namespace, id LIMIT {_ONE_BY_ONE + 1}) id) few ON true
 """
-_CONFIRM = """
-INSERT INTO govredis_epochs (epoch, tick, seen, at) VALUES (%s, %s, %s::pg_snapshot, clock_timestamp())
-ON CONFLICT (epoch) DO UPDATE SET tick = excluded.tick, seen = excluded.seen, at = excluded.at
-"""
-_FORGET = """
-DELETE FROM govredis_epochs
-WHERE epoch <> %s AND (epoch = ANY(%s) OR at < clock_timestamp() - %s * interval '1 second')
-"""
+_CONFIRM = "SELECT govredis_outbox_told(%s, %s, %s, %s::bigint[], %s, %s)"
 
 
 class PostgresAway(BackendUnavailable):
@@ -230,11 +223,9 @@ class Ticker:
         ]
 
     def _confirm(self, tx: Transaction, held: GuardRecord | None, told: GuardRecord, snapshot: str) -> None:
-        tx.fetch(_CONFIRM, (told.epoch, told.tick, snapshot))
         # A Redis that has lost its guard does not know its last epoch; who has ticked before does.
         ended = [epoch for epoch in (self._last, held and held.epoch) if epoch is not None]
-        tx.fetch(_FORGET, (told.epoch, ended, self._forgotten_after))
-        tx.fetch("SELECT govredis_outbox_clean(%s)", (_CLEANED_AT_ONCE,))
+        tx.fetch(_CONFIRM, (told.epoch, told.tick, snapshot, ended, self._forgotten_after, _CLEANED_AT_ONCE))
 
     def _set(self, expected: str, new: GuardRecord) -> bool:
         return bool(self._redis.run(_GUARD, (self.key,), expected, str(new)))

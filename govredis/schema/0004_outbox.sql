@@ -28,6 +28,19 @@ CREATE FUNCTION govredis_outbox_clean(oldest integer) RETURNS void LANGUAGE sql 
         AND NOT EXISTS (SELECT FROM govredis_epochs e WHERE NOT pg_visible_in_snapshot(o.xid, e.seen)))
 $$;
 
+-- An epoch was told of everything that `told` sees. Those that have ended are forgotten, and what was kept for them; so
+-- are those that were not told of anything for so many seconds: if one returns, it is not known, and a new one begins.
+CREATE FUNCTION govredis_outbox_told(
+    the_epoch bigint, the_tick bigint, told pg_snapshot, ended bigint[], forgotten_after double precision, clean integer
+) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO govredis_epochs VALUES (the_epoch, the_tick, told, clock_timestamp())
+        ON CONFLICT (epoch) DO UPDATE SET tick = excluded.tick, seen = excluded.seen, at = excluded.at;
+    DELETE FROM govredis_epochs e WHERE e.epoch <> the_epoch
+        AND (e.epoch = ANY (ended) OR e.at < clock_timestamp() - forgotten_after * interval '1 second');
+    PERFORM govredis_outbox_clean(clean);
+END $$;
+
 -- Note a change. Null for the id: all of the namespace; null for the version: the next one.
 CREATE FUNCTION govredis_outbox_add(namespace text, id text, version bigint) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER AS $$
