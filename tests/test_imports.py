@@ -21,8 +21,6 @@ LEVELS = [
     {"sessions", "locks", "limits", "metadata", "events"},
     {"health"},
     {"api"},
-    {"_invocation"},
-    {"_limit_commands", "_session_commands"},
     {"_commands"},
     {"contrib", "testing", "__init__"},
     {"demo"},

@@ -20,8 +20,7 @@ from flask import Blueprint, Flask, Response, current_app, request
 from flask.cli import AppGroup, with_appcontext
 from werkzeug.exceptions import BadRequest
 
-from .._commands import COMMANDS
-from .._invocation import work_on
+from .._commands import COMMANDS, work_on
 from ..api import GovRedis, get_gov
 from ..errors import BackendUnavailable, ConfigurationError, RateLimitExceeded, refuse
 from ..keys import check_id
@@ -268,8 +267,8 @@ def _gov() -> GovRedis:
 
 
 def _refuse_arguments(what: str, given: Any) -> None:
-    if callable(given) and not _takes(given):
-        raise refuse(what, given, "a callable without arguments, which reads flask.request")
+    if callable(given) and (inspect.iscoroutinefunction(given) or not _takes(given)):
+        raise refuse(what, given, "a plain callable without arguments, which reads flask.request")
 
 
 def _takes(given: Any, *args: Any) -> bool:

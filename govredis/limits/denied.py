@@ -45,6 +45,7 @@ class DeniedCounts:
     Args:
         redis: None: nothing is counted.
         clock: seconds, monotonic.
+        sleep: what the thread waits by.
     """
 
     def __init__(
@@ -53,13 +54,13 @@ class DeniedCounts:
         redis: RedisClient | None,
         counters: Counters,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] | None = None,
     ) -> None:
         self._tag = f"{{{keys.denied()}}}"
         self._redis = redis
         self._counters = counters
         self._clock = clock
-        self._sleep = sleep
+        self._sleep = sleep or time.sleep  # looked up now: gevent may have replaced it
         self._script = Script(__package__, "denied.lua")
         self._most = Script(__package__, "most_denied.lua")
         self.renew_after_fork()

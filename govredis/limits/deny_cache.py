@@ -7,15 +7,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 from .._fork import renew_in_child
-from .rates import Limit, Rate
+from .questions import Question
+from .rates import Limit
 from .result import RateLimitResult
 
 #: Seconds for which a denial is believed at most: so late are another process's refund and reset seen.
 MAX_AGE = 1.0
 
 
-#: What `hit` was asked: identity, rate, operation and cost, as they were given.
-Question: TypeAlias = tuple[str, Rate, str, int]
 #: When it was sent, and the cache's generation then.
 Sent: TypeAlias = tuple[float, int]
 
@@ -68,21 +67,15 @@ class DenyCache:
             known = self._known.get((identity, operation))
         except TypeError:  # not hashable: no identity
             return None
-        if known is None or known.cost != cost or type(cost) is not int or known.rate != _fixed(rate):
+        if known is None:
+            return None
+        held, held_cost, until, admitted_at, full_at, limit, remaining, backend, degraded = known
+        if cost != held_cost or type(cost) is not int or (rate is not held and _fixed(rate) != held):
             return None
         now = self._clock()
-        if now >= known.until:
+        if now >= until:
             return None
-        return RateLimitResult(
-            False,
-            known.limit,
-            known.remaining,
-            known.admitted_at - now,
-            known.full_at - now,
-            known.limit,
-            known.backend,
-            known.degraded,
-        )
+        return RateLimitResult(False, limit, remaining, admitted_at - now, full_at - now, limit, backend, degraded)
 
     def sent(self) -> Sent:
         """To be asked before a question is sent."""
@@ -91,8 +84,8 @@ class DenyCache:
     def remember(self, question: Question, denial: RateLimitResult, sent: Sent) -> None:
         """Keep the denial that a question sent then has got."""
         identity, rate, operation, cost = question
-        # It was decided between the two. So it holds from the first on at most; and who waits from the second on, as
-        # its reader does, is not too early.
+        # It was decided between the two instants. Counted from the first, its retry_after is over before the server
+        # would admit; counted from the second, as its reader counts it, after.
         asked, generation = sent
         received = self._clock()
         until = asked + min(denial.retry_after, MAX_AGE)

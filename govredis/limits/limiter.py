@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from .._counters import Counters
 from ..errors import BackendUnavailable, RateLimitExceeded, check_timeout, refuse
 from ..keys import Keys
 from .calls import LimitedCalls
 from .denied import Denied, DeniedCounts
-from .deny_cache import DenyCache, Question, Sent
+from .deny_cache import DenyCache, Sent
 from .local_window import LocalWindow
 from .mirror import Mirror
+from .questions import Hit, Question, question_of
 from .rates import MAX_COST, Limit, Rate, check_cost, parse_rate
 from .redis_window import RedisWindow
 from .result import RateLimitResult
@@ -33,9 +33,6 @@ _DEFAULT = "default"
 
 #: The stores whose denials are remembered: what this process decides is as cheap as remembering it.
 _SERVERS = frozenset({"redis", "postgres"})
-
-#: A Question, of which the last one or two may be left out.
-Hit: TypeAlias = tuple[str, Rate] | tuple[str, Rate, str] | tuple[str, Rate, str, int]
 
 
 class RateLimiter:
@@ -142,7 +139,7 @@ class RateLimiter:
             self._sleep(max(result.retry_after, 0.001))
 
     def hit_many(self, hits: Sequence[Hit], *, operation: str = _DEFAULT, cost: int = 1) -> list[RateLimitResult]:
-        """`hit` for each of several identities, each decided for itself, in order, in one round trip.
+        """`hit` for each of several identities, each decided for itself, in order, in one round trip for each 500.
 
         Args:
             hits: tuples of what `hit` takes, in its order: (identity, rate), (identity, rate, operation) or (identity,
@@ -153,7 +150,7 @@ class RateLimiter:
         away in the middle, what it had admitted by then counts there too. Raises ValueError before anything is sent;
         BackendError as `hit`: the others have been decided then.
         """
-        questions = [_question(hit, operation, cost) for hit in hits]
+        questions = [question_of(hit, operation, cost) for hit in hits]
         checked = [self._check(question) for question in questions]
         results = [self._known(question, "hit") for question in questions]
         unknown = [n for n, result in enumerate(results) if result is None]
@@ -288,25 +285,15 @@ class RateLimiter:
         check_timeout(timeout)
         calls = LimitedCalls(rate, key, operation, cost, exempt)
 
-        def decorate(function: Callable[P, R]) -> Callable[P, R]:
-            look = calls.of(function)
+        def admit(identity: Any, rate: Rate, cost: int) -> None:
+            if on_limit == "wait":
+                result = self.wait(identity, rate, timeout=timeout, operation=operation, cost=cost)
+            else:
+                result = self.hit(identity, rate, operation=operation, cost=cost)
+            if not result.allowed:
+                raise RateLimitExceeded(result)
 
-            @functools.wraps(function)
-            def limited(*args: P.args, **kwargs: P.kwargs) -> R:
-                found = look(args, kwargs)
-                if found is not None:
-                    identity, rate, cost = found
-                    if on_limit == "wait":
-                        result = self.wait(identity, rate, timeout=timeout, operation=operation, cost=cost)
-                    else:
-                        result = self.hit(identity, rate, operation=operation, cost=cost)
-                    if not result.allowed:
-                        raise RateLimitExceeded(result)
-                return function(*args, **kwargs)
-
-            return limited
-
-        return decorate
+        return lambda function: calls.limit(function, admit)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -321,8 +308,7 @@ class RateLimiter:
         known = self._denials.find(question)
         if known is not None:
             if mode == "hit":
-                self._counters.add("limits.denied")
-                self._counters.add("limits.denied_cached")
+                self._counters.add_each("limits.denied", "limits.denied_cached")
                 self._denied_counts.add(question[0], question[2])
             if known.degraded:
                 self._counters.add(f"limits.degraded.{known.backend}")
@@ -407,10 +393,3 @@ class RateLimiter:
     def _forget(self, identity: str, operation: str) -> None:
         if self._denials is not None:
             self._denials.forget(identity, operation)
-
-
-def _question(hit: Hit, operation: str, cost: int) -> Question:
-    if not isinstance(hit, tuple) or not 2 <= len(hit) <= 4:
-        raise refuse("hit", hit, "(identity, rate), (identity, rate, operation) or (identity, rate, operation, cost)")
-    rest: tuple[str | int, ...] = (operation, cost)
-    return (*hit, *rest[len(hit) - 2 :])

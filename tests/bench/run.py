@@ -21,7 +21,7 @@ import redis as redis_py
 from rich.console import Console
 from rich.table import Table
 
-from govredis import Config, GovRedis
+from govredis import Config, GovRedis, Limit
 from govredis.testing.servers import RedisServer
 
 from . import hand_over
@@ -115,6 +115,21 @@ def contests(gov: GovRedis, url: str, calls: int) -> Iterator[Contest]:
             "pyrate-limiter (RedisBucket)": pyrate("pyrate", 1_000_000),
         },
     )  # fmt: skip
+
+    many = Limit(10**12, 3600, algorithm="sliding_window_counter")
+    count = lambda: gov.limits.hit("bench", many, operation="op")  # noqa: E731
+    count()
+    counts = [sent_by(gov, count, [[1, 1, 1, 0, 0, 0]])[0] for _ in range(calls)]
+    weighted = limits.strategies.SlidingWindowCounterRateLimiter(limits.storage.storage_from_string(url))
+    yield (
+        "limits.hit, a counter",
+        1,
+        {
+            RAW: raw.replay(iter(counts)),
+            OURS: count,
+            "limits (sliding window counter)": lambda: weighted.hit(moving_rate, "bench"),
+        },
+    )
 
     asking = GovRedis(Config(redis_url=url, limit_deny_cache=False))
     again = lambda of: lambda: of.limits.hit("denied", "1/hour", operation="op")  # noqa: E731

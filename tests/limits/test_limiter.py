@@ -145,6 +145,10 @@ class TestWait:
             local_limiter(Clock()).wait("a", "1/hour", timeout=timeout)
 
 
+async def always(*args: Any) -> bool:
+    return True
+
+
 class TestDecorator:
     def test_limits_by_a_template_and_keeps_the_signature(self, limits: RateLimiter) -> None:
         @limits.rate_limited("2/hour", key="{agent_id}:{kind}", operation="kg_store")
@@ -298,8 +302,8 @@ class TestDecorator:
             {"cost": True},
             {"cost": "1"},
             {"exempt": True},
+            {"exempt": always},
         ],
-        ids=str,
     )
     def test_refuses_at_decoration(self, options: dict[str, Any]) -> None:
         rate = options.pop("rate", "20/hour")
@@ -441,6 +445,12 @@ class TestPurge:
             "INSERT INTO govredis_limit_windows SELECT 'old' || n, '{}', 1, 5 FROM generate_series(1, 2500) n"
         )
         assert gov.limits.purge() == 2500
+        gov.limits.hit("now", Limit(1, 3600, algorithm="sliding_window_counter"))
+        gov.postgres.fetch(
+            "INSERT INTO govredis_limit_counters SELECT 'old' || n / 9, 60, n, 1, 5 FROM generate_series(1, 2500) n"
+        )
+        assert gov.limits.purge() == 2500
+        assert gov.postgres.fetch("SELECT key FROM govredis_limit_counters") == [("rate_limit:default:now",)]
         assert gov.postgres.fetch("SELECT key FROM govredis_limit_windows") == [("rate_limit:default:now",)]
         assert not gov.limits.hit("now", "1/hour").allowed
         assert gov.limits.purge() == 0

@@ -202,6 +202,22 @@ class TestToRedis:
         assert len(in_redis(mortal_redis)) == 3
         assert mortal.counters.get("limits.mirror_lost.redis") == 0
 
+    def test_a_signal_strikes_while_it_is_told(
+        self, monkeypatch: pytest.MonkeyPatch, mirrored: GovRedis, redis_server: RedisServer
+    ) -> None:
+        """An overdue caller may run the replay, so a soft time limit, say, may strike in there."""
+        mirror = mirror_of(mirrored)
+        mirror.note("postgres", "rate_limit:default:k", [Limit(9, 60)], 1)
+
+        def struck(told: Any, now: float) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(mirror._to_redis._window, "copy", struck)
+            mirror.tell()
+        mirror.tell()
+        assert len(in_redis(redis_server)) == 1
+
     def test_what_is_told_twice_is_written_once(self, mirrored: GovRedis, redis_server: RedisServer) -> None:
         assert mirrored._redis is not None
         window = RedisWindow(mirrored._redis)

@@ -251,6 +251,11 @@ class TestPostgres:
         refused = postgres_store.window.decide("k", [Limit(3, 1)], 1, "hit")
         assert refused == Outcome(False, 0, 0, 11 * SECOND, 11 * SECOND)
 
+    def test_a_decision_is_one_statement(self, postgres_store: Any) -> None:
+        for mode in ("hit", "hit", "peek", "record"):
+            postgres_store.window.decide("k", [Limit(1, 1), Limit(9, 60)], 1, mode)
+        assert postgres_store.postgres.statements == 4
+
     def test_a_clock_set_back_again_and_again_is_never_looser(self, postgres_store: Any) -> None:
         never_looser_when_set_back(postgres_store)
 

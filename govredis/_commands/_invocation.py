@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import click
 
-from .api import GovRedis
-from .errors import BackendError, ConfigurationError
+from ..api import GovRedis
+from ..errors import BackendError, ConfigurationError
 
 _GOV = "govredis.gov"
 

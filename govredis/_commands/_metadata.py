@@ -1,89 +1,15 @@
-"""The commands that work on a GovRedis: of `govredis`, on the environment's, and of `flask govredis`, on the app's."""
+"""`govredis outbox` and `govredis metadata`."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
 
 import click
 
-from ._invocation import invoked_gov as _gov
-from ._invocation import print_table, printable
-from ._limit_commands import limits
-from ._session_commands import sessions
-from .locks import LockHolder
-from .metadata import Outbox
-from .metadata.audit import audit as audit_agents
-
-
-@click.command()
-def migrate() -> None:
-    """Make or update our tables in the PostgreSQL of GOVREDIS_DATABASE_URL."""
-    with _gov() as gov:
-        applied = gov.postgres.migrate()
-    for name in applied:
-        click.echo(f"applied {name}")
-    if not applied:
-        click.echo("up to date")
-
-
-@click.command()
-def health() -> None:
-    """Print the health report as JSON. Exits with 1 if it says fail."""
-    with _gov() as gov:
-        report = gov.health.check()
-    click.echo(json.dumps(report.as_dict(), indent=2))
-    if report.status == "fail":
-        sys.exit(1)
-
-
-@click.group(invoke_without_command=True)
-def locks() -> None:
-    """Show the locks that are held, of every kind. A holder from outside is found by its name only: locks show NAME."""
-    if click.get_current_context().invoked_subcommand is None:
-        with _gov() as gov:
-            held = gov.locks.held()
-        if held:
-            _print_holders(held)
-        else:
-            click.echo("no locks are held")
-
-
-@locks.command()
-@click.argument("name")
-def show(name: str) -> None:
-    """Show who holds the lock NAME. Exits with 1 if nobody does."""
-    with _gov() as gov:
-        holder = gov.locks.holder(name)
-    if holder is None:
-        click.echo(f"{name} is not locked")
-        sys.exit(1)
-    _print_holders([holder])
-    if holder.degraded:
-        click.echo("without Redis: this is what the lock file of this host says, for this host")
-
-
-@locks.command()
-@click.argument("name")
-def release(name: str) -> None:
-    """Take the lock NAME from its holder, who is gone for certain. Exits with 1 if nobody holds it.
-
-    The waiter that has waited longest gets it. A holder that lives all the same finds out at its next renewal.
-    """
-    with _gov() as gov:
-        released = gov.locks.force_release(name)
-    click.echo(f"{name} is released" if released else f"{name} is not locked")
-    if not released:
-        sys.exit(1)
-
-
-def _print_holders(holders: Iterable[LockHolder]) -> None:
-    rows = []
-    for h in holders:
-        ends = "never" if h.remaining is None else f"{h.remaining:.1f} s"
-        rows.append((h.name, h.kind, "-" if h.token is None else str(h.token), ends, printable(h.owner)))
-    print_table(("NAME", "KIND", "TOKEN", "ENDS IN", "OWNER"), rows)
+from ..metadata import Outbox
+from ..metadata.audit import audit as audit_agents
+from ._invocation import invoked_gov, print_table
 
 
 @click.group()
@@ -97,7 +23,7 @@ def outbox() -> None:
 @click.option("--namespace", default="agent_meta", show_default=True, help="Of the cache.")
 def watch(table: str, column: str, namespace: str) -> None:
     """Watch TABLE: every change of a row invalidates the value of the id in its COLUMN."""
-    with _gov() as gov:
+    with invoked_gov() as gov:
         Outbox(gov.postgres).watch(table, column, namespace)
     click.echo(f"{table} is watched for {namespace}")
 
@@ -106,7 +32,7 @@ def watch(table: str, column: str, namespace: str) -> None:
 @click.argument("table")
 def unwatch(table: str) -> None:
     """Watch TABLE no more."""
-    with _gov() as gov:
+    with invoked_gov() as gov:
         Outbox(gov.postgres).unwatch(table)
     click.echo(f"{table} is not watched any more")
 
@@ -114,7 +40,7 @@ def unwatch(table: str) -> None:
 @outbox.command()
 def status() -> None:
     """Show what is watched, and how far Redis is behind."""
-    with _gov() as gov:
+    with invoked_gov() as gov:
         watched = Outbox(gov.postgres).watched()
         _, lag = (False, None) if gov._guard is None else gov._guard.state()
     print_table(("TABLE", "COLUMN", "NAMESPACE"), [(w.table, w.column, w.namespace) for w in watched])
@@ -139,7 +65,7 @@ def metadata(context: click.Context, namespace: str) -> None:
 @click.pass_obj
 def get(namespace: str, identity: str) -> None:
     """Print the cached value of ID as JSON. Exits with 1 if there is none, or it may not be used now."""
-    with _gov() as gov:
+    with invoked_gov() as gov:
         value = gov.cache(namespace).get(identity)
     click.echo(f"{identity} is not cached" if value is None else json.dumps(value, indent=2))
     if value is None:
@@ -151,7 +77,7 @@ def get(namespace: str, identity: str) -> None:
 @click.pass_obj
 def invalidate(namespace: str, identity: str) -> None:
     """Drop the cached value of ID."""
-    with _gov() as gov:
+    with invoked_gov() as gov:
         gov.cache(namespace).invalidate(identity)
     click.echo(f"{identity} is invalidated")
 
@@ -161,7 +87,7 @@ def invalidate(namespace: str, identity: str) -> None:
 @click.pass_obj
 def audit(namespace: str, samples: int) -> None:
     """Compare cached agents with PostgreSQL, now and, those that are behind, after X. Exits with 1 if any is still."""
-    with _gov() as gov:
+    with invoked_gov() as gov:
         if namespace != "agent_meta":
             raise ValueError(f"only agent_meta can be audited: nobody knows where the values of {namespace} are from")
         found = audit_agents(
@@ -173,6 +99,3 @@ def audit(namespace: str, samples: int) -> None:
         click.echo(identity)
     if found.stale:
         sys.exit(1)
-
-
-COMMANDS = (migrate, health, locks, limits, sessions, outbox, metadata)
