@@ -66,7 +66,14 @@ class GovRedis:
                 counters=self.counters,
             )
         self.sessions = SessionCache(
-            keys, redis, ttl=config.session_ttl, local_entries=config.local_entries, counters=self.counters
+            keys,
+            redis,
+            self._postgres,
+            self._guard,
+            ttl=config.session_ttl,
+            local_entries=config.local_entries,
+            counters=self.counters,
+            hash_ids=config.session_hash_ids,
         )
         self.locks = DistributedLock(
             keys,
@@ -82,6 +89,7 @@ class GovRedis:
             self._postgres,
             fallback=config.limit_fallback,
             local_entries=config.local_entries,
+            deny_cache=config.limit_deny_cache,
             counters=self.counters,
             mirror=config.limit_mirror,
         )
@@ -89,7 +97,9 @@ class GovRedis:
         uncovered = ["locks"] if config.lock_fallback == "fail" else []
         if config.limit_fallback == "deny" and self._postgres is None:
             uncovered.append("limits")
-        self.health = HealthMonitor(keys, redis, self._postgres, self.counters, uncovered=uncovered)
+        self.health = HealthMonitor(
+            keys, redis, self._postgres, self.counters, guard=self._guard, parked=self._parked, uncovered=uncovered
+        )
 
     @classmethod
     def from_env(cls) -> GovRedis:

@@ -74,6 +74,10 @@ class Keys:
         """The agent's primary key in PostgreSQL."""
         return f"{self.prefix}{check_id(agent_id, 'agent_id')}"
 
+    def session_row(self, session_id: str) -> str:
+        """The session's primary key in PostgreSQL."""
+        return f"{self.prefix}{check_id(session_id, 'session_id')}"
+
     def guard(self) -> str:
         return f"{self.prefix}govredis:guard"
 
@@ -82,6 +86,9 @@ class Keys:
 
     def parked(self) -> str:
         return f"{self.prefix}govredis:parked"
+
+    def denied(self) -> str:
+        return f"{self.prefix}govredis:denied"
 
     def heartbeat(self) -> str:
         return f"{self.prefix}govredis:heartbeat"

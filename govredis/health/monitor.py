@@ -17,6 +17,8 @@ from ..errors import BackendError, BackendUnavailable, ConfigurationError, check
 from ..keys import Keys
 
 if TYPE_CHECKING:
+    from ..limits.parked import Parked
+    from ..metadata import Guard
     from ..postgres import Postgres
 
 __all__ = ["Check", "HealthMonitor", "HealthReport"]
@@ -28,6 +30,8 @@ _POSTGRES_DEADLINE = 0.5
 _HISTORY_ENTRIES = "10000"
 _HISTORY_DAYS = 30
 _HEARTBEATS_MISSED = 3
+#: Seconds after which a parked task that nobody has published is worth a warning.
+_OVERDUE = 30.0
 _SEVERITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
 #: What redis-cli INFO shows and a person asks for first.
 _INFO = ("redis_version", "uptime_in_seconds", "used_memory", "maxmemory", "connected_clients", "evicted_keys")
@@ -38,7 +42,8 @@ class Check:
     """One thing looked at.
 
     Attributes:
-        name: "redis", "postgres", "counters"; "beat" where a heartbeat was ever seen.
+        name: "redis", "postgres", "counters"; "beat" where a heartbeat was ever seen; "outbox" where cached values are
+            used with PostgreSQL; "parked" where tasks wait for their limits.
         status: "pass", "warn" (a fallback covers it) or "fail".
         output: why, in words; "" if it passes.
         data: what was observed. Durations are seconds.
@@ -79,6 +84,8 @@ class HealthMonitor:
     disabled (REDIS_ENABLED=0) passes, and says so.
 
     Args:
+        guard: of cached values, if there is one.
+        parked: tasks that wait for their limits, where Redis is not disabled.
         uncovered: the features that the settings leave without a fallback: with any, Redis away is "fail".
     """
 
@@ -89,11 +96,15 @@ class HealthMonitor:
         postgres: Postgres | None,
         counters: Counters,
         *,
+        guard: Guard | None = None,
+        parked: Parked | None = None,
         uncovered: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._keys = keys
         self._uncovered = uncovered
+        self._guard = guard
+        self._parked = parked
         self._redis = redis
         self._postgres = postgres
         self._counters = counters
@@ -117,6 +128,10 @@ class HealthMonitor:
                 return self._last[1]
             (redis, *beat), postgres = self._check_redis(), self._check_postgres()
             checks = [redis, postgres, self._check_counters(), *beat]
+            if postgres.status == "pass":
+                checks += self._check_outbox()
+            if redis.status == "pass":
+                checks += self._check_parked()
             status: Status = max((c.status for c in checks), key=_SEVERITY.__getitem__)
             if redis.status == "warn" and (self._postgres is None or postgres.status == "warn"):
                 status = "fail"
@@ -234,6 +249,45 @@ class HealthMonitor:
             data["missing_migrations"] = missing
             return Check("postgres", "fail", "our tables are not up to date: run `govredis migrate`", data)
         return Check("postgres", "pass", "", data)
+
+    def _check_outbox(self) -> list[Check]:
+        """How far Redis is behind the outbox; nothing where nobody uses cached values."""
+        if self._guard is None:
+            return []
+        try:
+            valid, lag = self._guard.state(timeout=_POSTGRES_DEADLINE)
+        except BackendUnavailable:  # as the checks of the two say
+            return []
+        except BackendError as error:
+            return [Check("outbox", "warn", str(error), {})]
+        if lag is None:
+            return []
+        data: dict[str, Any] = {"entries": lag.entries, "oldest": round(lag.oldest, 3), "guard": valid}
+        if lag.oldest <= self._guard.staleness:
+            return [Check("outbox", "pass", "", data)]
+        output = (
+            f"Redis has not been told of {lag.entries} changes, the oldest {lag.oldest:.0f} s ago, so cached values are"
+            " not used: does beat run govredis.drain_outbox?"
+        )
+        return [Check("outbox", "warn", output, data)]
+
+    def _check_parked(self) -> list[Check]:
+        """How many tasks wait for their limits, and whether they are published when they are due; nothing if none."""
+        if self._parked is None:
+            return []
+        try:
+            waiting = self._parked.waiting()
+        except BackendError as error:
+            return [Check("parked", "warn", str(error), {})]
+        if not waiting:
+            return []
+        longest = min(waiting, key=lambda each: each.due)
+        overdue = max(0.0, -longest.due)
+        data = {"count": sum(each.count for each in waiting), "overdue": round(overdue, 3)}
+        if overdue <= _OVERDUE:
+            return [Check("parked", "pass", "", data)]
+        output = f"parked tasks for {longest.broker} are overdue by {overdue:.0f} s: does a worker run that reaches it?"
+        return [Check("parked", "warn", output, data)]
 
     def _check_counters(self) -> Check:
         """This process's counts, and hit ratios since the check before: one since the start hides a bad hour."""

@@ -35,6 +35,15 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits for a broker: how many, and seconds until the first is due; less than 0: it is overdue."""
+
+    broker: str
+    count: int
+    due: float
+
+
+@dataclass(frozen=True, slots=True)
 class Taken:
     """A message to publish.
 
@@ -66,6 +75,15 @@ class Parked:
     def lots(self) -> list[ParkingLot]:
         """Of each broker for which something was ever parked. Raises BackendUnavailable, BackendError."""
         return [self.lot(broker.decode()) for broker in sorted(self._redis.call("SMEMBERS", self._key))]
+
+    def waiting(self) -> list[Waiting]:
+        """How many wait for each broker, where any do. Raises BackendUnavailable, BackendError."""
+        found = []
+        for lot in self.lots():
+            count, first = lot.count(), lot.first(1)
+            if count and first:
+                found.append(Waiting(lot.broker, count, first[0][0]))
+        return found
 
 
 class ParkingLot:

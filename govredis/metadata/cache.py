@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -17,20 +14,14 @@ from ..keys import Keys, check_namespace
 from . import cells
 from .commit import AfterCommit
 from .flights import Flights
-from .guard import Guard, Seen
-from .values import Record, decode, encode, version_of
+from .guard import Guard
+from .shelf import Shelf
+from .values import decode, encode
 
 __all__ = ["MetadataCache"]
 
 #: Owed invalidations told, and noted as told, at once.
 _AT_ONCE = 500
-#: How often a read is tried whose connection turns out to be a new one.
-_TRIES = 3
-
-#: Of a cache without a guard: everything may be used, and stored.
-_UNGUARDED = Seen(-1, math.inf, math.inf, 0)
-#: Of one whose guard nobody can renew, since PostgreSQL is away: what is there may be used.
-_BLIND = Seen(-1, math.inf, math.inf, 0)
 
 
 class MetadataCache:
@@ -75,12 +66,10 @@ class MetadataCache:
         self.ttl = check_ttl(ttl)
         if strict and guard is None and redis is not None:
             raise ConfigurationError("strict needs PostgreSQL: GOVREDIS_DATABASE_URL is not set")
-        self._strict = strict
         self._keys = keys
         self._redis = redis
-        self._guard = guard
         self._counters = counters
-        self._hits, self._misses = f"{namespace}.hits", f"{namespace}.misses"
+        self._shelf = Shelf(namespace, redis, guard, strict=strict, counters=counters)
         self._flights = Flights(namespace)
         if redis is not None:
             redis.on_recovery(self._replay)
@@ -88,8 +77,6 @@ class MetadataCache:
         renew_in_child(self)
 
     def renew_after_fork(self) -> None:
-        self._nonce = os.urandom(8).hex()
-        self._leases = itertools.count()
         self._lock = threading.RLock()  # a signal handler may make calls of its own
         #: Invalidations that could not be carried out; they are the parent's to carry out.
         #: By id, with a token: one owed anew while it is told of is owed still.
@@ -97,7 +84,7 @@ class MetadataCache:
 
     def get(self, identity: str) -> Any | None:
         """The cached value; None for a miss, which one that cannot be used now is too (Redis away, no guard)."""
-        record, _ = self._read(self._keys.cached(self.namespace, identity))
+        (record,), _ = self._shelf.read([self._keys.cached(self.namespace, identity)])
         return None if record is None else record.value
 
     def set(self, identity: str, value: Any, *, ttl: float | None = None) -> bool:
@@ -111,8 +98,7 @@ class MetadataCache:
         key = self._keys.cached(self.namespace, identity)
         encode(value)
         ttl_ms = self._ttl_ms(ttl)
-        seen = self._look()
-        return seen is not None and self._store(key, value, seen, "", ttl_ms)
+        return self._shelf.store([(key, value, "")], self._shelf.look(), ttl_ms) == 1
 
     def get_or_load(self, identity: str, loader: Callable[[str], Any], *, ttl: float | None = None) -> Any | None:
         """The cached value, else what `loader(identity)` returns, which is then cached.
@@ -124,11 +110,11 @@ class MetadataCache:
         """
         key = self._keys.cached(self.namespace, identity)
         ttl_ms = self._ttl_ms(ttl)
-        record, seen = self._read(key)
+        (record,), seen = self._shelf.read([key])
         if record is not None:
             return record.value
         self._count("loads")
-        leases = self._take_leases([key], seen)
+        leases = self._shelf.lease([key], seen)
         if leases is None:
             text = self._flights.run(key, lambda: _text(loader(identity)))
             return None if text is None else _value(text)
@@ -136,7 +122,7 @@ class MetadataCache:
         text = _text(value)
         if text is None:
             return None
-        self._store(key, value, seen, leases[key], ttl_ms)
+        self._shelf.store([(key, value, leases[0])], seen, ttl_ms)
         return _value(text)
 
     def get_many(
@@ -150,16 +136,19 @@ class MetadataCache:
         Returns a dict of the ids that have a value, in the order given.
         """
         keys = {i: self._keys.cached(self.namespace, i) for i in identities}
-        found, seen = self._read_many(keys)
+        if not keys:
+            return {}
+        records, seen = self._shelf.read(list(keys.values()))
+        found = {i: record.value for i, record in zip(keys, records, strict=True) if record is not None}
         missing = [i for i in keys if i not in found]
         if missing and load_many is not None:
             self._count("loads", len(missing))
-            leases = self._take_leases([keys[i] for i in missing], seen)
+            leases = self._shelf.lease([keys[i] for i in missing], seen)
             loaded = self._flights.alone(lambda: load_many(missing)) if leases is None else load_many(missing)
-            values = {i: loaded[i] for i in missing if loaded.get(i) is not None}
-            texts = {i: encode(value) for i, value in values.items()}
+            texts = {i: encode(loaded[i]) for i in missing if loaded.get(i) is not None}
             if leases is not None:
-                self._store_many({keys[i]: value for i, value in values.items()}, seen, leases)
+                fills = [(keys[i], loaded[i], lease) for i, lease in zip(missing, leases, strict=True) if i in texts]
+                self._shelf.store(fills, seen, self._ttl_ms(None))
             found.update((i, _value(text)) for i, text in texts.items())
         return {i: found[i] for i in keys if i in found}
 
@@ -236,117 +225,8 @@ class MetadataCache:
     def _ttl_ms(self, ttl: float | None) -> str:
         return str(int((self.ttl if ttl is None else check_ttl(ttl)) * 1000))
 
-    def _new_lease(self) -> str:
-        return f"{self._nonce}{next(self._leases)}"
-
     def _count(self, what: str, n: int = 1) -> None:
         self._counters.add(f"{self.namespace}.{what}", n)
-
-    def _look(self) -> Seen | None:
-        """What says that values may be used; None: they may not, and nothing is to be stored."""
-        if self._redis is None:
-            return None
-        if self._guard is None:
-            return _UNGUARDED
-        try:
-            seen = self._guard.look()
-        except BackendUnavailable:
-            self._count("degraded.reads")
-            return None
-        if seen is None and self._guard.blind:
-            if self._strict:
-                raise BackendUnavailable(f"PostgreSQL is away, and cached values of {self.namespace!r} may be stale")
-            self._count("degraded.unguarded")
-            return _BLIND
-        if seen is None:
-            self._count("bypassed")
-        return seen
-
-    def _stands(self, seen: Seen) -> bool:
-        return seen is _UNGUARDED or seen is _BLIND or (self._guard is not None and self._guard.stands(seen))
-
-    def _read(self, key: str) -> tuple[Record | None, Seen | None]:
-        """The record, if it may be used; and under what it was looked for, None where nothing is to be stored."""
-        found, seen = self._read_all([key])
-        return found[0], seen
-
-    def _read_many(self, keys: Mapping[str, str]) -> tuple[dict[str, Any], Seen | None]:
-        if not keys:
-            return {}, None
-        records, seen = self._read_all(list(keys.values()))
-        return {i: r.value for i, r in zip(keys, records, strict=True) if r is not None}, seen
-
-    def _read_all(self, keys: list[str]) -> tuple[list[Record | None], Seen | None]:
-        redis = self._redis
-        raws: list[bytes | None] = [None] * len(keys)
-        for _ in range(_TRIES):
-            seen = self._look()
-            if seen is None or redis is None:
-                break
-            try:
-                raws = [redis.call("GET", keys[0])] if len(keys) == 1 else redis.pipeline([("GET", k) for k in keys])
-            except BackendUnavailable:
-                self._count("degraded.reads")
-                seen = None
-                break
-            if self._stands(seen):
-                break
-            raws = [None] * len(keys)
-        if seen is None:
-            return [None] * len(keys), None
-        records = [None if raw is None else self._usable(decode(raw), seen) for raw in raws]
-        missed = records.count(None)
-        if missed < len(keys):
-            self._counters.add(self._hits, len(keys) - missed)
-        if missed:
-            self._counters.add(self._misses, missed)
-        return records, None if seen is _BLIND else seen
-
-    @staticmethod
-    def _usable(record: Record | None, seen: Seen) -> Record | None:
-        if record is None or seen is _UNGUARDED or seen is _BLIND or record.epoch == seen.epoch:
-            return record
-        return None
-
-    def _take_leases(self, keys: list[str], seen: Seen | None) -> dict[str, str] | None:
-        """Leases by key, or None if nothing can be stored anyway."""
-        if self._redis is None or seen is None:
-            return None
-        try:
-            replies = self._redis.pipeline([cells.take(key, self._new_lease()) for key in keys], (cells.LEASE,))
-        except BackendUnavailable:
-            self._count("degraded.leases")
-            return None
-        return {key: lease.decode() for key, lease in zip(keys, replies, strict=True)}
-
-    def _store(self, key: str, value: Any, seen: Seen | None, lease: str, ttl_ms: str) -> bool:
-        return self._fill([cells.fill(key, self._stored(value, seen), ttl_ms, lease, version_of(value))]) == 1
-
-    def _store_many(self, values: Mapping[str, Any], seen: Seen | None, leases: Mapping[str, str]) -> None:
-        ttl_ms = self._ttl_ms(None)
-        self._fill(
-            [cells.fill(key, self._stored(v, seen), ttl_ms, leases[key], version_of(v)) for key, v in values.items()]
-        )
-
-    @staticmethod
-    def _stored(value: Any, seen: Seen | None) -> str:
-        return encode(value, None if seen is None or seen.epoch < 0 else seen.epoch)
-
-    def _fill(self, fills: list[Any]) -> int:
-        """Returns how many were stored."""
-        if self._redis is None or not fills:
-            return 0
-        try:
-            replies = self._redis.pipeline(fills, (cells.FILL,))
-        except BackendUnavailable:
-            self._count("degraded.fills")
-            return 0
-        stored: int = sum(replies)
-        if stored:
-            self._count("fills", stored)
-        if stored < len(replies):
-            self._count("fills_refused", len(replies) - stored)
-        return stored
 
     def _replay(self, redis: RedisClient) -> None:
         with self._lock:

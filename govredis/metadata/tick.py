@@ -49,10 +49,11 @@ if TYPE_CHECKING:
 Invalidations = Callable[[Sequence[tuple[str, int]]], Sequence[Command]]
 
 _GUARD = Script(__package__, "guard.lua")
-#: More entries than these are invalidated by a new epoch.
+#: More ids than these are invalidated by a new epoch; likewise if there are more entries than so many.
 _ONE_BY_ONE = 1000
+_ENTRIES = 20_000
 #: Entries deleted by one tick, at most: what a large transaction has left goes over several.
-_CLEANED_AT_ONCE = 5000
+_CLEANED_AT_ONCE = 20_000
 
 _LOCK = """
 SELECT pg_try_advisory_xact_lock(hashtextextended(%s, 0)),
@@ -60,21 +61,18 @@ SELECT pg_try_advisory_xact_lock(hashtextextended(%s, 0)),
 """
 # Snapshots of another database (a restored dump) count other transactions: they are not compared.
 _READ = f"""
-SELECT pg_current_snapshot()::text, e.tick, (
-    SELECT json_agg(json_build_array(o.namespace, o.id, o.version)) FROM (
-        SELECT namespace, id, max(version) AS version FROM govredis_outbox
-        WHERE NOT pg_visible_in_snapshot(xid, e.seen) GROUP BY namespace, id LIMIT {_ONE_BY_ONE + 1}) o)
+SELECT pg_current_snapshot()::text, e.tick, few.entries, few.ids
 FROM (VALUES (1)) one
 LEFT JOIN govredis_epochs e ON e.epoch = %s AND pg_snapshot_xmax(e.seen) <= pg_snapshot_xmax(pg_current_snapshot())
+LEFT JOIN LATERAL (
+    SELECT sum(n) AS entries, json_agg(json_build_array(namespace, id, version)) AS ids FROM (
+        SELECT namespace, id, max(version) AS version, count(*) AS n FROM (
+            SELECT namespace, id, version FROM govredis_outbox
+            WHERE xid >= pg_snapshot_xmin(e.seen) AND NOT pg_visible_in_snapshot(xid, e.seen)
+            LIMIT {_ENTRIES + 1}) entry
+        GROUP BY namespace, id LIMIT {_ONE_BY_ONE + 1}) id) few ON true
 """
-_CONFIRM = """
-INSERT INTO govredis_epochs (epoch, tick, seen, at) VALUES (%s, %s, %s::pg_snapshot, clock_timestamp())
-ON CONFLICT (epoch) DO UPDATE SET tick = excluded.tick, seen = excluded.seen, at = excluded.at
-"""
-_FORGET = """
-DELETE FROM govredis_epochs
-WHERE epoch = %s OR epoch <> %s AND at < clock_timestamp() - %s * interval '1 second'
-"""
+_CONFIRM = "SELECT govredis_outbox_told(%s, %s, %s, %s::bigint[], %s, %s)"
 
 
 class PostgresAway(BackendUnavailable):
@@ -133,6 +131,7 @@ class Ticker:
         #: An epoch without a tick for so long is forgotten, and what was kept for it: if it returns, a new one begins.
         self._forgotten_after = max(600.0, 2 * staleness)
         self._counters = counters
+        self._last: int | None = None
         self._scripts: list[Script] = [_GUARD, INVALIDATE]
         self._invalidations: dict[str, Invalidations] = {}
 
@@ -160,8 +159,8 @@ class Ticker:
                 if not tx.fetch(_LOCK, (f"govredis {self.key}", self._patience_ms))[0][0]:
                     self._counters.add("guard.busy")
                     return None
-                ((snapshot, tick, entries),) = tx.fetch(_READ, (None if held is None else held.epoch,))
-                entries = entries or []
+                ((snapshot, tick, count, ids),) = tx.fetch(_READ, (None if held is None else held.epoch,))
+                entries = (ids or []) if (count or 0) <= _ENTRIES else [("", None, 0)]
                 try:
                     told = self._tell(text, held, tick, entries)
                 except BackendError as error:
@@ -176,6 +175,7 @@ class Ticker:
                 raise PostgresAway(str(error)) from error
             raise
         self._set(str(told), told._replace(at=now))
+        self._last = told.epoch
         self._counters.add("guard.ticks")
         self._counters.add("guard.told", len(entries))
         return len(entries)
@@ -198,9 +198,11 @@ class Ticker:
                 except BackendError:
                     self._counters.add("guard.failed")
                     text = str(told)  # all but what failed has been carried out
-        self._counters.add("guard.epochs")
         begun = GuardRecord(_unique(), _unique(), 0, at=0)
-        return begun if self._set(text, begun) else None
+        if not self._set(text, begun):
+            return None
+        self._counters.add("guard.epochs")
+        return begun
 
     def _commands(self, entries: list[tuple[str, str | None, int]]) -> list[Command] | None:
         """What invalidates these; None where only a new epoch does."""
@@ -221,10 +223,9 @@ class Ticker:
         ]
 
     def _confirm(self, tx: Transaction, held: GuardRecord | None, told: GuardRecord, snapshot: str) -> None:
-        tx.fetch(_CONFIRM, (told.epoch, told.tick, snapshot))
-        ended = None if held is None or held.epoch == told.epoch else held.epoch
-        tx.fetch(_FORGET, (ended, told.epoch, self._forgotten_after))
-        tx.fetch("SELECT govredis_outbox_clean(%s)", (_CLEANED_AT_ONCE,))
+        # A Redis that has lost its guard does not know its last epoch; who has ticked before does.
+        ended = [epoch for epoch in (self._last, held and held.epoch) if epoch is not None]
+        tx.fetch(_CONFIRM, (told.epoch, told.tick, snapshot, ended, self._forgotten_after, _CLEANED_AT_ONCE))
 
     def _set(self, expected: str, new: GuardRecord) -> bool:
         return bool(self._redis.run(_GUARD, (self.key,), expected, str(new)))

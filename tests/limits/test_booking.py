@@ -148,8 +148,8 @@ class TestBooking:
         assert [book(redis_store, name, wider) for name in "cde"] == [(True, 0), (True, 0), (False, 10 * SECOND)]
 
     def test_for_now_and_to_be_called_for(self, redis_store: RedisStore) -> None:
-        assert [book(redis_store, name, mode="book") for name in "ab"] == [(True, 0)] * 2
-        assert book(redis_store, "c", mode="book") == (False, 10 * SECOND)
+        assert [book(redis_store, name, admit=False) for name in "ab"] == [(True, 0)] * 2
+        assert book(redis_store, "c", admit=False) == (False, 10 * SECOND)
         assert not hit(redis_store)
         at(redis_store, 1)
         assert book(redis_store, "a") == (True, 0)

@@ -18,9 +18,9 @@ def init_celery(app: Celery, gov: GovRedis | None = None) -> None:
     """Put our tasks and their beat entries into `app`, when it is finalized, or now if it has been.
 
     Tasks: `govredis.invalidate_metadata(agent_id)`, `govredis.drain_outbox()`, `govredis.health_snapshot()`,
-    `govredis.purge()`, `govredis.heartbeat()`; all but the first are scheduled, the second where there is an outbox:
-    with PostgreSQL. Nothing of the app's own is replaced: a task of the same name stays, and what its `beat_schedule`
-    has already, by name or by task, is not scheduled again.
+    `govredis.purge()`, `govredis.heartbeat()`; all but the first are scheduled, `drain_outbox` where there is an
+    outbox, that is, with PostgreSQL. Nothing of the app's own is replaced: a task of the same name stays, and what its
+    `beat_schedule` has already, by name or by task, is not scheduled again.
 
     Settings, in the app's configuration: `govredis_` and the name of a field of Config, put over the environment's;
     `govredis_drain_interval` (1), `govredis_heartbeat_interval` (15), `govredis_snapshot_interval` (60) and

@@ -15,6 +15,7 @@ from ...errors import LockTimeout, LockUnavailable, RateLimitExceeded, check_ttl
 from ...keys import check_id
 from ...limits.calls import LimitedCalls
 from ...limits.rates import Rate
+from ._booked import LIMIT
 from ._gov import current_gov
 from ._parking import admit_or_park
 from ._republish import can_republish, jittered, republish, runs
@@ -70,9 +71,9 @@ def rate_limited(
     acks_late, a killed worker's runs again, and without it is lost. Where the message waits is a Redis too,
     GOVREDIS_PARKING_URL or else REDIS_URL; what that loses is lost.
 
-    While Redis is away nothing is booked: what the fallback refuses is published anew with a countdown, to run when it
-    said, or up to a quarter later (at most 10 minutes at a time, or half of the broker's visibility_timeout; then it
-    may be refused again).
+    Nothing is booked while Redis is away, nor of limits whose windows are counters: what is refused then is published
+    anew with a countdown, to run when the limit said, or up to a quarter later (at most 10 minutes at a time, or half of
+    the broker's visibility_timeout; then it may be refused again).
 
     Raises ValueError at decoration for a bad argument, and where it stands above `@app.task` or on an async function or
     a generator. What each run may raise or promises when Redis is away is as for `RateLimiter.hit`. A run that was
@@ -105,6 +106,8 @@ def rate_limited(
                 return None
             raise RateLimitExceeded(result)
 
+        if on_limit == "retry":
+            setattr(limited, LIMIT, (look, operation))
         return limited
 
     return decorate

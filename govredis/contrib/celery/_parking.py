@@ -67,9 +67,8 @@ def admit_or_park(gov: GovRedis, task: Task, identity: Any, rate: Rate, operatio
         orphan = {"parent_id": task.request.parent_id}
         if park(gov, lot, arrival, result, message, limit_of(identity, rate, operation, cost), orphan):
             raise Retry(exc=exceeded, when=result.retry_after, sig=message)
-        run = arrival.run.rpartition(":")[2]
         # Redis went away, and may have it all the same: of the two, that which arrives first is worked on.
-        republish(task, exceeded, jittered(result.retry_after), {HEADER: _header(arrival.times + 1, run)})
+        republish(task, exceeded, jittered(result.retry_after), {HEADER: header_of(arrival.times + 1, arrival)})
     republish(task, exceeded, jittered(result.retry_after))
 
 
@@ -124,6 +123,11 @@ def arrival_of(request: Any) -> Arrival:
 def run_of(retries: int, nesting: int) -> str:
     """Which of the runs of one id: each retry is one, and each task that replaces itself."""
     return f"{retries}.{nesting}"
+
+
+def header_of(times: int, arrival: Arrival) -> str:
+    """HEADER of a publication of what has been parked so often."""
+    return _header(times, arrival.run.rpartition(":")[2])
 
 
 def _header(times: int, run: str) -> str:

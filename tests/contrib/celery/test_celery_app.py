@@ -26,7 +26,9 @@ from govredis.contrib.celery import exclusive, init_celery, rate_limited
 from govredis.contrib.celery._gov import gov_of
 from govredis.testing.servers import RedisServer
 
-TASKS = {"govredis.health_snapshot", "govredis.heartbeat", "govredis.invalidate_metadata", "govredis.purge"}
+TASKS = {
+    f"govredis.{name}" for name in ("drain_outbox", "health_snapshot", "heartbeat", "invalidate_metadata", "purge")
+}
 PERIODIC = {"govredis.health_snapshot": 60, "govredis.heartbeat": 15, "govredis.purge": 3600}
 
 
@@ -67,6 +69,16 @@ class TestTasks:
             assert app.tasks[name].__doc__
         assert app.tasks["govredis.invalidate_metadata"].acks_late
         assert {app.tasks[name].ignore_result for name in PERIODIC} == {True}
+
+    def test_purge_deletes_what_is_over_of_sessions_too(self, gov: GovRedis) -> None:
+        app = make_app()
+        init_celery(app, gov)
+        app.finalize()
+        for sid in ("over", "alive"):
+            gov.sessions.bind(sid, "a")
+        gov.postgres.fetch("UPDATE govredis_sessions SET expires_at = now() - interval '1 day' WHERE session = 'over'")
+        assert app.tasks["govredis.purge"]() == 1
+        assert gov.postgres.fetch("SELECT session FROM govredis_sessions") == [("alive",)]
 
     def test_entries_expire_before_the_next_and_the_heartbeat_knows_its_interval(self) -> None:
         app = make_app(govredis_heartbeat_interval=7)
@@ -152,8 +164,14 @@ class TestSchedule:
         assert scheduled(app) == {"govredis.heartbeat": 0.5, "govredis.purge": 7}
         assert ours(app) == TASKS, "to be called, by whoever wants to"
 
+    @pytest.mark.parametrize("interval", [{}, {"govredis_drain_interval": 0.5}])
+    def test_the_outbox_is_drained_where_there_is_one(self, interval: dict[str, float]) -> None:
+        app = make_app(govredis_database_url="postgresql://h/d", **interval)
+        init_celery(app)
+        assert scheduled(app) == {**PERIODIC, "govredis.drain_outbox": interval.get("govredis_drain_interval", 1)}
+
     @pytest.mark.parametrize("interval", ["often", 0, -1, True, float("nan")])
-    @pytest.mark.parametrize("which", ["heartbeat", "snapshot", "purge"])
+    @pytest.mark.parametrize("which", ["drain", "heartbeat", "snapshot", "purge"])
     def test_refuses_a_wrong_interval(self, which: str, interval: Any) -> None:
         app = make_app(**{f"govredis_{which}_interval": interval})
         app.finalize()
@@ -317,6 +335,10 @@ class TestCalls:
         gov.metadata.set("a", 1)
         assert app.tasks["govredis.invalidate_metadata"]("a") is None
         assert gov.metadata.get("a") is None
+        gov.metadata.get_or_load("a", lambda _: 1)
+        gov.postgres.fetch("SELECT govredis_outbox_add('agent_meta', 'a', 1)")
+        assert app.tasks["govredis.drain_outbox"]() == 1
+        assert gov.metadata.get("a") is None
         gov.postgres.fetch(
             "INSERT INTO govredis_limit_windows SELECT 'calls:' || n, '{}', 1, 5 FROM generate_series(1, 3) n"
         )
@@ -334,6 +356,7 @@ class TestCalls:
         app.finalize()
         assert app.tasks["govredis.heartbeat"]() is False
         assert app.tasks["govredis.health_snapshot"]() == {"status": "fail", "stored": None}
+        assert app.tasks["govredis.drain_outbox"]() is None
         assert app.tasks["govredis.purge"]() == 0, "there is no PostgreSQL: nothing to purge"
         with pytest.raises(BackendUnavailable):
             app.tasks["govredis.invalidate_metadata"]("a")

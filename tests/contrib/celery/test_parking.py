@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import redis
-from celery import Celery
+from celery import Celery, group
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import Ignore, Retry
 from celery.result import AsyncResult
@@ -23,11 +23,11 @@ from celery.signals import task_received
 from celery_fleet import until
 from test_celery_decorators import run
 
-from govredis import GovRedis, RateLimitExceeded
+from govredis import GovRedis, Limit, RateLimitExceeded
 from govredis.contrib.celery import _parking as parking_module
 from govredis.contrib.celery import _publisher as publisher_module
-from govredis.contrib.celery import exclusive, init_celery, rate_limited
-from govredis.contrib.celery._parking import HEADER, arrival_of, decode, lot_of, publish
+from govredis.contrib.celery import apply_booked, exclusive, init_celery, rate_limited
+from govredis.contrib.celery._parking import HEADER, arrival_of, decode, lot_of, publish, still_to_wait
 from govredis.contrib.celery._publisher import Publisher
 from govredis.limits import parked as parked_module
 from govredis.limits.parked import Arrival, ParkingLot
@@ -499,6 +499,136 @@ class TestAway:
         with working(app):
             (publisher,) = running() - before
         until("it ended", lambda: not publisher.is_alive(), PATIENCE)
+
+
+class TestBookedAsItIsPublished:
+    def test_one_delivery_each_at_its_time(self, app: Celery, gov: GovRedis) -> None:
+        task, ran = limited_task(app, "2/1 second")
+        results = [apply_booked(task.s(n)) for n in range(5)]
+        assert gov.limits.get_count("a", 3600, operation="parking") == 5
+        assert lot(app, gov).count() == 3
+        with deliveries() as seen, working(app):
+            assert [result.get(PATIENCE) for result in results] == [1, 2, 3, 4, 5]
+        assert [args for args, _ in ran] == [(0,), (1,), (2,), (3,), (4,)]
+        assert len(seen) == 5
+        assert gov.counters.get("limits.allowed") == 5, "each is admitted once, when it runs"
+
+    def test_it_is_what_the_signature_says(self, app: Celery, gov: GovRedis) -> None:
+        @app.task(shared=False, name="bound", bind=True)
+        @exclusive("x:{agent}")
+        @rate_limited("1/1 second", key="{agent}", operation="parking")
+        def bound(self: Any, agent: str, n: int = 0) -> list[Any]:
+            return [agent, n, self.request.headers["x-tenant"]]
+
+        signature = bound.s("b", n=3).set(task_id=uuid.uuid4().hex, headers={"x-tenant": "acme"}, priority=3)
+        gov.limits.hit("b", "1/1 second", operation="parking")
+        result = apply_booked(signature)
+        assert result.id == signature.id
+        with deliveries() as seen, working(app):
+            assert result.get(PATIENCE) == ["b", 3, "acme"]
+        assert [request.delivery_info["priority"] for request in seen] == [3]
+
+    def test_exempt_and_eager_ones_do_not_wait(self, app: Celery, gov: GovRedis) -> None:
+        @app.task(shared=False, name="exempt")
+        @rate_limited("1/hour", key="{agent}", operation="parking", exempt=lambda agent: agent == "root")
+        def exempt(agent: str) -> str:
+            return agent
+
+        for _ in range(2):
+            apply_booked(exempt.s("root"))
+        app.conf.task_always_eager = True
+        assert apply_booked(exempt.s("a")).get() == "a"
+        assert lot(app, gov).count() == 0
+
+    def test_without_redis_it_is_published(self, celery_broker: RedisServer, make_gov: Callable[..., GovRedis]) -> None:
+        for settings in ({"redis_url": "redis://127.0.0.1:1/0"}, {"redis_enabled": False}):
+            app = Celery("mine", broker=celery_broker.url, set_as_current=False)
+            app.conf.task_default_queue = uuid.uuid4().hex
+            init_celery(app, make_gov(**settings))
+            task, _ = limited_task(app, "1/hour")
+            for _ in range(2):
+                assert apply_booked(task.s()).id
+            assert celery_broker.command("LLEN", app.conf.task_default_queue) == 2
+            app.close()
+
+    def test_where_it_cannot_be_parked_it_is_published_as_a_copy(
+        self, celery_redis: RedisServer, celery_broker: RedisServer, make_gov: Callable[..., GovRedis]
+    ) -> None:
+        gov = make_gov(redis_url=celery_redis.url, parking_url="redis://127.0.0.1:1/0", key_prefix=uuid.uuid4().hex)
+        app = Celery("mine", broker=celery_broker.url, set_as_current=False)
+        app.conf.task_default_queue = uuid.uuid4().hex
+        init_celery(app, gov)
+        task, _ = limited_task(app, "1/hour")
+        use_up(gov, "1/hour")
+        apply_booked(task.s().set(headers={"x-tenant": "acme"}))
+        (raw,) = celery_broker.command("LRANGE", app.conf.task_default_queue, 0, -1)
+        headers = json.loads(raw)["headers"]
+        assert (headers[HEADER].split(":")[::2], headers["x-tenant"]) == (["1", "0.0"], "acme")
+        app.close()
+
+    def test_what_it_is_not_for(self, app: Celery) -> None:
+        task, _ = limited_task(app)
+
+        @app.task(shared=False, name="plain")
+        def plain() -> None: ...
+
+        @app.task(shared=False, name="raising")
+        @rate_limited("1/hour", key=lambda: "a", on_limit="raise")
+        def raising() -> None: ...
+
+        for other in (plain.s(), raising.s(), task.s() | task.s(), group(task.s())):
+            with pytest.raises(ValueError, match="must be of one task that is rate_limited"):
+                apply_booked(other)
+        for when in ({"countdown": 3}, {"eta": "2030-01-01T00:00:00"}):
+            with pytest.raises(ValueError, match="without countdown and eta"):
+                apply_booked(task.s().set(**when))
+
+
+class TestLag:
+    def test_who_would_come_in_vain_is_not_published(self, app: Celery, gov: GovRedis) -> None:
+        """Others were late: it is due later than it was booked for."""
+        task, ran = limited_task(app, "1/1 second")
+        use_up(gov)
+        with pytest.raises(Retry):
+            run(task, 1, id="one", **delivered(app))
+        gov.limits.record("a", 9, operation="parking", cost=1)
+        found = until("it is due", lambda: lot(app, gov).take()[0], PATIENCE)
+        gov.limits.record("a", 9, operation="parking", cost=1)
+        assert 0.5 < still_to_wait(gov, decode(found[0].message), 0.1) <= 1
+        assert still_to_wait(gov, decode(found[0].message), 2) == 0, "so long its worker may wait"
+
+    def test_flushed_it_is_published_and_decided_anew(self, app: Celery, gov: GovRedis) -> None:
+        """By the limits as they are when it comes."""
+        limits = ["1/hour"]
+        ran: list[int] = []
+
+        @app.task(shared=False, name="changing")
+        @rate_limited(lambda n: limits[0], key=lambda n: "a", operation="parking")
+        def changing(n: int) -> None:
+            ran.append(n)
+
+        with working(app):
+            for n in range(3):
+                changing.delay(n)
+            until("two wait", lambda: lot(app, gov).count() == 2, PATIENCE)
+            limits[0] = "2/hour"
+            lot(app, gov).flush()
+            until("the one ran, and the other waits again", lambda: len(ran) == 2, PATIENCE)
+            until("it waits", lambda: gov.counters.get("celery.parked") == 3, PATIENCE)
+        ((due, _),) = lot(app, gov).first(9)
+        assert (3500 < due <= 3600, ran) == (True, [0, 1])
+
+    def test_limits_of_counters_are_published_anew(self, app: Celery, gov: GovRedis) -> None:
+        rate = Limit(1, 60, algorithm="sliding_window_counter")
+
+        @app.task(shared=False, name="counted")
+        @rate_limited(rate, key=lambda: "a", operation="parking")
+        def counted() -> None: ...
+
+        run(counted)
+        with pytest.raises(Retry) as retry:
+            run(counted, **delivered(app))
+        assert (lot(app, gov).count(), HEADER in (retry.value.sig.options["headers"] or {})) == (0, False)
 
 
 class TestNames:

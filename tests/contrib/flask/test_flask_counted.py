@@ -123,6 +123,21 @@ class TestCountWhen:
         gov.limits.reset("agent-1")
         assert client.get("/2", headers=AGENT).headers["RateLimit"].startswith('"default: 3 per 60 s";r=1;')
 
+    def test_a_refusal_is_not_asked_about(self, app: Flask, ext: FlaskGovRedis, client: FlaskClient) -> None:
+        asked = []
+
+        def counts(response: Response) -> bool:
+            asked.append(response.status_code)
+            return True
+
+        @app.get("/")
+        @ext.rate_limited("1/minute", key=by_header, count_when=counts)
+        def view() -> str:
+            return ""
+
+        assert [client.get("/", headers=AGENT).status_code for _ in range(2)] == [200, 429]
+        assert asked == [200]
+
     def test_it_counts_until_the_response_is_there(
         self, app: Flask, ext: FlaskGovRedis, client: FlaskClient, gov: GovRedis
     ) -> None:
@@ -183,15 +198,20 @@ class TestCountWhen:
             assert client.get("/on", headers=AGENT).headers["RateLimit"] == '"default: 9 per 3600 s";r=9;t=0'
 
 
+async def always() -> bool:
+    return True
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({"cost": 0}, "cost is 0"),
         ({"cost": 6}, "cost is 6; it must be at most 5"),
         ({"cost": "1"}, "cost is '1'"),
-        ({"cost": lambda n: n}, "cost is .* a callable without arguments"),
+        ({"cost": lambda n: n}, "cost is .* a plain callable without arguments"),
         ({"exempt": True}, "exempt is True"),
-        ({"exempt": lambda request: True}, "exempt is .* a callable without arguments"),
+        ({"exempt": lambda request: True}, "exempt is .* a plain callable without arguments"),
+        ({"exempt": always}, "exempt is .* a plain callable"),
         ({"count_when": True}, "count_when is True; it must be a callable of one argument, the response"),
         ({"count_when": lambda: True}, "count_when is .* a callable of one argument"),
     ],
