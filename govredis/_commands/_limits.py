@@ -82,13 +82,13 @@ def parked(n: int, flush: bool) -> None:
                 found = json.loads(message)
                 limit = found["limit"]
                 cells = (found["task"], found["id"], limit["identity"], limit["operation"], lot.broker)
-                rows.append((due, *map(printable, cells)))
+                rows.append((due, [printable(cell) for cell in cells]))
     if not count:
         click.echo("nothing is parked")
         return
     shown = sorted(rows)[:n]
     print_table(
-        ("DUE IN", "TASK", "ID", "IDENTITY", "OPERATION", "BROKER"), [(f"{due:.1f} s", *rest) for due, *rest in shown]
+        ("DUE IN", "TASK", "ID", "IDENTITY", "OPERATION", "BROKER"), [(f"{due:.1f} s", *cells) for due, cells in shown]
     )
     if count > len(shown):
         click.echo(f"and {count - len(shown)} more")

@@ -6,8 +6,8 @@
 -- ARGV[2]  how many at most
 -- ARGV[3]  now in microseconds, or "" for the server's clock (tests only pass one)
 --
--- Reply: {microseconds until the next is due, 0 if one is now, -1 if nothing is parked; entry, message, the microsecond it
--- was due at, and so on in threes}
+-- Reply: {microseconds until the next is due, 0 if one is now, -1 if nothing is parked; entry, message, 1 if it
+-- is to be published whether its time has come or not, else 0; and so on in threes}
 
 -- Bytes of messages, after which no other is taken.
 local ENOUGH = 1000000
@@ -21,11 +21,12 @@ local reply, bytes = {-1}, 0
 local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%d', now), 'WITHSCORES', 'LIMIT', 0, ARGV[2])
 for i = 1, #due, 2 do
   if bytes > ENOUGH then break end
-  local entry = due[i]
+  local entry, odd = due[i], tonumber(due[i + 1]) % 2
   local message = redis.call('HGET', KEYS[2], entry)
   if message then
-    redis.call('ZADD', KEYS[1], string.format('%d', now + tonumber(ARGV[1])), entry)
-    reply[#reply + 1], reply[#reply + 2], reply[#reply + 3] = entry, message, tonumber(due[i + 1])
+    local over = now + tonumber(ARGV[1])
+    redis.call('ZADD', KEYS[1], string.format('%d', over - over % 2 + odd), entry)
+    reply[#reply + 1], reply[#reply + 2], reply[#reply + 3] = entry, message, odd
     bytes = bytes + #message
   else
     redis.call('ZREM', KEYS[1], entry)

@@ -1,7 +1,8 @@
 -- Park a message, once for each time that its run is parked.
 --
 -- KEYS[1]  the set of the brokers for which something was ever parked
--- KEYS[2]  its sibling "due:{broker}": a ZSET of entries, scored by the microsecond they are due at
+-- KEYS[2]  its sibling "due:{broker}": a ZSET of entries, scored by the microsecond they are due at, an even one; of what
+--          is to be published whether its time has come or not, an odd one
 -- KEYS[3]  its sibling "messages:{broker}": a hash of the messages by entry
 -- KEYS[4]  the run's ticket: "{times parked}:{publication that has arrived, or nothing}"
 -- ARGV[1]  broker
@@ -26,7 +27,8 @@ end
 local wait = tonumber(ARGV[4])
 redis.call('SET', KEYS[4], ARGV[3] .. ':', 'PX', string.format('%d', wait / 1000 + tonumber(ARGV[6])))
 redis.call('SADD', KEYS[1], ARGV[1])
-redis.call('ZADD', KEYS[2], string.format('%d', now + wait), ARGV[2] .. ':' .. ARGV[3])
+local due = now + wait
+redis.call('ZADD', KEYS[2], string.format('%d', due + due % 2), ARGV[2] .. ':' .. ARGV[3])
 redis.call('HSET', KEYS[3], ARGV[2] .. ':' .. ARGV[3], ARGV[5])
 -- The time before, where who published it has not come to remove it.
 redis.call('ZREM', KEYS[2], ARGV[2] .. ':' .. parked)

@@ -13,7 +13,7 @@ LEASE = 5.0
 _REMEMBERED = 86_400.0
 _AT_ONCE = "100"
 _FLUSHED_AT_ONCE = 500
-#: What is scored below this microsecond, in 1970, was flushed.
+#: What was flushed is scored below this microsecond, in 1970, until somebody takes it; and with odd ones.
 _FLUSHED = 10**12
 
 
@@ -130,13 +130,13 @@ class ParkingLot:
         lease_us = f"{LEASE * 1_000_000:.0f}"
         wait_us, *found = self._redis.run(self._due, (self._entries, self._messages), lease_us, _AT_ONCE, "")
         threes = zip(found[::3], found[1::3], found[2::3], strict=True)
-        taken = [Taken(entry, message, due_us < _FLUSHED) for entry, message, due_us in threes]
+        taken = [Taken(entry, message, bool(flushed)) for entry, message, flushed in threes]
         return taken, None if wait_us < 0 else wait_us / 1_000_000
 
     def postpone(self, entry: bytes, seconds: float) -> None:
         """What was taken is due in so many seconds."""
         due_us = _microseconds(self._redis.call("TIME")) + round(seconds * 1_000_000)
-        self._redis.call("ZADD", self._entries, "XX", str(due_us), entry)
+        self._redis.call("ZADD", self._entries, "XX", str(due_us + due_us % 2), entry)
 
     def remove(self, entry: bytes) -> None:
         """What was taken has been published."""
@@ -172,7 +172,9 @@ class ParkingLot:
             if not found:
                 return flushed
             # XX: who has published one meanwhile has removed it.
-            commands = [("ZADD", self._entries, "XX", str(flushed + n), entry) for n, entry in enumerate(found)]
+            commands = [
+                ("ZADD", self._entries, "XX", str(2 * (flushed + n) + 1), entry) for n, entry in enumerate(found)
+            ]
             self._redis.pipeline(commands)
             flushed += len(found)
 

@@ -119,6 +119,10 @@ class TestParking:
         found, _ = lot.take()
         assert [each.message for each in found] == [b"due", b"1", b"2", b"3", b"4", b"5"]
         assert all(each.flushed for each in found)
+        monkeypatch.setattr(module, "LEASE", 0.0)
+        lot.flush()
+        for _ in range(2):
+            assert [each.flushed for each in lot.take()[0]] == [True] * 6, "also where who took it could not publish it"
 
     def test_postponed(self, lot: ParkingLot) -> None:
         lot.park(Arrival("a"), 0, b"a")

@@ -34,6 +34,8 @@ def rate_limited(
     *,
     key: str | Callable[..., str],
     operation: str = ...,
+    cost: int | Callable[..., int] = ...,
+    exempt: Callable[..., bool] | None = ...,
     on_limit: Literal["retry", "raise"] = ...,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 @overload
@@ -42,6 +44,8 @@ def rate_limited(
     *,
     key: str | Callable[..., str],
     operation: str = ...,
+    cost: int | Callable[..., int] = ...,
+    exempt: Callable[..., bool] | None = ...,
     on_limit: Literal["skip"],
 ) -> Callable[[Callable[P, R]], Callable[P, R | None]]: ...
 def rate_limited(
@@ -49,6 +53,8 @@ def rate_limited(
     *,
     key: str | Callable[..., str],
     operation: str = "default",
+    cost: int | Callable[..., int] = 1,
+    exempt: Callable[..., bool] | None = None,
     on_limit: Literal["retry", "raise", "skip"] = "retry",
 ) -> Callable[[Callable[P, R]], Callable[P, R | None]]:
     """Limit the runs of a task, over all workers. Put it between `@app.task` and the function.
@@ -57,6 +63,9 @@ def rate_limited(
         rate: as in `RateLimiter.hit`, or a callable that gets the task's arguments and returns one.
         key: a template of the task's argument names, "{agent_id}", or a callable that gets its arguments.
         operation: what is limited.
+        cost: as in `RateLimiter.hit`, or a callable that gets the task's arguments and returns one.
+        exempt: a callable that gets the task's arguments; a run for which it returns True is let through, unasked and
+            uncounted.
         on_limit: "retry" books the first time at which there is room, in the order of arrival, and parks the message
             in Redis until then: its `retries` and `max_retries` do not know of it. "raise" raises RateLimitExceeded.
             "skip" ends the task with None, and counts it.
@@ -72,8 +81,8 @@ def rate_limited(
     GOVREDIS_PARKING_URL or else REDIS_URL; what that loses is lost.
 
     Nothing is booked while Redis is away, nor of limits whose windows are counters: what is refused then is published
-    anew with a countdown, to run when the limit said, or up to a quarter later (at most 10 minutes at a time, or half of
-    the broker's visibility_timeout; then it may be refused again).
+    anew with a countdown, to run when the limit said, or up to a quarter later (at most 10 minutes at a time, or half
+    of the broker's visibility_timeout; then it may be refused again).
 
     Raises ValueError at decoration for a bad argument, and where it stands above `@app.task` or on an async function or
     a generator. What each run may raise or promises when Redis is away is as for `RateLimiter.hit`. A run that was
@@ -82,7 +91,7 @@ def rate_limited(
     """
     if on_limit not in ("retry", "raise", "skip"):
         raise refuse("on_limit", on_limit, '"retry", "raise" or "skip"')
-    calls = LimitedCalls(rate, key, operation)
+    calls = LimitedCalls(rate, key, operation, cost, exempt)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R | None]:
         _refuse_tasks(function, "rate_limited")

@@ -21,6 +21,10 @@ _POLL = 0.1
 #: Seconds before it tries again where Redis or the broker is away.
 _RETRY = 1.0
 
+#: AMQP is to confirm what was published, before it is removed here. A broker that is away is said so, and tried again
+#: here; kombu would try up to every 30 s, and say nothing.
+_TRANSPORT_OPTIONS = {"confirm_publish": True, "max_retries": 0}
+
 
 class Publisher(threading.Thread):
     """Publishes what is due, until it is stopped, over a connection of its own. Any number of them may run.
@@ -55,8 +59,7 @@ class Publisher(threading.Thread):
 
     def _until_away(self) -> None:
         """Over one connection, made when something is due first. Returns when it is stopped."""
-        options = {"confirm_publish": True}  # of AMQP: what was not confirmed is not removed
-        with self._app.connection_for_write(transport_options=options) as connection:
+        with self._app.connection_for_write(transport_options=_TRANSPORT_OPTIONS) as connection:
             producer = self._app.amqp.Producer(connection, auto_declare=False)
             while True:
                 due, next_in = self._lot.take()

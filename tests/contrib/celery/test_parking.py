@@ -587,7 +587,7 @@ class TestBookedAsItIsPublished:
 class TestLag:
     def test_who_would_come_in_vain_is_not_published(self, app: Celery, gov: GovRedis) -> None:
         """Others were late: it is due later than it was booked for."""
-        task, ran = limited_task(app, "1/1 second")
+        task, _ = limited_task(app, "1/1 second")
         use_up(gov)
         with pytest.raises(Retry):
             run(task, 1, id="one", **delivered(app))
