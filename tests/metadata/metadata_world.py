@@ -179,6 +179,7 @@ class World:
         elif what.startswith("to "):
             actor = self.actors[number % len(self.actors)]
             while MARKS[what] not in actor.before:
+                assert not actor.ended, f"it did not come {what[3:]}"
                 self._step(actor)
         elif what == "kill":
             if self.actors:
