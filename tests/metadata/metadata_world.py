@@ -24,7 +24,7 @@ Step = tuple[str, int]
 
 
 #: What a step is to stop before.
-MARKS = {"to fill": cells.FILL.sha, "to confirm": "INSERT INTO govredis_epochs"}
+MARKS = {"to fill": cells.FILL.sha, "to confirm": "govredis_outbox_told"}
 
 
 class Killed(BaseException):
