@@ -12,7 +12,7 @@ from .health import HealthMonitor
 from .keys import Keys
 from .limits import RateLimiter
 from .locks import DistributedLock
-from .metadata import AgentStore, MetadataCache
+from .metadata import AgentStore, Guard, MetadataCache
 from .sessions import SessionCache
 
 if TYPE_CHECKING:
@@ -40,9 +40,19 @@ class GovRedis:
             from .postgres import Postgres  # loads psycopg2, which is an extra
 
             self._postgres = Postgres(self.config)
-        self._caches: dict[tuple[str, float], MetadataCache] = {}
+        self._caches: dict[tuple[str, float, bool], MetadataCache] = {}
 
         config, keys, redis = self.config, self._keys, self._redis
+        self._guard: Guard | None = None
+        if redis is not None and self._postgres is not None:
+            self._guard = Guard(
+                keys,
+                redis,
+                self._postgres,
+                staleness=config.metadata_staleness,
+                patience=config.postgres_timeout,
+                counters=self.counters,
+            )
         self.sessions = SessionCache(
             keys, redis, ttl=config.session_ttl, local_entries=config.local_entries, counters=self.counters
         )
@@ -85,19 +95,30 @@ class GovRedis:
             raise ConfigurationError("GOVREDIS_DATABASE_URL is not set; it must be postgresql://[user[:password]@]...")
         return self._postgres
 
-    def cache(self, namespace: str, ttl: float | None = None) -> MetadataCache:
+    def cache(self, namespace: str, ttl: float | None = None, *, strict: bool = False) -> MetadataCache:
         """The MetadataCache of a namespace, its keys at `{namespace}:{id}`.
 
         Args:
             namespace: without a colon, and no other key kind's.
             ttl: seconds that a value is kept unless `set` says otherwise; None: metadata_ttl.
+            strict: no value while nobody can tell whether it is stale, because PostgreSQL is away: BackendUnavailable.
+
+        Raises ConfigurationError for a strict one where no PostgreSQL is configured.
         """
         if ttl is None:
             ttl = self.config.metadata_ttl
-        cache = self._caches.get((namespace, ttl))
+        cache = self._caches.get((namespace, ttl, strict))
         if cache is None:
-            made = MetadataCache(self._keys, self._redis, namespace=namespace, ttl=ttl, counters=self.counters)
-            cache = self._caches.setdefault((namespace, ttl), made)
+            made = MetadataCache(
+                self._keys,
+                self._redis,
+                self._guard,
+                namespace=namespace,
+                ttl=ttl,
+                strict=strict,
+                counters=self.counters,
+            )
+            cache = self._caches.setdefault((namespace, ttl, strict), made)
         return cache
 
     def close(self) -> None:
@@ -106,6 +127,8 @@ class GovRedis:
         Locks still held are not released, and what this process owes Redis (revocations and invalidations made while it
         was away) is lost: close when Redis is back.
         """
+        if self._guard is not None:
+            self._guard.close()
         if self._redis is not None:
             self._redis.close()
         if self._postgres is not None:

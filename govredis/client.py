@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import logging
 import re
 import threading
@@ -119,6 +120,10 @@ class RedisClient:
         self.breaker = CircuitBreaker(self.name, self._probe)
         self._recoveries: list[Callable[[RedisClient], None]] = []
         self._direct = threading.local()
+        #: Another number after each connect, and before anything that came over the new connection is returned. A
+        #: server that was restarted, or another one in its place, is reached over new connections only.
+        self.connects = 0
+        self._connects = itertools.count(1)
         renew_in_child(self)
 
     @staticmethod
@@ -218,6 +223,31 @@ class RedisClient:
             replies += self._exchange_many(pending, scripts)
         return replies
 
+    def transaction(self, commands: Sequence[Command], scripts: Sequence[Script] = ()) -> list[Any]:
+        """Run several commands as one step (MULTI), in one round trip: nobody sees, and no loss of data leaves, a part.
+
+        Where one fails, those after it are carried out all the same.
+
+        Args:
+            commands: as of `pipeline`; few enough for one deadline.
+            scripts: those among them; loaded, and all commands sent once more, where the server did not know one.
+
+        Returns the replies in order. Raises BackendUnavailable, or the BackendError of the first that failed.
+        """
+        packed = [pack_command(command) for command in (("MULTI",), *commands, ("EXEC",))]
+        try:
+            return self._exchange_transaction(packed)
+        except _NoScript:
+            self.pipeline([("SCRIPT", "LOAD", script.source) for script in scripts])
+            return self._exchange_transaction(packed)
+
+    def _exchange_transaction(self, packed: list[bytes]) -> list[Any]:
+        replies: list[Any] = self._round_trip(b"".join(packed), len(packed))[-1]
+        for reply in replies:
+            if isinstance(reply, redis.ResponseError):
+                raise self._refused(reply) from reply
+        return replies
+
     def _exchange_many(self, packed: list[bytes], scripts: Sequence[Script]) -> list[Any]:
         try:
             found: list[Any] = self._round_trip(b"".join(packed), len(packed))
@@ -270,6 +300,9 @@ class RedisClient:
     ) -> Any:
         try:
             if packed:  # else it was sent before
+                if connection._sock is None:
+                    connection.connect()
+                    self.connects = next(self._connects)
                 connection.send_packed_command((packed,), False)
             if patience is not None:
                 connection._sock.settimeout(patience)

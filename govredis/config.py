@@ -179,6 +179,8 @@ class Config:
     session_ttl: float = _setting(3600.0, "REDIS_SESSION_TTL", _seconds)
     metadata_ttl: float = _setting(300.0, "REDIS_METADATA_TTL", _seconds)
     lock_ttl: float = _setting(30.0, "REDIS_LOCK_TIMEOUT", _seconds)
+    #: With PostgreSQL: how old a cached value may be at most, whatever failed.
+    metadata_staleness: float = _setting(5.0, "GOVREDIS_METADATA_STALENESS", _seconds)
 
     #: When Redis is away: "file" = flock, one holder per host, degraded; "fail" = LockUnavailable.
     lock_fallback: str = _setting("file", "GOVREDIS_LOCK_FALLBACK", _one_of("file", "fail"))

@@ -74,6 +74,9 @@ class Keys:
         """The agent's primary key in PostgreSQL."""
         return f"{self.prefix}{check_id(agent_id, 'agent_id')}"
 
+    def guard(self) -> str:
+        return f"{self.prefix}govredis:guard"
+
     def held_locks(self) -> str:
         return f"{self.prefix}govredis:locks"
 

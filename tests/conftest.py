@@ -81,7 +81,10 @@ def postgres_server(shared_postgres: PostgresServer) -> PostgresServer:
     """A living PostgreSQL with our tables, empty."""
     connection = psycopg2.connect(shared_postgres.url)
     with connection, connection.cursor() as cursor:
-        cursor.execute("TRUNCATE govredis_limit_windows, govredis_agents, govredis_health_snapshots")
+        cursor.execute(
+            "TRUNCATE govredis_limit_windows, govredis_agents, govredis_health_snapshots;"
+            "TRUNCATE govredis_outbox, govredis_epochs"
+        )
     connection.close()
     return shared_postgres
 
@@ -107,7 +110,7 @@ def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(health_module, "_POSTGRES_DEADLINE", 2 if mortal else 20)
     if mortal:
         return {"socket_timeout": 1, "connect_timeout": 1}
-    return {"socket_timeout": 10, "connect_timeout": 10, "postgres_timeout": 20}
+    return {"socket_timeout": 10, "connect_timeout": 10, "postgres_timeout": 20, "metadata_staleness": 60}
 
 
 @pytest.fixture

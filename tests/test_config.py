@@ -97,6 +97,7 @@ SECONDS = {
     "REDIS_SESSION_TTL": ("session_ttl", 3600.0),
     "REDIS_METADATA_TTL": ("metadata_ttl", 300.0),
     "REDIS_LOCK_TIMEOUT": ("lock_ttl", 30.0),
+    "GOVREDIS_METADATA_STALENESS": ("metadata_staleness", 5.0),
     "GOVREDIS_SOCKET_TIMEOUT": ("socket_timeout", 0.2),
     "GOVREDIS_CONNECT_TIMEOUT": ("connect_timeout", 0.1),
     "GOVREDIS_POSTGRES_TIMEOUT": ("postgres_timeout", 2.0),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ..errors import BackendUnavailable, GovRedisError, refuse
 from ..keys import Keys
 from .cache import MetadataCache
-from .values import encode
+from .values import Versioned, encode
 
 if TYPE_CHECKING:
     from ..postgres import Postgres, Row
@@ -38,9 +38,9 @@ class AgentStore:
 
     Each write is one transaction; after its commit, and never after a rollback, the agent's cached value is
     invalidated. While Redis is away the write succeeds all the same: its invalidation is carried out, by this process,
-    when Redis is back and before this process reads from it again; it is lost if the process ends before, and another
-    process that can reach Redis may serve the old value meanwhile: at most until the value's TTL. So may all if a hung
-    PostgreSQL applies, on waking, a write that was given up here.
+    when Redis is back and before this process reads from it again. The outbox has it as well, which a trigger wrote in
+    the same transaction: so if this process ends before, or another can reach Redis meanwhile, or a hung PostgreSQL
+    applies, on waking, a write that was given up here, the old value is served for `metadata_staleness` at most.
 
     Every method raises BackendUnavailable when PostgreSQL is away (a write may then have been applied),
     ConfigurationError when `govredis migrate` has not been run, and ValueError for a bad id or metadata before anything
@@ -95,7 +95,8 @@ class AgentStore:
         """Delete the agent. True if there was one."""
         deleted = self._write(
             agent_id,
-            f"DELETE FROM govredis_agents WHERE agent_id = %s RETURNING {_COLUMNS}",
+            # Its version would be that of the write before.
+            f"DELETE FROM govredis_agents WHERE agent_id = %s RETURNING {_COLUMNS}, nextval('govredis_versions')",
             (self._keys.agent_row(agent_id),),
         )
         return deleted is not None
@@ -106,8 +107,9 @@ class AgentStore:
             rows = self._postgres.fetch(sql, params)
             if not rows:
                 return None
-            record = self._record(rows[0])
-            self._cache.invalidate_or_owe(agent_id, version=record["version"])
+            version = rows[0][-1]
+            record = self._record(rows[0][:4])
+            self._cache.invalidate_or_owe(agent_id, version=version)
             return record
         except BaseException as error:
             # Without an answer (a deadline, a signal handler's exception) it may have been committed: an invalidation
@@ -119,7 +121,8 @@ class AgentStore:
     def _record(self, row: Row) -> AgentRecord:
         key, metadata, status, version = row
         agent_id = key[len(self._keys.prefix) :]
-        return {"agent_id": agent_id, "metadata": metadata, "status": status, "version": version}
+        record = AgentRecord(agent_id=agent_id, metadata=metadata, status=status, version=version)
+        return cast(AgentRecord, Versioned(record))
 
 
 def _json(metadata: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -10,51 +11,77 @@ from typing import Any
 
 from .._counters import Counters
 from .._fork import renew_in_child
-from ..client import RedisClient, Script
-from ..errors import BackendError, BackendUnavailable, check_ttl, refuse
-from ..keys import Keys, check_namespace, sibling
-from .values import decode, encode
+from ..client import RedisClient
+from ..errors import BackendError, BackendUnavailable, ConfigurationError, check_ttl, refuse
+from ..keys import Keys, check_namespace
+from . import cells
+from .commit import AfterCommit
+from .flights import Flights
+from .guard import Guard, Seen
+from .values import Record, decode, encode, version_of
 
 __all__ = ["MetadataCache"]
 
-#: A load that takes longer than this is not stored.
-_LEASE_MS = "30000"
-#: How long `set` is refused after an invalidation: the longest that a get-load-set without a lease is expected to take.
-_TOMBSTONE_MS = "10000"
 #: Owed invalidations told, and noted as told, at once.
 _AT_ONCE = 500
+#: How often a read is tried whose connection turns out to be a new one.
+_TRIES = 3
+
+#: Of a cache without a guard: everything may be used, and stored.
+_UNGUARDED = Seen(-1, math.inf, math.inf, 0)
+#: Of one whose guard nobody can renew, since PostgreSQL is away: what is there may be used.
+_BLIND = Seen(-1, math.inf, math.inf, 0)
 
 
 class MetadataCache:
     """Values by id, at `{namespace}:{id}`, for `ttl` seconds or until invalidated. A hit is one GET.
 
     `get_or_load` takes a lease before it loads and stores only if no invalidation came between: once `invalidate` has
-    returned, no later hit is older than the write it followed, on a Redis that keeps its data (one restarted or failed
-    over to with older data serves what that had, at most until its TTL). `get` and `set` are two steps without a lease;
-    `set` is refused for 10 s after an invalidation, and a reader slower than that can put a stale value back: prefer
+    returned, no later hit is older than the write it followed. `get` and `set` are two steps without a lease; `set` is
+    refused for 10 s after an invalidation, and a reader slower than that can put a stale value back: prefer
     `get_or_load`.
 
-    When Redis is away: `get_or_load` and `get_many` call their loader, `get` is a miss, `set` returns False, and
-    `invalidate` raises. What another process invalidated, or failed to, while it could not reach Redis may be served
-    until its TTL.
+    **With PostgreSQL** what was lost is bounded too: an invalidation, a process before it, a key, Redis's data, wholly
+    or back to an older state. Of what the outbox tells (`gov.agents`, the tables of `govredis outbox watch`,
+    `after_commit`) no hit is more than `metadata_staleness` (5 s) behind what is committed. Where that cannot be shown,
+    because nobody has been able to tell Redis for so long, values are loaded: one load at a time for each id, ten at
+    once in a process, counted as `bypassed`. While PostgreSQL is away values are used until their TTL, counted as
+    `degraded.unguarded`, or, by a `strict` cache, not at all: BackendUnavailable. What is invalidated by `invalidate`
+    alone may come back, until its TTL, with a Redis that restarts with older data.
+
+    **Without PostgreSQL** all of these may be served until their TTL.
+
+    When Redis is away: `get_or_load` and `get_many` call their loader, bounded as above, `get` is a miss, `set` returns
+    False, and `invalidate` raises. What another process invalidated, or failed to, while it could not reach Redis may
+    be served as said.
 
     Values are anything JSON can hold but None, and come back as JSON gives them back (a tuple as a list), from hit and
-    miss alike. Every method raises ValueError for a bad id or value before anything is sent, and BackendError where
-    Redis answers with an error.
+    miss alike. Every method raises ValueError for a bad id or value before anything is sent, BackendError where Redis
+    answers with an error, and ConfigurationError where PostgreSQL's tables are missing (`govredis migrate`).
     """
 
     def __init__(
-        self, keys: Keys, redis: RedisClient | None, *, namespace: str, ttl: float, counters: Counters
+        self,
+        keys: Keys,
+        redis: RedisClient | None,
+        guard: Guard | None,
+        *,
+        namespace: str,
+        ttl: float,
+        strict: bool = False,
+        counters: Counters,
     ) -> None:
         self.namespace = check_namespace(namespace)
         self.ttl = check_ttl(ttl)
+        if strict and guard is None and redis is not None:
+            raise ConfigurationError("strict needs PostgreSQL: GOVREDIS_DATABASE_URL is not set")
+        self._strict = strict
         self._keys = keys
         self._redis = redis
+        self._guard = guard
         self._counters = counters
         self._hits, self._misses = f"{namespace}.hits", f"{namespace}.misses"
-        self._lease = Script(__package__, "lease.lua")
-        self._fill = Script(__package__, "fill.lua")
-        self._invalidate = Script(__package__, "invalidate.lua")
+        self._flights = Flights(namespace)
         if redis is not None:
             redis.on_recovery(self._replay)
         self.renew_after_fork()
@@ -69,19 +96,23 @@ class MetadataCache:
         self._owed: dict[str, object] = {}
 
     def get(self, identity: str) -> Any | None:
-        """The cached value, or None for a miss, which Redis being away is too."""
-        return self._read(self._keys.cached(self.namespace, identity))
+        """The cached value; None for a miss, which one that cannot be used now is too (Redis away, no guard)."""
+        record, _ = self._read(self._keys.cached(self.namespace, identity))
+        return None if record is None else record.value
 
     def set(self, identity: str, value: Any, *, ttl: float | None = None) -> bool:
-        """Store a value, unless it was invalidated within the last 10 s.
+        """Store a value, unless it was invalidated within the last 10 s (a record of `gov.agents`: for a later write).
 
         Args:
             ttl: seconds; None: the cache's.
 
-        Returns whether it was stored: False also when Redis is away.
+        Returns whether it was stored: False also when Redis is away, or nothing cached could be used now.
         """
         key = self._keys.cached(self.namespace, identity)
-        return self._store(key, encode(value), "", self._ttl_ms(ttl))
+        encode(value)
+        ttl_ms = self._ttl_ms(ttl)
+        seen = self._look()
+        return seen is not None and seen is not _BLIND and self._store(key, value, seen, "", ttl_ms)
 
     def get_or_load(self, identity: str, loader: Callable[[str], Any], *, ttl: float | None = None) -> Any | None:
         """The cached value, else what `loader(identity)` returns, which is then cached.
@@ -93,17 +124,20 @@ class MetadataCache:
         """
         key = self._keys.cached(self.namespace, identity)
         ttl_ms = self._ttl_ms(ttl)
-        value = self._read(key)
-        if value is not None:
-            return value
-        lease = self._take_lease(key)
+        record, seen = self._read(key)
+        if record is not None:
+            return record.value
+        self._count("loads")
+        leases = self._take_leases([key], seen)
+        if leases is None:
+            text = self._flights.run(key, lambda: _text(loader(identity)))
+            return None if text is None else _value(text)
         value = loader(identity)
-        if value is None:
+        text = _text(value)
+        if text is None:
             return None
-        text = encode(value)
-        if lease is not None:
-            self._store(key, text, lease, ttl_ms)
-        return decode(text)
+        self._store(key, value, seen, leases[key], ttl_ms)
+        return _value(text)
 
     def get_many(
         self, identities: Iterable[str], load_many: Callable[[list[str]], Mapping[str, Any]] | None = None
@@ -116,40 +150,59 @@ class MetadataCache:
         Returns a dict of the ids that have a value, in the order given.
         """
         keys = {i: self._keys.cached(self.namespace, i) for i in identities}
-        found = self._read_many(keys)
+        found, seen = self._read_many(keys)
         missing = [i for i in keys if i not in found]
         if missing and load_many is not None:
-            leases = self._take_leases([keys[i] for i in missing])
-            loaded = load_many(missing)
-            texts = {i: encode(loaded[i]) for i in missing if loaded.get(i) is not None}
+            self._count("loads", len(missing))
+            leases = self._take_leases([keys[i] for i in missing], seen)
+            loaded = self._flights.alone(lambda: load_many(missing)) if leases is None else load_many(missing)
+            values = {i: loaded[i] for i in missing if loaded.get(i) is not None}
+            texts = {i: encode(value) for i, value in values.items()}
             if leases is not None:
-                self._store_many({keys[i]: text for i, text in texts.items()}, leases)
-            found.update((i, decode(text)) for i, text in texts.items())
+                self._store_many({keys[i]: value for i, value in values.items()}, seen, leases)
+            found.update((i, _value(text)) for i, text in texts.items())
         return {i: found[i] for i in keys if i in found}
 
     def invalidate(self, identity: str, *, version: int | None = None) -> None:
-        """Drop the value. Call it after the write has been committed.
+        """Drop the value. Call it after the write has been committed; `after_commit` does.
 
         Once it has returned, no later hit, in any process, is older than that write. If it cannot be carried out it
-        raises BackendUnavailable: a cached value may then be served until its TTL.
+        raises BackendUnavailable: a cached value may then be served, as the class says.
 
         Args:
-            version: of the write, noted with the invalidation.
+            version: of the write, where it is the `version` of an AgentRecord: a value that is this new stays, and one
+                older than it is not stored for the next 10 s.
         """
-        if version is not None and (not isinstance(version, int) or isinstance(version, bool)):
-            raise refuse("version", version, "a whole number, or None")
+        if version is not None and (not isinstance(version, int) or isinstance(version, bool) or version < 0):
+            raise refuse("version", version, "a whole number of 0 or more, or None")
         key = self._keys.cached(self.namespace, identity)
         if self._redis is None:
             return
-        tombstone = "" if version is None else str(version)
-        self._redis.run(self._invalidate, self._cells(key), tombstone, _TOMBSTONE_MS)
-        self._counters.add(f"{self.namespace}.invalidated")
+        cells.invalidate(self._redis, key, version)
+        self._count("invalidated")
+
+    def after_commit(self, connection: Any) -> AfterCommit:
+        """A transaction of your own psycopg2 connection, and the invalidations that belong to it.
+
+            with gov.metadata.after_commit(connection) as tx:
+                cursor.execute("UPDATE users SET ...")
+                tx.invalidate(user_id)
+
+        In place of psycopg2's `with connection:`: it commits where the body succeeds, and then the values are
+        invalidated; otherwise it rolls back, and nothing is. The invalidations are part of the transaction, in the
+        outbox, where the connection's database has our tables: then a crash after the commit, or a Redis that is away,
+        is made good for within `metadata_staleness`. Where it has not, this process carries them out when Redis is
+        back.
+
+        Raises ValueError for a connection in autocommit mode, and what the connection raises.
+        """
+        return AfterCommit(connection, self.namespace, self._keys, self.invalidate_or_owe)
 
     def invalidate_or_owe(self, identity: str, *, version: int | None = None) -> None:
         """`invalidate` for a write that is committed already: what cannot be carried out now is done on recovery.
 
-        Private to AgentStore. Until then this process does not read from Redis; another process may serve the old value
-        for as long as it can reach Redis and this one cannot, at most until the value's TTL.
+        Private. Until then this process does not read from Redis; another process may serve the old value for as long
+        as it can reach Redis and this one cannot: where the outbox has the write, until the next tick of anybody.
         """
         token = object()
         with self._lock:
@@ -160,7 +213,7 @@ class MetadataCache:
             if not isinstance(error, BackendUnavailable):
                 self._paid(identity, token)
                 raise
-            self._counters.add(f"{self.namespace}.invalidations_owed")
+            self._count("invalidations_owed")
             self._replay_soon()
         except BaseException:
             self._replay_soon()
@@ -173,7 +226,8 @@ class MetadataCache:
             self._redis.replay_soon("invalidations are owed to it")
 
     def stats(self) -> dict[str, int]:
-        """Counts of this process for this namespace: hits, misses, loads, fills, fills_refused, invalidated, ..."""
+        """Counts of this process for this namespace: hits, misses, loads, fills, fills_refused, invalidated,
+        bypassed, degraded.unguarded, ..."""
         mine = f"{self.namespace}."
         return {name[len(mine) :]: n for name, n in self._counters.read().items() if name.startswith(mine)}
 
@@ -182,89 +236,125 @@ class MetadataCache:
     def _ttl_ms(self, ttl: float | None) -> str:
         return str(int((self.ttl if ttl is None else check_ttl(ttl)) * 1000))
 
-    def _cells(self, key: str) -> tuple[str, str, str]:
-        return key, sibling(key, "lease"), sibling(key, "tombstone")
-
     def _new_lease(self) -> str:
         return f"{self._nonce}{next(self._leases)}"
 
-    def _degraded(self, what: str) -> None:
-        self._counters.add(f"{self.namespace}.degraded.{what}")
+    def _count(self, what: str, n: int = 1) -> None:
+        self._counters.add(f"{self.namespace}.{what}", n)
 
-    def _read(self, key: str) -> Any | None:
+    def _look(self) -> Seen | None:
+        """What says that values may be used; None: they may not, and nothing is to be stored."""
         if self._redis is None:
             return None
+        if self._guard is None:
+            return _UNGUARDED
         try:
-            raw = self._redis.call("GET", key)
+            seen = self._guard.look()
         except BackendUnavailable:
-            self._degraded("reads")
+            self._count("degraded.reads")
             return None
-        value = None if raw is None else decode(raw)
-        self._counters.add(self._hits if value is not None else self._misses)
-        return value
+        if seen is None and self._guard.blind:
+            if self._strict:
+                raise BackendUnavailable(f"PostgreSQL is away, and cached values of {self.namespace!r} may be stale")
+            self._count("degraded.unguarded")
+            return _BLIND
+        if seen is None:
+            self._count("bypassed")
+        return seen
 
-    def _read_many(self, keys: Mapping[str, str]) -> dict[str, Any]:
-        if self._redis is None or not keys:
-            return {}
-        try:
-            raws = self._redis.pipeline([("GET", key) for key in keys.values()])
-        except BackendUnavailable:
-            self._degraded("reads")
-            return {}
-        values = {i: decode(raw) for i, raw in zip(keys, raws, strict=True) if raw is not None}
-        found = {i: value for i, value in values.items() if value is not None}
-        self._counters.add(self._hits, len(found))
-        self._counters.add(self._misses, len(keys) - len(found))
-        return found
+    def _stands(self, seen: Seen) -> bool:
+        return seen is _UNGUARDED or seen is _BLIND or (self._guard is not None and self._guard.stands(seen))
 
-    def _take_lease(self, key: str) -> str | None:
-        """A lease, or None if nothing can be stored anyway."""
-        leases = self._take_leases([key])
-        return None if leases is None else leases[key]
+    def _read(self, key: str) -> tuple[Record | None, Seen | None]:
+        """The record, if it may be used; and under what it was looked for, None where nothing is to be stored."""
+        found, seen = self._read_all([key])
+        return found[0], seen
 
-    def _take_leases(self, keys: list[str]) -> dict[str, str] | None:
-        self._counters.add(f"{self.namespace}.loads", len(keys))
-        if self._redis is None:
+    def _read_many(self, keys: Mapping[str, str]) -> tuple[dict[str, Any], Seen | None]:
+        if not keys:
+            return {}, None
+        records, seen = self._read_all(list(keys.values()))
+        return {i: r.value for i, r in zip(keys, records, strict=True) if r is not None}, seen
+
+    def _read_all(self, keys: list[str]) -> tuple[list[Record | None], Seen | None]:
+        redis = self._redis
+        raws: list[bytes | None] = [None] * len(keys)
+        for _ in range(_TRIES):
+            seen = self._look()
+            if seen is None or redis is None:
+                break
+            try:
+                raws = [redis.call("GET", keys[0])] if len(keys) == 1 else redis.pipeline([("GET", k) for k in keys])
+            except BackendUnavailable:
+                self._count("degraded.reads")
+                seen = None
+                break
+            if self._stands(seen):
+                break
+            raws = [None] * len(keys)
+        if seen is None:
+            return [None] * len(keys), None
+        records = [None if raw is None else self._usable(decode(raw), seen) for raw in raws]
+        missed = records.count(None)
+        if missed < len(keys):
+            self._counters.add(self._hits, len(keys) - missed)
+        if missed:
+            self._counters.add(self._misses, missed)
+        return records, None if seen is _BLIND else seen
+
+    @staticmethod
+    def _usable(record: Record | None, seen: Seen) -> Record | None:
+        if record is None or seen is _UNGUARDED or seen is _BLIND or record.epoch == seen.epoch:
+            return record
+        return None
+
+    def _take_leases(self, keys: list[str], seen: Seen | None) -> dict[str, str] | None:
+        """Leases by key, or None if nothing can be stored anyway."""
+        if self._redis is None or seen is None:
             return None
-        commands = [self._lease.call((sibling(key, "lease"),), (self._new_lease(), _LEASE_MS)) for key in keys]
         try:
-            replies = self._redis.pipeline(commands, (self._lease,))
+            replies = self._redis.pipeline([cells.take(key, self._new_lease()) for key in keys], (cells.LEASE,))
         except BackendUnavailable:
-            self._degraded("leases")
+            self._count("degraded.leases")
             return None
         return {key: lease.decode() for key, lease in zip(keys, replies, strict=True)}
 
-    def _store(self, key: str, text: str, lease: str, ttl_ms: str) -> bool:
-        if self._redis is None:
-            return False
-        try:
-            stored = self._redis.run(self._fill, self._cells(key), text, ttl_ms, lease)
-        except BackendUnavailable:
-            self._degraded("fills")
-            return False
-        self._counters.add(f"{self.namespace}.{'fills' if stored else 'fills_refused'}")
-        return bool(stored)
+    def _store(self, key: str, value: Any, seen: Seen | None, lease: str, ttl_ms: str) -> bool:
+        return self._fill([cells.fill(key, self._stored(value, seen), ttl_ms, lease, version_of(value))]) == 1
 
-    def _store_many(self, texts: Mapping[str, str], leases: Mapping[str, str]) -> None:
-        if self._redis is None or not texts:
-            return
+    def _store_many(self, values: Mapping[str, Any], seen: Seen | None, leases: Mapping[str, str]) -> None:
         ttl_ms = self._ttl_ms(None)
-        commands = [self._fill.call(self._cells(key), (text, ttl_ms, leases[key])) for key, text in texts.items()]
+        self._fill(
+            [cells.fill(key, self._stored(v, seen), ttl_ms, leases[key], version_of(v)) for key, v in values.items()]
+        )
+
+    @staticmethod
+    def _stored(value: Any, seen: Seen | None) -> str:
+        return encode(value, None if seen is None or seen.epoch < 0 else seen.epoch)
+
+    def _fill(self, fills: list[Any]) -> int:
+        """Returns how many were stored."""
+        if self._redis is None or not fills:
+            return 0
         try:
-            replies = self._redis.pipeline(commands, (self._fill,))
+            replies = self._redis.pipeline(fills, (cells.FILL,))
         except BackendUnavailable:
-            self._degraded("fills")
-            return
-        self._counters.add(f"{self.namespace}.fills", sum(replies))
-        self._counters.add(f"{self.namespace}.fills_refused", len(replies) - sum(replies))
+            self._count("degraded.fills")
+            return 0
+        stored: int = sum(replies)
+        if stored:
+            self._count("fills", stored)
+        if stored < len(replies):
+            self._count("fills_refused", len(replies) - stored)
+        return stored
 
     def _replay(self, redis: RedisClient) -> None:
         with self._lock:
             owed = list(self._owed.items())
         for i in range(0, len(owed), _AT_ONCE):
             some = owed[i : i + _AT_ONCE]
-            cells = [self._cells(self._keys.cached(self.namespace, identity)) for identity, _ in some]
-            redis.pipeline([self._invalidate.call(c, ("", _TOMBSTONE_MS)) for c in cells], (self._invalidate,))
+            keys = [self._keys.cached(self.namespace, identity) for identity, _ in some]
+            redis.pipeline([cells.invalidation(key, None) for key in keys], (cells.INVALIDATE,))
             for identity, token in some:
                 self._paid(identity, token)
 
@@ -272,3 +362,13 @@ class MetadataCache:
         with self._lock:
             if self._owed.get(identity) is token:
                 del self._owed[identity]
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else encode(value)
+
+
+def _value(text: str) -> Any:
+    """The value as a hit would give it."""
+    record = decode(text)
+    return None if record is None else record.value

@@ -6,12 +6,17 @@
 -- ARGV[1]  the value to store
 -- ARGV[2]  its ttl in milliseconds
 -- ARGV[3]  the lease taken before it was loaded, or "" for none
+-- ARGV[4]  the value's version, or "" where it is not known
 --
--- Reply: 1 if stored, 0 if refused: an invalidation (or the loss of the lease) came between.
+-- Reply: 1 if stored, 0 if refused: an invalidation (or the loss of the lease) came between, or the value was read from
+-- where the newest write had not arrived.
 
+local stone = redis.call('GET', KEYS[3])
+local compared = stone and stone ~= '' and ARGV[4] ~= ''
+if compared and tonumber(ARGV[4]) < tonumber(stone) then return 0 end
 if ARGV[3] ~= '' then
   if redis.call('GET', KEYS[2]) ~= ARGV[3] then return 0 end
-elseif redis.call('EXISTS', KEYS[3]) == 1 then
+elseif stone and not compared then
   return 0
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import psycopg2
 import pytest
 
 from govredis import BackendError, BackendUnavailable, ConfigurationError, GovRedis
@@ -14,21 +13,6 @@ from govredis.keys import sibling
 from govredis.testing.servers import PostgresServer, RedisServer
 
 TOMBSTONE = sibling("agent_meta:a", "tombstone")
-
-
-@pytest.fixture
-def sql(postgres_server: PostgresServer) -> Iterator[Callable[..., Any]]:
-    """Statements of somebody who does not know of govredis: psql."""
-    connection = psycopg2.connect(postgres_server.url)
-    connection.autocommit = True
-
-    def run(text: str) -> Any:
-        with connection.cursor() as cursor:
-            cursor.execute(text)
-            return cursor.fetchall() if cursor.description else None
-
-    yield run
-    connection.close()
 
 
 @pytest.fixture

@@ -15,13 +15,14 @@ from ._tasks import TASKS
 def init_celery(app: Celery, gov: GovRedis | None = None) -> None:
     """Put our tasks and their beat entries into `app`, when it is finalized, or now if it has been.
 
-    Tasks: `govredis.invalidate_metadata(agent_id)`, `govredis.health_snapshot()`, `govredis.purge()`,
-    `govredis.heartbeat()`; the last three are scheduled. Nothing of the app's own is replaced: a task of the same name
-    stays, and what its `beat_schedule` has already, by name or by task, is not scheduled again.
+    Tasks: `govredis.invalidate_metadata(agent_id)`, `govredis.drain_outbox()`, `govredis.health_snapshot()`,
+    `govredis.purge()`, `govredis.heartbeat()`; all but the first are scheduled, `drain_outbox` where there is an
+    outbox, that is, with PostgreSQL. Nothing of the app's own is replaced: a task of the same name stays, and what its
+    `beat_schedule` has already, by name or by task, is not scheduled again.
 
     Settings, in the app's configuration: `govredis_` and the name of a field of Config, put over the environment's;
-    `govredis_heartbeat_interval` (15), `govredis_snapshot_interval` (60) and `govredis_purge_interval` (3600): seconds,
-    or None, which schedules it not at all.
+    `govredis_drain_interval` (1), `govredis_heartbeat_interval` (15), `govredis_snapshot_interval` (60) and
+    `govredis_purge_interval` (3600): seconds, or None, which schedules it not at all.
 
     Args:
         app: the Celery app.
@@ -50,11 +51,11 @@ def _install(app: Celery) -> None:
     for name, (function, options) in TASKS.items():
         if name not in app.tasks:
             app.task(function, name=name, shared=False, **options)
-    gov_of(app)
+    gov = gov_of(app)
     schedule = dict(app.conf.beat_schedule)
     scheduled = {*schedule, *(_task_of(entry) for entry in schedule.values())}
     for name, interval in intervals(app).items():
-        if name not in scheduled:
+        if name not in scheduled and (name != "govredis.drain_outbox" or gov._guard is not None):
             # What no worker took before the next one is due is not worth running.
             schedule[name] = {"task": name, "schedule": interval, "options": {"expires": interval}}
             if name == "govredis.heartbeat":

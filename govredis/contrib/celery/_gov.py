@@ -13,6 +13,7 @@ from .._settings import gov_of_settings
 
 #: Of each periodic task, the setting that says how often, and its default, in seconds.
 INTERVALS = {
+    "govredis.drain_outbox": ("drain_interval", 1.0),
     "govredis.heartbeat": ("heartbeat_interval", 15.0),
     "govredis.health_snapshot": ("snapshot_interval", 60.0),
     "govredis.purge": ("purge_interval", 3600.0),

@@ -24,6 +24,15 @@ def invalidate_metadata(self: Task, agent_id: str) -> None:
         republish(self, error, jittered(_SECONDS_BETWEEN_TRIES))
 
 
+def drain_outbox(self: Task) -> int | None:
+    """Tell Redis which cached values were changed, by whomever, as the outbox has it.
+
+    Returns how many; None where it could not be done, or somebody else is at it.
+    """
+    guard = gov_of(self.app)._guard
+    return None if guard is None else guard.drain()
+
+
 def health_snapshot(self: Task) -> dict[str, Any]:
     """Look at the health and keep the report. Returns its status, and where it is kept: None if it could not be."""
     report = gov_of(self.app).health.snapshot()
@@ -50,6 +59,7 @@ TASKS = {
     "govredis.invalidate_metadata": (invalidate_metadata, {"bind": True, "acks_late": True}),
     # Nobody asks for these results: they would only fill the result backend.
     "govredis.health_snapshot": (health_snapshot, {"bind": True, "ignore_result": True}),
+    "govredis.drain_outbox": (drain_outbox, {"bind": True, "ignore_result": True}),
     "govredis.purge": (purge, {"bind": True, "ignore_result": True}),
     "govredis.heartbeat": (heartbeat, {"bind": True, "ignore_result": True}),
 }

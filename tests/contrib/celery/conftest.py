@@ -74,7 +74,7 @@ def in_app(settings: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {f"govredis_{name}": value for name, value in {**settings, **more}.items()}
 
 
-NEVER = {"heartbeat_interval": None, "snapshot_interval": None, "purge_interval": None}
+NEVER = {"drain_interval": None, "heartbeat_interval": None, "snapshot_interval": None, "purge_interval": None}
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,9 @@ from govredis.contrib.celery import exclusive, init_celery, rate_limited
 from govredis.contrib.celery._gov import gov_of
 from govredis.testing.servers import RedisServer
 
-TASKS = {"govredis.health_snapshot", "govredis.heartbeat", "govredis.invalidate_metadata", "govredis.purge"}
+TASKS = {
+    f"govredis.{name}" for name in ("drain_outbox", "health_snapshot", "heartbeat", "invalidate_metadata", "purge")
+}
 PERIODIC = {"govredis.health_snapshot": 60, "govredis.heartbeat": 15, "govredis.purge": 3600}
 
 
@@ -152,8 +154,14 @@ class TestSchedule:
         assert scheduled(app) == {"govredis.heartbeat": 0.5, "govredis.purge": 7}
         assert ours(app) == TASKS, "to be called, by whoever wants to"
 
+    @pytest.mark.parametrize("interval", [{}, {"govredis_drain_interval": 0.5}])
+    def test_the_outbox_is_drained_where_there_is_one(self, interval: dict[str, float]) -> None:
+        app = make_app(govredis_database_url="postgresql://h/d", **interval)
+        init_celery(app)
+        assert scheduled(app) == {**PERIODIC, "govredis.drain_outbox": interval.get("govredis_drain_interval", 1)}
+
     @pytest.mark.parametrize("interval", ["often", 0, -1, True, float("nan")])
-    @pytest.mark.parametrize("which", ["heartbeat", "snapshot", "purge"])
+    @pytest.mark.parametrize("which", ["drain", "heartbeat", "snapshot", "purge"])
     def test_refuses_a_wrong_interval(self, which: str, interval: Any) -> None:
         app = make_app(**{f"govredis_{which}_interval": interval})
         app.finalize()
