@@ -1,4 +1,4 @@
-"""Every order of events around one cached value, in a model of lease.lua, fill.lua, invalidate.lua, the guard and the tick.
+"""Every order of events around one cached value, in a model of leases, invalidations, the guard and the tick.
 
 Two writes of PostgreSQL's row; a reader, whose hits are judged, and a second one, which loads and fills beside it; a
 ticker; Redis, which loses its data, or is replaced by a server with older data, once. Any step may be the last of who
@@ -193,7 +193,7 @@ class Model:
         version = len(s.ages) + 1
         if version <= self._scope.writes:
             yield s._replace(ages=(*s.ages, 0), rows=s.rows | {version})
-        for version in range(1, version):  # at any time, or never, or twice
+        for version in range(1, len(s.ages) + 1):  # at any time, or never, or twice
             then = s._replace(redis=self._invalidated(s.redis, version))
             if not self._rule("only a tick acknowledges"):
                 then = then._replace(rows=s.rows - {version})
