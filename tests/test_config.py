@@ -105,6 +105,7 @@ SECONDS = {
 COUNTS = {
     "GOVREDIS_REDIS_CONNECTIONS": ("redis_connections", 128),
     "GOVREDIS_POSTGRES_CONNECTIONS": ("postgres_connections", 10),
+    "GOVREDIS_LOCAL_CACHE": ("local_cache", False),
     "GOVREDIS_LOCAL_ENTRIES": ("local_entries", 10_000),
 }
 for _variable, (_field, _number) in SECONDS.items():

@@ -354,5 +354,5 @@ def test_the_protocol_keeps_its_promises_in_every_state(scope: Scope) -> None:
 @pytest.mark.parametrize("rule", [*RULES, DOUBLE_DELETE])
 def test_each_rule_is_missed(rule: str) -> None:
     with pytest.raises(Broken):
-        for scope in SCOPES:
+        for scope in (Scope(1, 1, True, False), *SCOPES):  # the smallest first
             explore(scope, rule)
