@@ -40,6 +40,11 @@ class GovRedis:
             from .postgres import Postgres  # loads psycopg2, which is an extra
 
             self._postgres = Postgres(self.config)
+        elif self.config.limit_mirror is not None:
+            raise ConfigurationError(
+                f"GOVREDIS_LIMIT_MIRROR is {self.config.limit_mirror:g};"
+                " it must be left unset where GOVREDIS_DATABASE_URL is not set"
+            )
         self._caches: dict[tuple[str, float, bool], MetadataCache] = {}
 
         config, keys, redis = self.config, self._keys, self._redis
@@ -71,6 +76,7 @@ class GovRedis:
             fallback=config.limit_fallback,
             local_entries=config.local_entries,
             counters=self.counters,
+            mirror=config.limit_mirror,
         )
         self.metadata = self.cache("agent_meta")
         uncovered = ["locks"] if config.lock_fallback == "fail" else []
@@ -127,6 +133,7 @@ class GovRedis:
         Locks still held are not released, and what this process owes Redis (revocations and invalidations made while it
         was away) is lost: close when Redis is back.
         """
+        self.limits.close()
         if self._guard is not None:
             self._guard.close()
         if self._redis is not None:

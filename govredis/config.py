@@ -46,6 +46,15 @@ def _seconds(value: Any) -> float:
     return number
 
 
+def _seconds_or_none(value: Any) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        return _seconds(value)
+    except _Bad as wanted:
+        raise _Bad(f"{wanted}, or left unset") from None
+
+
 def _count(value: Any) -> int:
     try:
         number = int(value)
@@ -186,6 +195,8 @@ class Config:
     lock_fallback: str = _setting("file", "GOVREDIS_LOCK_FALLBACK", _one_of("file", "fail"))
     #: When Redis and PostgreSQL are away: an in-process window, or refuse all, or let all through.
     limit_fallback: str = _setting("local", "GOVREDIS_LIMIT_FALLBACK", _one_of("local", "deny", "allow"))
+    #: How often each process tells PostgreSQL what Redis admitted, and the other way round. None: never.
+    limit_mirror: float | None = _setting(None, "GOVREDIS_LIMIT_MIRROR", _seconds_or_none)
     #: Folder of the lock files; all processes that share a lock on a host must share it. None: /tmp/govredis-locks-UID.
     lock_folder: str | None = _setting(None, "GOVREDIS_LOCK_FOLDER", _folder)
 

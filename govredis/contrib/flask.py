@@ -9,26 +9,25 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any, ParamSpec, TypeVar, cast
-from urllib.parse import quote
 from weakref import WeakSet, WeakValueDictionary
 
 import click
-from flask import Blueprint, Flask, Response, after_this_request, current_app, request
+from flask import Blueprint, Flask, Response, current_app, request
 from flask.cli import AppGroup, with_appcontext
 from werkzeug.exceptions import BadRequest
 
 from .._commands import COMMANDS, work_on
-from .._templates import KeyTemplate
 from ..api import GovRedis, get_gov
 from ..errors import BackendUnavailable, ConfigurationError, RateLimitExceeded, refuse
 from ..keys import check_id
-from ..limits import Limit, RateLimitResult
+from ..limits import RateLimitResult
 from ..limits.calls import LimitedCalls
 from ..limits.rates import Rate, parse_rate
+from ._hits import Hit, hits_of_request, note
 from ._settings import gov_of_settings
 
 __all__ = ["FlaskGovRedis"]
@@ -41,9 +40,9 @@ _HEADER, _COOKIE = "GOVREDIS_SESSION_HEADER", "GOVREDIS_SESSION_COOKIE"
 #: What RFC 9110 and RFC 6265 both call a token: the name of a header, or of a cookie.
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
-# Attributes of the request object: flask.g is shared by the requests of a test that holds an app context open, and the
-# environ by a request and those that are made of it.
-_AGENT, _HITS = "govredis.agent", "govredis.hits"
+#: An attribute of the request object: flask.g is shared by the requests of a test that holds an app context open, and
+#: the environ by a request and those that are made of it.
+_AGENT = "govredis.agent"
 
 _QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 
@@ -55,41 +54,6 @@ class _App:
     gov: GovRedis | None
     #: Its views that run without the limit put above their route; None before the first request: more may come.
     unlimited: list[str] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Hit:
-    """One limit that this request met. Fields as in draft-ietf-httpapi-ratelimit-headers-11 (May 2026)."""
-
-    operation: str
-    limits: Sequence[Limit]
-    result: RateLimitResult
-
-    def name(self) -> str:
-        """Of the policy that decided."""
-        return _policy(self.operation, self.result.limit)[0]
-
-    def policies(self) -> str:
-        """Of RateLimit-Policy."""
-        return ", ".join([_policy(self.operation, limit)[1] for limit in self.limits])
-
-    def service_limit(self) -> str:
-        """The item of RateLimit: of the limit that decided."""
-        result = self.result
-        t = math.ceil(result.reset_after if result.allowed else result.retry_after)
-        return f'"{self.name()}";r={result.remaining};t={t}'
-
-
-@functools.lru_cache(maxsize=1024)
-def _policy(operation: str, limit: Limit) -> tuple[str, str]:
-    """A policy's name, and its item of RateLimit-Policy.
-
-    The name is fit for a String of RFC 9651 as it is, so that header and body have the same. A window of a part of a
-    second has no `w`: the draft knows whole ones only.
-    """
-    name = quote(f"{operation}: {limit}", safe=" !#$&'()*+,/:;<=>?@[]^`{|}~")
-    w = f";w={limit.window:.0f}" if limit.window == int(limit.window) else ""
-    return name, f'"{name}";q={limit.count}{w}'
 
 
 class FlaskGovRedis:
@@ -187,21 +151,32 @@ class FlaskGovRedis:
         *,
         key: str | Callable[[], str | None],
         operation: str = "default",
+        cost: int | Callable[[], int] = 1,
+        exempt: Callable[[], bool] | None = None,
+        count_when: Callable[[Response], bool] | None = None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Limit the requests of a view, over all processes. Put it between the route and the function.
 
         Args:
-            rate: as in `RateLimiter.hit`, or a callable without arguments that reads flask.request and returns one.
+            rate: as in `RateLimiter.hit`, or a callable without arguments that reads flask.request and returns one: by
+                a plan, say. It holds from the next request on.
             key: whom to limit: a template of the view's arguments, those of its URL, "{agent_id}"; or a callable
                 without arguments that reads flask.request, such as `current_agent`.
             operation: what is limited.
+            cost: as in `RateLimiter.hit`, or a callable without arguments that returns one.
+            exempt: a callable without arguments; a request for which it returns True is let through, unasked and
+                uncounted, and needs no identity.
+            count_when: a callable that gets the view's response, that of an error handler included; where it returns
+                False the request is given back (`RateLimitResult.refund`): only failed logins count, say. Until then it
+                counts, so that requests at one time are within the limit too. What its store, gone away meanwhile,
+                cannot give back stays counted.
 
         A refused request is a RateLimitExceeded, and so a 429. Every response of the view, a 429 and an error included,
         has RateLimit-Policy with all limits and RateLimit with the one that decided, as in
-        draft-ietf-httpapi-ratelimit-headers-11 (May 2026). A policy's name is "{operation}: {limit}", with what is not
-        printable ASCII, and `"`, `%` and `\\`, percent-encoded. With several of these on a view each decides in turn,
-        outermost first, and its place is taken also where an inner one refuses; give each an operation of its own, or
-        their policies have one name.
+        draft-ietf-httpapi-ratelimit-headers-11 (May 2026); one that was given back says what is left without it. A
+        policy's name is "{operation}: {limit}", with what is not printable ASCII, and `"`, `%` and `\\`,
+        percent-encoded. With several of these on a view each decides in turn, outermost first, and its place is taken
+        also where an inner one refuses; give each an operation of its own, or their policies have one name.
 
         A request without an identity is a 400, never unlimited: `key` gives None or a str that can stand in no key, or
         raises KeyError or ValueError. Anything else that it gives is a TypeError. What is promised when Redis is away
@@ -211,18 +186,18 @@ class FlaskGovRedis:
         has seen: the limit would never be asked there. What can only be found later (a blueprint, an app to come) has
         that app refuse every request with that ValueError.
         """
-        LimitedCalls(rate, key, operation)
-        _refuse_arguments("rate", rate)
-        _refuse_arguments("key", key)
+        for what, given in ("rate", rate), ("key", key), ("cost", cost), ("exempt", exempt):
+            _refuse_arguments(what, given)
+        calls = LimitedCalls(_without(rate), _without(key), operation, _without(cost), _without(exempt))
+        if count_when is not None and not _takes(count_when, None):
+            raise refuse("count_when", count_when, "a callable of one argument, the response")
 
         def decorate(function: Callable[P, R]) -> Callable[P, R]:
             if not callable(function):
                 raise refuse("what is decorated", function, "the function of a view")
             if inspect.iscoroutinefunction(function):
                 raise ValueError(f"{_name(function)} is async; @rate_limited is for synchronous views")
-            identify: Callable[[Any, Any], Any] = (
-                (lambda args, kwargs: key()) if callable(key) else KeyTemplate(key, function).fill
-            )
+            identify = calls.identify(function)
             for layer in _layers(function):
                 with contextlib.suppress(TypeError):  # an object of a class with slots cannot be watched
                     self._bare[id(layer)] = layer
@@ -233,6 +208,8 @@ class FlaskGovRedis:
             @functools.wraps(function)
             def limited(*args: P.args, **kwargs: P.kwargs) -> R:
                 limits = self.gov.limits
+                if calls.exempts(args, kwargs):
+                    return function(*args, **kwargs)
                 try:
                     found = identify(args, kwargs)
                     if found is not None and not isinstance(found, str):
@@ -241,9 +218,21 @@ class FlaskGovRedis:
                 except (KeyError, ValueError) as error:  # KeyError: of request.headers[...] and its like
                     said = "this request carries no identity for its limit"
                     raise BadRequest(said, _problem(HTTPStatus.BAD_REQUEST, said)) from error
-                now = rate() if callable(rate) else rate
-                result = limits.hit(identity, now, operation=operation)
-                _note(_Hit(operation, parse_rate(now), result))
+                now, taken = calls.terms(args, kwargs)
+                result = limits.hit(identity, now, operation=operation, cost=taken)
+
+                def settle(response: Response, result: RateLimitResult) -> RateLimitResult:
+                    if count_when is None or not result.allowed or count_when(response):
+                        return result
+                    try:
+                        result.refund()
+                    except BackendUnavailable:
+                        return result
+                    left = limits.peek(identity, now, operation=operation, cost=taken)
+                    # What is left is said as if another were to come.
+                    return replace(left, remaining=left.remaining + taken) if left.allowed else left
+
+                note(Hit(operation, parse_rate(now), result, settle))
                 if not result.allowed:
                     raise RateLimitExceeded(result)
                 return function(*args, **kwargs)
@@ -278,11 +267,21 @@ def _gov() -> GovRedis:
 
 
 def _refuse_arguments(what: str, given: Any) -> None:
-    if callable(given):
-        try:
-            inspect.signature(given).bind()
-        except TypeError:
-            raise refuse(what, given, "a callable without arguments, which reads flask.request") from None
+    if callable(given) and not _takes(given):
+        raise refuse(what, given, "a callable without arguments, which reads flask.request")
+
+
+def _takes(given: Any, *args: Any) -> bool:
+    try:
+        inspect.signature(given).bind(*args)
+    except TypeError:
+        return False
+    return True
+
+
+def _without(given: Any) -> Any:
+    """A callable that is not told the view's arguments; what is none as it is."""
+    return (lambda *args, **kwargs: given()) if callable(given) else given
 
 
 def _layers(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
@@ -313,28 +312,11 @@ def _above_the_route(names: list[str]) -> ValueError:
 # -- responses -----------------------------------------------------------------------------------------------------
 
 
-def _note(hit: _Hit) -> None:
-    """Have the response tell of it, and of those before."""
-    hits: list[_Hit] | None = request.__dict__.get(_HITS)
-    if hits is None:
-        hits = request.__dict__[_HITS] = []
-        after_this_request(_tell_limits)
-    hits.append(hit)
-
-
-def _tell_limits(response: Response) -> Response:
-    hits: list[_Hit] = request.__dict__[_HITS]
-    response.headers.add("RateLimit-Policy", ", ".join([hit.policies() for hit in hits]))
-    response.headers.add("RateLimit", ", ".join([hit.service_limit() for hit in hits]))
-    return response
-
-
 def _too_many(error: RateLimitExceeded) -> Response:
     violated, headers = [], {}
     if error.result is not None:
         # The operation of a limit is known of the decorator's only: `require` in a view does not tell.
-        hits: list[_Hit] = request.__dict__.get(_HITS, [])
-        names = [hit.name() for hit in hits if hit.result is error.result]
+        names = [hit.name() for hit in hits_of_request() if hit.result is error.result]
         violated = names or [str(error.result.limit)]
         headers["Retry-After"] = str(max(1, math.ceil(error.result.retry_after)))
     return _problem(

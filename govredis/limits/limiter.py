@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 from .._counters import Counters
 from ..errors import BackendUnavailable, RateLimitExceeded, check_timeout, refuse
 from ..keys import Keys
 from .calls import LimitedCalls
 from .local_window import LocalWindow
-from .rates import Limit, Rate, parse_rate
+from .mirror import Mirror
+from .rates import MAX_COST, Limit, Rate, check_cost, parse_rate
 from .redis_window import RedisWindow
+from .result import RateLimitResult
 from .windows import Mode, Outcome, Window
 
 if TYPE_CHECKING:
@@ -25,36 +27,10 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-MAX_COST = 10_000
 _DEFAULT = "default"
 
-
-@dataclass(slots=True)
-class RateLimitResult:
-    """What a limiter decided. True in a boolean context if allowed. Durations are seconds.
-
-    Attributes:
-        allowed: whether the call was admitted.
-        limit: the Limit that decided: the one violated longest, else the one with the least left.
-        remaining: how much of it was left after this call.
-        retry_after: 0 if allowed; else when the call would be admitted if nobody else came, and not before.
-        reset_after: when `limit` would be full again if nobody came.
-        violated: `limit` if denied, else None.
-        backend: "redis", "postgres", "local" (this process only) or "none" (GOVREDIS_LIMIT_FALLBACK decided).
-        degraded: True if it was not Redis that decided.
-    """
-
-    allowed: bool
-    limit: Limit
-    remaining: int
-    retry_after: float
-    reset_after: float
-    violated: Limit | None
-    backend: str
-    degraded: bool
-
-    def __bool__(self) -> bool:
-        return self.allowed
+#: What `hit` takes by place: identity, rate, operation, cost; the last one or two may be left out.
+Hit: TypeAlias = tuple[str, Rate] | tuple[str, Rate, str] | tuple[str, Rate, str, int]
 
 
 class RateLimiter:
@@ -65,8 +41,10 @@ class RateLimiter:
 
     When Redis is away, the same window is kept in PostgreSQL if there is one, and enforced there, exactly. With that
     away too, GOVREDIS_LIMIT_FALLBACK says: "local" (the default) keeps a window in each process, so P processes admit
-    up to P times N; "deny" refuses all; "allow" lets all through. Each store counts for itself: a window that spans a
-    switch admits at most N per store. `result.backend` and `result.degraded` say who decided.
+    up to P times N; "deny" refuses all; "allow" lets all through. Each store counts for itself: a window that spans
+    switches, however many, admits at most N per store, and each loss of a store's data adds N. With
+    GOVREDIS_LIMIT_MIRROR each of the two servers is told what the other admitted (see mirror.Mirror): such a window
+    admits at most N and what was not told yet. `result.backend` and `result.degraded` say who decided.
 
     Every method raises ValueError, before anything is sent, for a bad identity, rate, cost or operation.
     """
@@ -80,6 +58,7 @@ class RateLimiter:
         fallback: str,
         local_entries: int,
         counters: Counters,
+        mirror: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -89,14 +68,20 @@ class RateLimiter:
         self._sleep = sleep
         self._clock = clock
         self._windows: list[Window] = []
-        if redis is not None:
-            self._windows.append(RedisWindow(redis))
+        self._mirror: Mirror | None = None
+        redis_window = RedisWindow(redis) if redis is not None else None
+        if redis_window is not None:
+            self._windows.append(redis_window)
         self._postgres_window: PostgresWindow | None = None
         if postgres is not None:
             from .postgres_window import PostgresWindow
 
             self._postgres_window = PostgresWindow(postgres)
             self._windows.append(self._postgres_window)
+            if mirror is not None and redis is not None and redis_window is not None:
+                self._mirror = Mirror(
+                    redis, redis_window, postgres.breaker, self._postgres_window, interval=mirror, counters=counters
+                )
         if fallback == "local":
             self._windows.append(LocalWindow(local_entries, clock))
 
@@ -144,6 +129,36 @@ class RateLimiter:
             # Never a busy loop, even where two clocks disagree about the last microsecond.
             self._sleep(max(result.retry_after, 0.001))
 
+    def hit_many(self, hits: Sequence[Hit], *, operation: str = _DEFAULT, cost: int = 1) -> list[RateLimitResult]:
+        """`hit` for each of several identities, each decided for itself, in order, in one round trip.
+
+        Args:
+            hits: tuples of what `hit` takes, in its order: (identity, rate), (identity, rate, operation) or (identity,
+                rate, operation, cost).
+            operation, cost: of those that name none.
+
+        Returns the results in the order of `hits`. While Redis is away, the fallback decides each; where Redis went
+        away in the middle, what it had admitted by then counts there too. Raises ValueError before anything is sent;
+        BackendError as `hit`: the others have been decided then.
+        """
+        asked = [_whole(hit, operation, cost) for hit in hits]
+        checked = [self._check(*each) for each in asked]
+        stores = self._windows
+        first = stores[0] if stores else None
+        if isinstance(first, RedisWindow) and asked:
+            try:
+                outcomes = first.hit_many([(*found, cost) for found, (*_, cost) in zip(checked, asked, strict=True)])
+            except BackendUnavailable:
+                stores = stores[1:]
+            else:
+                return [
+                    self._result(outcome, first, limits, identity, operation, cost, "hit")
+                    for outcome, (_, limits), (identity, _, operation, cost) in zip(
+                        outcomes, checked, asked, strict=True
+                    )
+                ]
+        return [self._decide(*each, "hit", stores) for each in asked]
+
     # -- two steps -----------------------------------------------------------------------------------------------
 
     def check(self, identity: str, limit: int, window: float, *, operation: str = _DEFAULT) -> RateLimitResult:
@@ -162,14 +177,20 @@ class RateLimiter:
         """How many entries there are within the last `window` seconds, in the store that would decide now."""
         key = self._keys.rate_limit(operation, identity)
         window_us = Limit(1, window).window_us
-        return self._first(lambda store: store.count(key, window_us), 0)[0]
+        for store in self._windows:
+            with contextlib.suppress(BackendUnavailable):
+                return store.count(key, window_us)
+        return 0
 
     def reset(self, identity: str, *, operation: str = _DEFAULT) -> None:
         """Forget every entry of the identity, in each store that can be reached.
 
-        Raises BackendUnavailable if one could not: the window there is as it was.
+        With GOVREDIS_LIMIT_MIRROR, what another process has yet to tell comes afterwards, to the store that did not
+        decide it. Raises BackendUnavailable if one could not: the window there is as it was.
         """
         key = self._keys.rate_limit(operation, identity)
+        if self._mirror is not None:
+            self._mirror.forget(key)
         failed: BackendUnavailable | None = None
         for store in self._windows:
             try:
@@ -186,6 +207,11 @@ class RateLimiter:
         """
         return self._postgres_window.purge() if self._postgres_window is not None else 0
 
+    def close(self) -> None:
+        """Tell the other store what was admitted and is not mirrored yet. The limiter may be used again."""
+        if self._mirror is not None:
+            self._mirror.close()
+
     # -- decorator -----------------------------------------------------------------------------------------------
 
     def rate_limited(
@@ -194,38 +220,46 @@ class RateLimiter:
         *,
         key: str | Callable[..., str],
         operation: str = _DEFAULT,
+        cost: int | Callable[..., int] = 1,
+        exempt: Callable[..., bool] | None = None,
         on_limit: Literal["raise", "wait"] = "raise",
         timeout: float = 60.0,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Limit the calls of a function.
 
         Args:
-            rate: as in `hit`, or a callable that gets the call's arguments and returns one.
+            rate: as in `hit`, or a callable that gets the call's arguments and returns one: a limit that depends on a
+                plan, say. It holds from the next call on.
             key: a template of the function's argument names, "{agent_id}", or a callable that gets its arguments.
             operation: what is limited.
+            cost: as in `hit`, or a callable that gets the call's arguments and returns one.
+            exempt: a callable that gets the call's arguments; a call for which it returns True is let through, unasked
+                and uncounted.
             on_limit: "raise" raises RateLimitExceeded; "wait" sleeps up to `timeout` seconds, then raises it.
             timeout: seconds, for "wait".
 
-        Raises ValueError at decoration for a bad rate, key, operation, on_limit or timeout. What each call may raise or
-        promises when Redis is away is as for `hit`.
+        Raises ValueError at decoration for a bad argument; a call does for what a callable returned. What each call may
+        raise or promises when Redis is away is as for `hit`.
         """
         if on_limit not in {"raise", "wait"}:
             raise refuse("on_limit", on_limit, '"raise" or "wait"')
         check_timeout(timeout)
-        calls = LimitedCalls(rate, key, operation)
+        calls = LimitedCalls(rate, key, operation, cost, exempt)
 
         def decorate(function: Callable[P, R]) -> Callable[P, R]:
             look = calls.of(function)
 
             @functools.wraps(function)
             def limited(*args: P.args, **kwargs: P.kwargs) -> R:
-                identity, now = look(args, kwargs)
-                if on_limit == "wait":
-                    result = self.wait(identity, now, operation=operation, timeout=timeout)
+                found = look(args, kwargs)
+                if found is not None:
+                    identity, rate, cost = found
+                    if on_limit == "wait":
+                        result = self.wait(identity, rate, timeout=timeout, operation=operation, cost=cost)
+                    else:
+                        result = self.hit(identity, rate, operation=operation, cost=cost)
                     if not result.allowed:
                         raise RateLimitExceeded(result)
-                else:
-                    self.require(identity, now, operation=operation)
                 return function(*args, **kwargs)
 
             return limited
@@ -234,55 +268,78 @@ class RateLimiter:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _decide(self, identity: str, rate: Rate, operation: str, cost: int, mode: Mode) -> RateLimitResult:
+    def _check(self, identity: str, rate: Rate, operation: str, cost: int) -> tuple[str, Sequence[Limit]]:
+        """The key and the limits. Raises ValueError for what cannot be sent."""
         limits = parse_rate(rate)
         key = self._keys.rate_limit(operation, identity)
-        if type(cost) is not int or not 1 <= cost <= MAX_COST:
-            raise refuse("cost", cost, f"a whole number from 1 to {MAX_COST}")
-        for limit in limits:
-            if cost > limit.count:
-                raise refuse("cost", cost, f"at most {limit.count}: more could never be admitted under {limit}")
-        if self._windows:
-            # The path of every healthy call, without a closure and a loop.
-            first = self._windows[0]
-            try:
-                return self._result(first.decide(key, limits, cost, mode), limits, mode, first.backend)
-            except BackendUnavailable:
-                pass
-        outcome, backend = self._first(
-            lambda store: store.decide(key, limits, cost, mode), self._no_store(limits), skip=1
-        )
-        return self._result(outcome, limits, mode, backend)
+        check_cost(cost, limits)
+        return key, limits
 
-    def _first(self, ask: Callable[[Window], R], otherwise: R, skip: int = 0) -> tuple[R, str]:
-        """The answer of the first store that can be reached, and its name."""
-        for store in self._windows[skip:]:
+    def _decide(
+        self,
+        identity: str,
+        rate: Rate,
+        operation: str,
+        cost: int,
+        mode: Mode,
+        stores: Sequence[Window] | None = None,
+    ) -> RateLimitResult:
+        key, limits = self._check(identity, rate, operation, cost)
+        for store in self._windows if stores is None else stores:
             try:
-                return ask(store), store.backend
+                outcome = store.decide(key, limits, cost, mode)
             except BackendUnavailable:
                 continue
-        return otherwise, "none"
+            return self._result(outcome, store, limits, identity, operation, cost, mode)
+        return self._result(self._no_store(limits), None, limits, identity, operation, cost, mode)
 
     def _no_store(self, limits: Sequence[Limit]) -> Outcome:
         if self._fallback == "allow":
             return Outcome(True, 0, limits[0].count, 0, 0)
         return Outcome(False, 0, 0, 1_000_000, 1_000_000)
 
-    def _result(self, outcome: Outcome, limits: Sequence[Limit], mode: Mode, backend: str) -> RateLimitResult:
-        admitted, deciding, remaining, retry_after_us, reset_after_us = outcome
-        limit = limits[deciding]
+    def _result(
+        self,
+        outcome: Outcome,
+        store: Window | None,
+        limits: Sequence[Limit],
+        identity: str,
+        operation: str,
+        cost: int,
+        mode: Mode,
+    ) -> RateLimitResult:
+        admitted = outcome.admitted
+        limit = limits[outcome.deciding]
+        backend = "none" if store is None else store.backend
         degraded = backend != "redis"
         if mode == "hit":
             self._counters.add("limits.allowed" if admitted else "limits.denied")
         if degraded:
             self._counters.add(f"limits.degraded.{backend}")
-        return RateLimitResult(
+        result = RateLimitResult(
             admitted,
             limit,
-            remaining,
-            retry_after_us / 1_000_000,
-            reset_after_us / 1_000_000,
+            outcome.remaining,
+            outcome.retry_after_us / 1_000_000,
+            outcome.reset_after_us / 1_000_000,
             None if admitted else limit,
             backend,
             degraded,
         )
+        if admitted and mode != "peek" and self._mirror is not None:
+            self._mirror.note(backend, self._keys.rate_limit(operation, identity), limits, cost)
+        if admitted and mode == "hit" and store is not None:
+            taken = store, identity, operation, outcome.entries, cost
+            result._taken = self._give_back, taken  # type: ignore[misc]  # mypy does not see the slot of the base
+        return result
+
+    def _give_back(self, store: Window, identity: str, operation: str, entries: Any, cost: int) -> bool:
+        return store.refund(self._keys.rate_limit(operation, identity), entries, cost)
+
+
+def _whole(hit: Hit, operation: str, cost: int) -> tuple[str, Rate, str, int]:
+    """All that `hit` takes."""
+    if not isinstance(hit, tuple) or not 2 <= len(hit) <= 4:
+        raise refuse("hit", hit, "(identity, rate), (identity, rate, operation) or (identity, rate, operation, cost)")
+    rest: tuple[str | int, ...] = (operation, cost)
+    return (*hit, *rest[len(hit) - 2 :])

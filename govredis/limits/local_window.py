@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -49,9 +49,18 @@ class LocalWindow:
                 self._logs[key] = (log, longest)
                 if len(self._logs) > self._entries:
                     self._logs.popitem(last=False)
-                deciding = limits[outcome.deciding]
-                outcome = outcome._replace(reset_after_us=deciding.window_us)
+                outcome.reset_after_us = limits[outcome.deciding].window_us
+                outcome.entries = now
             return outcome
+
+    def refund(self, key: str, entries: int, cost: int) -> bool:
+        with self._lock:
+            log, longest = self._logs.get(key, ([], 0))
+            first = bisect_left(log, entries)
+            given = min(cost, bisect_right(log, entries) - first)
+            if given:
+                self._logs[key] = (log[:first] + log[first + given :], longest)
+            return given > 0
 
     def count(self, key: str, window_us: int) -> int:
         with self._lock:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from ..errors import refuse
 
@@ -22,6 +22,7 @@ _WANTED = '"N/unit" or "N/K units", several joined by ";", N >= 1, units second,
 
 MAX_COUNT = 1_000_000
 MAX_WINDOW = 366 * 86400.0
+MAX_COST = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +81,12 @@ def parse_rate(rate: Rate) -> tuple[Limit, ...]:
     if isinstance(rate, list | tuple) and rate and all(isinstance(limit, Limit) for limit in rate):
         return tuple(rate)
     raise refuse("rate", rate, f"{_WANTED}, a Limit, or a non-empty list of Limit")
+
+
+def check_cost(cost: Any, limits: Sequence[Limit]) -> None:
+    """Raises ValueError for what is no cost, and for one that a limit could never admit."""
+    if type(cost) is not int or not 1 <= cost <= MAX_COST:
+        raise refuse("cost", cost, f"a whole number from 1 to {MAX_COST}")
+    for limit in limits:
+        if cost > limit.count:
+            raise refuse("cost", cost, f"at most {limit.count}: more could never be admitted under {limit}")

@@ -29,7 +29,8 @@ _TRIES = 3
 
 #: Of a cache without a guard: everything may be used, and stored.
 _UNGUARDED = Seen(-1, math.inf, math.inf, 0)
-#: Of one whose guard nobody can renew, since PostgreSQL is away: what is there may be used.
+#: Of one whose guard nobody can renew, since PostgreSQL is away: likewise; what is stored has no epoch, and is not used
+#: when it is back.
 _BLIND = Seen(-1, math.inf, math.inf, 0)
 
 
@@ -112,7 +113,7 @@ class MetadataCache:
         encode(value)
         ttl_ms = self._ttl_ms(ttl)
         seen = self._look()
-        return seen is not None and seen is not _BLIND and self._store(key, value, seen, "", ttl_ms)
+        return seen is not None and self._store(key, value, seen, "", ttl_ms)
 
     def get_or_load(self, identity: str, loader: Callable[[str], Any], *, ttl: float | None = None) -> Any | None:
         """The cached value, else what `loader(identity)` returns, which is then cached.
@@ -300,7 +301,7 @@ class MetadataCache:
             self._counters.add(self._hits, len(keys) - missed)
         if missed:
             self._counters.add(self._misses, missed)
-        return records, None if seen is _BLIND else seen
+        return records, seen
 
     @staticmethod
     def _usable(record: Record | None, seen: Seen) -> Record | None:

@@ -11,6 +11,7 @@ import pytest
 
 from govredis import Config, GovRedis
 from govredis.keys import sibling
+from govredis.limits import RateLimiter
 from govredis.limits.local_window import LocalWindow
 from govredis.limits.postgres_window import PostgresWindow
 from govredis.limits.redis_window import RedisWindow
@@ -181,3 +182,22 @@ def postgres_store(postgres_server: PostgresServer) -> Iterator[PostgresStore]:
     made = PostgresStore(postgres_server.url)
     yield made
     made.close()
+
+
+@pytest.fixture(params=["redis", "postgres", "local"])
+def limits(
+    request: pytest.FixtureRequest,
+    make_gov: Callable[..., GovRedis],
+    redis_server: RedisServer,
+    postgres_server: PostgresServer,
+) -> RateLimiter:
+    """The limiter as each store decides."""
+    urls = {
+        "redis": {"redis_url": redis_server.url, "database_url": postgres_server.url},
+        "postgres": {"redis_url": "redis://127.0.0.1:1/0", "database_url": postgres_server.url},
+        "local": {
+            "redis_url": "redis://127.0.0.1:1/0",
+            "database_url": "postgresql://postgres:secret@127.0.0.1:1/postgres",
+        },
+    }
+    return make_gov(**urls[request.param]).limits

@@ -41,22 +41,6 @@ def local_limiter(clock: Clock, fallback: str = "local") -> RateLimiter:
     )
 
 
-@pytest.fixture(params=["redis", "postgres", "local"])
-def limits(
-    request: pytest.FixtureRequest,
-    make_gov: Callable[..., GovRedis],
-    redis_server: RedisServer,
-    postgres_server: PostgresServer,
-) -> RateLimiter:
-    """The limiter as each store decides."""
-    urls = {
-        "redis": {"redis_url": redis_server.url, "database_url": postgres_server.url},
-        "postgres": {"redis_url": AWAY, "database_url": postgres_server.url},
-        "local": {"redis_url": AWAY, "database_url": PG_AWAY},
-    }
-    return make_gov(**urls[request.param]).limits
-
-
 class TestCalls:
     def test_hit(self, limits: RateLimiter, request: pytest.FixtureRequest) -> None:
         first = limits.hit("agent-123", "3/hour;2/minute", operation="kg_store")
@@ -188,6 +172,69 @@ class TestDecorator:
             work("A", plan=1)
         assert work("a", plan=2) == 2
 
+    def test_cost_may_be_a_number_or_a_callable_of_the_arguments(self) -> None:
+        limiter = local_limiter(Clock())
+
+        @limiter.rate_limited("5/hour", key="{who}", cost=lambda who, pages=1: pages)
+        def read(who: str, pages: int = 1) -> int:
+            return pages
+
+        assert (read("a", 3), read("a"), read(who="a")) == (3, 1, 1)
+        with pytest.raises(RateLimitExceeded):
+            read("a")
+        for pages in (0, 6, "2"):
+            with pytest.raises(ValueError, match="cost is"):
+                read("b", pages)  # type: ignore[arg-type]
+        limiter.rate_limited("5/hour", key="{who}", cost=4, operation="plain")(read)("c")
+        assert limiter.get_count("c", 3600, operation="plain") == 4
+
+    def test_an_exempt_call_is_not_asked_for_anything(self) -> None:
+        limiter = local_limiter(Clock())
+        asked = []
+
+        def key(who: str, admin: bool = False) -> str:
+            asked.append(who)
+            return who
+
+        for on_limit in ("raise", "wait"):
+
+            @limiter.rate_limited(
+                "1/hour", key=key, exempt=lambda who, admin=False: admin, on_limit=on_limit, timeout=0
+            )
+            def work(who: str, admin: bool = False) -> str:
+                return who
+
+            assert [work(on_limit, admin=True) for _ in range(3)] == [on_limit] * 3
+            assert (asked, limiter.get_count(on_limit, 3600)) == ([], 0)
+            assert work(on_limit) == on_limit
+            with pytest.raises(RateLimitExceeded):
+                work(on_limit)
+            asked.clear()
+
+    def test_a_change_of_the_limit_holds_from_the_next_call_on(self, limits: RateLimiter) -> None:
+        plan = {"a": "2/hour"}
+
+        @limits.rate_limited(lambda who: plan[who], key="{who}")
+        def work(who: str) -> None: ...
+
+        def admitted(calls: int) -> int:
+            count = 0
+            for _ in range(calls):
+                try:
+                    work("a")
+                except RateLimitExceeded:
+                    continue
+                count += 1
+            return count
+
+        assert admitted(3) == 2
+        plan["a"] = "4/hour;9/minute"
+        assert admitted(3) == 2, "what was taken before counts"
+        plan["a"] = "3/hour"
+        assert admitted(3) == 0
+        plan["a"] = "9/hour"
+        assert admitted(9) == 5
+
     def test_methods(self) -> None:
         limiter = local_limiter(Clock())
 
@@ -246,6 +293,11 @@ class TestDecorator:
             {"operation": ""},
             {"on_limit": "retry"},
             {"timeout": -1},
+            {"cost": 0},
+            {"cost": 21},
+            {"cost": True},
+            {"cost": "1"},
+            {"exempt": True},
         ],
         ids=str,
     )

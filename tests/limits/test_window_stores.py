@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 from typing import Any
@@ -21,6 +22,25 @@ from govredis.postgres import Postgres
 from govredis.testing.servers import PostgresServer
 
 SECOND = 1_000_000
+
+
+def never_looser_when_set_back(store: Any) -> None:
+    """Hit for a while, over several windows, with a server's clock that is set back now and then; by the true time."""
+    limits = [Limit(3, 1), Limit(6, 4), Limit(10, 8)]
+    chance, now = random.Random(7), 0
+    admitted: list[int] = []
+    for _ in range(600):
+        passed = chance.choice([10_000, 200_000, 700_000])
+        now += passed
+        store.now += passed
+        if chance.random() < 0.03:
+            store.now -= chance.choice([1, 300_000, 2 * SECOND, 12 * SECOND])
+        if store.window.decide("k", limits, 1, "hit").admitted:
+            admitted.append(now)
+    for limit in limits:
+        pairs = zip(admitted, admitted[limit.count :], strict=False)
+        assert all(later - first >= limit.window_us for first, later in pairs), limit
+    assert len(admitted) > 50
 
 
 class TestRedis:
@@ -82,6 +102,40 @@ class TestRedis:
         redis_store.now += refused.retry_after_us
         assert redis_store.window.decide("k", [Limit(1, 1)], 1, "hit").admitted
 
+    def test_a_plain_client_of_whole_seconds_and_we_count_each_other(self, redis_store: Any) -> None:
+        """One that does ZREMRANGEBYSCORE, ZCARD and ZADD by its own clock, in whole seconds, one member a second."""
+        redis, limit, window = redis_store.server.command, 4, 10
+
+        def theirs() -> bool:
+            now = redis_store.now // SECOND
+            redis("ZREMRANGEBYSCORE", "k", 0, now - window)
+            if redis("ZCARD", "k") >= limit:
+                return False
+            redis("ZADD", "k", now, f"{now}")
+            redis("EXPIRE", "k", window)
+            return True
+
+        def ours() -> bool:
+            return bool(redis_store.window.decide("k", [Limit(limit, window)], 1, "hit").admitted)
+
+        start = redis_store.now
+        assert [ours(), theirs()] == [True, True]
+        redis_store.now += 2 * SECOND
+        assert [ours(), theirs()] == [True, True]
+        assert [ours(), theirs()] == [False, False], "four, two of each, for both"
+        # Theirs of the first second counts from its whole second on: it goes first, and then ours.
+        redis_store.now = start // SECOND * SECOND + 10 * SECOND - 1
+        assert [ours(), theirs()] == [False, False]
+        redis_store.now += 1
+        assert ours()
+        assert not theirs()
+        redis_store.now = start + 10 * SECOND - 1
+        assert not ours()
+        redis_store.now += SECOND  # they prune by whole seconds, so up to a second late
+        assert theirs()
+        assert not ours()
+        assert redis("ZCARD", "k") == 4
+
     @pytest.mark.parametrize("fraction", ["0.1234561", "0.1234562", "0.1234563", "0.1234568", "0.7777773", "0.9999999"])
     def test_retry_after_is_not_too_early_for_scores_between_two_microseconds(
         self, redis_store: Any, fraction: str
@@ -104,6 +158,9 @@ class TestRedis:
         redis_store.now -= 10 * SECOND
         refused = redis_store.window.decide("k", [Limit(2, 1)], 1, "hit")
         assert refused == Outcome(False, 0, 0, 11 * SECOND, 11 * SECOND)
+
+    def test_a_clock_set_back_again_and_again_is_never_looser(self, redis_store: Any) -> None:
+        never_looser_when_set_back(redis_store)
 
     def test_a_child_makes_other_members(self, redis_store: Any) -> None:
         window = redis_store.window
@@ -131,6 +188,9 @@ class TestPostgres:
         assert postgres_store.entries("k") == [start] * 3, "an entry stands at the newest time known"
         refused = postgres_store.window.decide("k", [Limit(3, 1)], 1, "hit")
         assert refused == Outcome(False, 0, 0, 11 * SECOND, 11 * SECOND)
+
+    def test_a_clock_set_back_again_and_again_is_never_looser(self, postgres_store: Any) -> None:
+        never_looser_when_set_back(postgres_store)
 
     def test_a_refusal_takes_no_lock_and_an_admission_waits_for_it(self, postgres_server: PostgresServer) -> None:
         postgres = Postgres(Config(database_url=postgres_server.url, postgres_timeout=20))
@@ -230,6 +290,12 @@ class TestPostgres:
                 break
         kept = {key for (key,) in postgres_store.sql("SELECT key FROM govredis_limit_windows WHERE key !~ '^new'")}
         assert kept == {"wide"}
+
+    def test_a_process_of_the_version_before_shares_the_window(self, postgres_store: Any) -> None:
+        ask = "SELECT * FROM govredis_limit_decide('k', 2, 'hit', '{3}', '{1000000}')"
+        assert postgres_store.postgres.fetch(ask) == [(True, 1, 1, 0, SECOND)]
+        assert postgres_store.window.decide("k", [Limit(3, 1)], 1, "hit").admitted
+        assert postgres_store.postgres.fetch(ask) == [(False, 1, 0, SECOND, SECOND)]
 
     def test_the_table_is_unlogged(self, postgres_store: Any) -> None:
         found = postgres_store.sql("SELECT relpersistence FROM pg_class WHERE relname = 'govredis_limit_windows'")

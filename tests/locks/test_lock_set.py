@@ -23,6 +23,8 @@ from govredis import GovRedis, LockTimeout
 from govredis.keys import sibling
 from govredis.testing.servers import RedisServer
 
+pytestmark = pytest.mark.once
+
 #: Not how long it takes: that it did not hang. On a machine that is busy with other things.
 HUNG = 60.0
 

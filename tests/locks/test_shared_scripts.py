@@ -17,6 +17,8 @@ from govredis.locks.arbiter import Arbiter
 from govredis.locks.shared import cells
 from govredis.testing.servers import RedisServer
 
+pytestmark = pytest.mark.once
+
 DAY = 86_400_000
 READERS = 1_000_000_000
 #: Longer than any test: whatever the machine, time passes only where a rule says so.

@@ -635,7 +635,8 @@ class TestPostgresAway:
         assert away.metadata.get_many(["a"])["a"]["metadata"] == {"name": "x"}
         assert away.metadata.stats()["degraded.unguarded"] == 3
         assert counted(away, "guard.degraded.postgres") >= 1
-        assert away.metadata.set("b", 1) is False
+        assert away.metadata.set("b", 1) is True
+        assert away.metadata.get_or_load("c", lambda _: 1) == away.metadata.get("c") == 1
         with pytest.raises(BackendUnavailable):
             away.metadata.get_or_load("unknown", away.agents.get)
         assert drain(away) is None
@@ -645,6 +646,7 @@ class TestPostgresAway:
             pass
         assert cached(away) == "x"
         assert away._guard.blind is False  # type: ignore[union-attr]
+        assert away.metadata.get_many(["b", "c"]) == {}, "nobody watched over these"
 
     def test_a_strict_cache_raises(self, away: GovRedis, clock: Clock) -> None:
         strict = away.cache("agent_meta", strict=True)

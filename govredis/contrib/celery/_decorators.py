@@ -78,8 +78,11 @@ def rate_limited(
         @_wraps(function)
         def limited(*args: P.args, **kwargs: P.kwargs) -> R | None:
             gov = current_gov()
-            identity, now = look(args, kwargs)
-            result = gov.limits.hit(identity, now, operation=operation)
+            found = look(args, kwargs)
+            if found is None:
+                return function(*args, **kwargs)
+            identity, now, cost = found
+            result = gov.limits.hit(identity, now, operation=operation, cost=cost)
             if result.allowed:
                 return function(*args, **kwargs)
             gov.counters.add(f"celery.limited.{on_limit}")

@@ -1,4 +1,4 @@
-"""Apps under gunicorn."""
+"""Apps: by Flask's own client, and under gunicorn."""
 
 from __future__ import annotations
 
@@ -16,9 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from flask import Flask
+from flask.testing import FlaskClient
 
-from govredis import Config
+from govredis import Config, GovRedis
+from govredis.contrib.flask import FlaskGovRedis
 from govredis.testing.servers import RedisServer
+
+
+@pytest.fixture
+def app() -> Flask:
+    return Flask("shop")
+
+
+@pytest.fixture
+def ext(app: Flask, gov: GovRedis) -> FlaskGovRedis:
+    return FlaskGovRedis(app, gov)
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return app.test_client()
 
 
 @dataclass(frozen=True)

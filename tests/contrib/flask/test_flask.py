@@ -38,21 +38,6 @@ def by_header() -> str:
 
 
 @pytest.fixture
-def app() -> Flask:
-    return Flask("shop")
-
-
-@pytest.fixture
-def ext(app: Flask, gov: GovRedis) -> FlaskGovRedis:
-    return FlaskGovRedis(app, gov)
-
-
-@pytest.fixture
-def client(app: Flask) -> FlaskClient:
-    return app.test_client()
-
-
-@pytest.fixture
 def away(make_gov: Callable[..., GovRedis]) -> GovRedis:
     """Neither a Redis nor a PostgreSQL."""
     return make_gov(redis_url=NOWHERE)

@@ -1,0 +1,84 @@
+-- A sliding window log: the beginning of the scripts that decide over one or change it, which use these functions.
+--
+-- KEYS[1]  the ZSET: members end in "-{i}", scores are server seconds with microseconds. One whose score lies in the
+--          future was booked, or is another client's: it counts like any other
+-- KEYS[2]  its sibling: the longest window ever used on the key, in microseconds
+--
+-- Reply: none.
+
+-- The widest window, twice: one that starts at the end of another.
+local LONGEST_KEPT_MS = 2 * 366 * 86400 * 1000 + 60000
+
+local function clock(given)
+  local now = tonumber(given)
+  if now then return now end
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * 1000000 + tonumber(time[2])
+end
+
+-- Microseconds as decimal seconds. Both sides of every comparison go through here, so rounding to a double cannot
+-- reorder them.
+local function seconds(us)
+  return string.format('%d.%06d', math.floor(us / 1000000), us % 1000000)
+end
+
+-- The first microsecond that is not before a score: other clients' scores may lie between two.
+local function microseconds(score)
+  score = tonumber(score)
+  local us = math.floor(score * 1000000 + 0.5)
+  if tonumber(seconds(us)) < score then us = us + 1 end
+  return us
+end
+
+-- Are `needed` more within every limit? `limits` has each limit and its window in turn. `spared` entries of the future are
+-- not counted; `unasked`: admitted whatever the answer is.
+local function look(now, limits, needed, spared, unasked)
+  local found = {admitted = true, deciding = 1, wait = 0}
+  for i = 1, #limits, 2 do
+    local limit, window = tonumber(limits[i]), tonumber(limits[i + 1])
+    local since = '(' .. seconds(now - window)
+    local used = redis.call('ZCOUNT', KEYS[1], since, '+inf') - spared
+    local remaining = limit - used - needed
+    if remaining < 0 and not unasked then
+      -- Admitted again once the entry that makes it one too many has aged out, if nobody else comes.
+      local blocking = redis.call('ZRANGEBYSCORE', KEYS[1], since, '+inf', 'WITHSCORES', 'LIMIT', -remaining - 1, 1)
+      local wait = microseconds(blocking[2]) + window - now
+      if found.admitted or wait > found.wait then
+        found = {admitted = false, deciding = (i + 1) / 2, least = limit - used, wait = wait}
+      end
+    elseif found.admitted and (not found.least or remaining < found.least) then
+      found.deciding, found.least = (i + 1) / 2, remaining
+    end
+  end
+  found.least = math.max(0, found.least)
+  return found
+end
+
+-- Write `cost` entries at a time, and keep all for as long as they may count.
+local function write(now, limits, at, cost, member)
+  local longest = tonumber(redis.call('GET', KEYS[2])) or 0
+  local widened = false
+  for i = 2, #limits, 2 do
+    if tonumber(limits[i]) > longest then longest, widened = tonumber(limits[i]), true end
+  end
+  redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', seconds(now - longest))
+  for i = 1, cost do
+    redis.call('ZADD', KEYS[1], seconds(at), member .. '-' .. i)
+  end
+  local newest = tonumber(redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2]) * 1000000
+  local kept_ms = math.ceil((math.max(0, newest - now) + longest) / 1000) + 60000
+  kept_ms = string.format('%d', math.min(kept_ms, LONGEST_KEPT_MS))
+  redis.call('PEXPIRE', KEYS[1], kept_ms)
+  if widened then
+    redis.call('SET', KEYS[2], string.format('%d', longest), 'PX', kept_ms)
+  else
+    redis.call('PEXPIRE', KEYS[2], kept_ms)
+  end
+end
+
+-- When the deciding limit is full again: its newest entry has aged out.
+local function reset_after(now, limits, deciding)
+  local window = tonumber(limits[2 * deciding])
+  local newest = redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2]
+  return newest and math.max(0, microseconds(newest) + window - now) or 0
+end
