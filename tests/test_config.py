@@ -112,6 +112,7 @@ SECONDS = {
 COUNTS = {
     "GOVREDIS_REDIS_CONNECTIONS": ("redis_connections", 128),
     "GOVREDIS_POSTGRES_CONNECTIONS": ("postgres_connections", 10),
+    "GOVREDIS_METADATA_MAX_BYTES": ("metadata_max_bytes", 1_000_000),
     "GOVREDIS_LOCAL_CACHE": ("local_cache", False),
     "GOVREDIS_LOCAL_ENTRIES": ("local_entries", 10_000),
 }

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,23 +13,19 @@ from ..client import RedisClient
 from ..errors import BackendError, BackendUnavailable, ConfigurationError, check_ttl, refuse
 from ..keys import Keys, check_namespace
 from . import cells
+from .cached import Decorator
 from .commit import AfterCommit
-from .flights import Flights
-from .guard import Guard, Seen
-from .values import Record, decode, encode, version_of
+from .generation import Generation
+from .guard import Guard
+from .loading import Loads, is_due
+from .local import MISS, Shelf
+from .records import Records
+from .values import Record, check
 
 __all__ = ["MetadataCache"]
 
 #: Owed invalidations told, and noted as told, at once.
 _AT_ONCE = 500
-#: How often a read is tried whose connection turns out to be a new one.
-_TRIES = 3
-
-#: Of a cache without a guard: everything may be used, and stored.
-_UNGUARDED = Seen(-1, math.inf, math.inf, 0)
-#: Of one whose guard nobody can renew, since PostgreSQL is away: likewise; what is stored has no epoch, and is not used
-#: when it is back.
-_BLIND = Seen(-1, math.inf, math.inf, 0)
 
 
 class MetadataCache:
@@ -70,27 +64,39 @@ class MetadataCache:
         namespace: str,
         ttl: float,
         strict: bool = False,
+        negative_ttl: float | None = None,
+        stale: float = 0.0,
+        max_bytes: int = 1_000_000,
+        generation: Generation | None = None,
+        shelf: Shelf | None = None,
         counters: Counters,
     ) -> None:
         self.namespace = check_namespace(namespace)
         self.ttl = check_ttl(ttl)
         if strict and guard is None and redis is not None:
             raise ConfigurationError("strict needs PostgreSQL: GOVREDIS_DATABASE_URL is not set")
-        self._strict = strict
+        self._stale = check_ttl(stale, "stale") if stale else 0.0
         self._keys = keys
         self._redis = redis
-        self._guard = guard
         self._counters = counters
-        self._hits, self._misses = f"{namespace}.hits", f"{namespace}.misses"
-        self._flights = Flights(namespace)
+        self._shelf = shelf
+        self._generation = Generation(keys.generation(namespace)) if generation is None else generation
+        self._records = Records(
+            redis, guard, self._generation, shelf, namespace=namespace, strict=strict, counters=counters
+        )
+        self._loads = Loads(
+            self._records,
+            namespace=namespace,
+            negative_ttl=None if negative_ttl is None else check_ttl(negative_ttl, "negative_ttl"),
+            stale=self._stale,
+            max_bytes=max_bytes,
+        )
         if redis is not None:
             redis.on_recovery(self._replay)
         self.renew_after_fork()
         renew_in_child(self)
 
     def renew_after_fork(self) -> None:
-        self._nonce = os.urandom(8).hex()
-        self._leases = itertools.count()
         self._lock = threading.RLock()  # a signal handler may make calls of its own
         #: Invalidations that could not be carried out; they are the parent's to carry out.
         #: By id, with a token: one owed anew while it is told of is owed still.
@@ -98,8 +104,10 @@ class MetadataCache:
 
     def get(self, identity: str) -> Any | None:
         """The cached value; None for a miss, which one that cannot be used now is too (Redis away, no guard)."""
-        record, _ = self._read(self._keys.cached(self.namespace, identity))
-        return None if record is None else record.value
+        if self._shelf is not None and (value := self._shelf.get(identity)) is not MISS:
+            return value
+        (record,), _ = self._records.read({identity: self._keys.cached(self.namespace, identity)})
+        return None if record is None or self._is_over(record) else record.value
 
     def set(self, identity: str, value: Any, *, ttl: float | None = None) -> bool:
         """Store a value, unless it was invalidated within the last 10 s (a record of `gov.agents`: for a later write).
@@ -107,38 +115,40 @@ class MetadataCache:
         Args:
             ttl: seconds; None: the cache's.
 
-        Returns whether it was stored: False also when Redis is away, or nothing cached could be used now.
+        Returns whether it was stored: False also when it is too large, Redis is away, or nothing cached could be used
+        now.
         """
         key = self._keys.cached(self.namespace, identity)
-        encode(value)
-        ttl_ms = self._ttl_ms(ttl)
-        seen = self._look()
-        return seen is not None and self._store(key, value, seen, "", ttl_ms)
+        check(value)
+        stored = self._loads.store(key, value, self._ttl(ttl))
+        self._drop(identity)
+        return stored
 
     def get_or_load(self, identity: str, loader: Callable[[str], Any], *, ttl: float | None = None) -> Any | None:
         """The cached value, else what `loader(identity)` returns, which is then cached.
 
+        One caller loads, of all threads and processes; the others wait for it, 2 s at most, and then load themselves,
+        ten at once in a process. Shortly before a value's TTL is over one caller loads it anew, the sooner the longer
+        loads take (XFetch: Vattani et al., "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015), and the
+        others go on with the old one; so does that caller if its load fails, which is counted as `degraded.loads`.
+
         Args:
             loader: reads the value from where it is kept, in a snapshot not older than its call; None: there is none,
-                and nothing is cached. Its exceptions reach the caller.
-            ttl: seconds; None: the cache's.
+                which is not cached but by a `negative_ttl`. Its exceptions reach the caller.
+            ttl: seconds, less up to a tenth, so that what was loaded together does not end together; None: the cache's.
         """
+        if self._shelf is not None and (value := self._shelf.get(identity)) is not MISS:
+            return value
         key = self._keys.cached(self.namespace, identity)
-        ttl_ms = self._ttl_ms(ttl)
-        record, seen = self._read(key)
-        if record is not None:
+        ttl = self._ttl(ttl)
+        (record,), seen = self._records.read({identity: key})
+        if record is not None and not is_due(record):
             return record.value
-        self._count("loads")
-        leases = self._take_leases([key], seen)
-        if leases is None:
-            text = self._flights.run(key, lambda: _text(loader(identity)))
-            return None if text is None else _value(text)
-        value = loader(identity)
-        text = _text(value)
-        if text is None:
-            return None
-        self._store(key, value, seen, leases[key], ttl_ms)
-        return _value(text)
+        return self._loads.one(identity, key, loader, ttl, record, seen)
+
+    def reload(self, identity: str, loader: Callable[[str], Any]) -> Any | None:
+        """What `loader(identity)` returns now; cached then, and the old value until then. Private to `cached`."""
+        return self._loads.again(identity, self._keys.cached(self.namespace, identity), loader, self.ttl)
 
     def get_many(
         self, identities: Iterable[str], load_many: Callable[[list[str]], Mapping[str, Any]] | None = None
@@ -146,23 +156,50 @@ class MetadataCache:
         """The values of several ids: one round trip, and one call of `load_many` for the misses, which are then cached.
 
         Args:
-            load_many: gets the ids that missed, returns a mapping of those it found; None: misses stay out.
+            load_many: gets the ids that missed, returns a mapping of those it found; None: misses stay out. It waits
+                for nobody who is loading one of them.
 
         Returns a dict of the ids that have a value, in the order given.
         """
         keys = {i: self._keys.cached(self.namespace, i) for i in identities}
-        found, seen = self._read_many(keys)
-        missing = [i for i in keys if i not in found]
-        if missing and load_many is not None:
-            self._count("loads", len(missing))
-            leases = self._take_leases([keys[i] for i in missing], seen)
-            loaded = self._flights.alone(lambda: load_many(missing)) if leases is None else load_many(missing)
-            values = {i: loaded[i] for i in missing if loaded.get(i) is not None}
-            texts = {i: encode(value) for i, value in values.items()}
-            if leases is not None:
-                self._store_many({keys[i]: value for i, value in values.items()}, seen, leases)
-            found.update((i, _value(text)) for i, text in texts.items())
-        return {i: found[i] for i in keys if i in found}
+        found: dict[str, Any] = {}
+        if self._shelf is not None:
+            found = {i: value for i in keys if (value := self._shelf.get(i)) is not MISS}
+        asked = {i: key for i, key in keys.items() if i not in found}
+        if asked:
+            records, seen = self._records.read(asked)
+            found.update(
+                (i, record.value)
+                for i, record in zip(asked, records, strict=True)
+                if record is not None and not self._is_over(record)
+            )
+            missing = [i for i in asked if i not in found]
+            if missing and load_many is not None:
+                found.update(self._loads.many({i: keys[i] for i in missing}, load_many, self.ttl, seen))
+        return {i: found[i] for i in keys if found.get(i) is not None}
+
+    def cached(self, template: str) -> Decorator:
+        """Decorator: what the function returns is cached, by an id made of its arguments.
+
+            @gov.cache("report", ttl=60).cached("{agent_id}:{month}")
+            def report(agent_id: str, month: str) -> dict: ...
+
+            report("a", "2026-11")             # get_or_load
+            report.invalidate("a", "2026-11")  # as MetadataCache.invalidate
+            report.refresh("a", "2026-11")     # calls the function, caches and returns what it returns
+            report.uncached("a", "2026-11")    # the function itself
+
+        What it returns must be what JSON holds, and comes back as JSON gives it back. None is not cached but by a
+        `negative_ttl`.
+
+        Args:
+            template: names arguments of the function in braces. Every call with the same id shares one value: name all
+                that the result depends on, and give each function a namespace of its own, or a word in the template.
+
+        Raises ValueError for a template that names no argument, or what is none, and for what only begins when it is
+        called (async functions, generators).
+        """
+        return Decorator(self, template)
 
     def invalidate(self, identity: str, *, version: int | None = None) -> None:
         """Drop the value. Call it after the write has been committed; `after_commit` does.
@@ -179,8 +216,25 @@ class MetadataCache:
         key = self._keys.cached(self.namespace, identity)
         if self._redis is None:
             return
+        self._drop(identity)
         cells.invalidate(self._redis, key, version)
-        self._count("invalidated")
+        self._drop(identity)  # again: what was being read meanwhile goes nowhere
+        self._records.count("invalidated")
+
+    def invalidate_all(self) -> None:
+        """Drop all values of the namespace, however many: a mark that they carry is no longer the current one.
+
+        Once it has returned, this process uses none of them; every other one does not 1 s later. What is being loaded
+        under way is not used either. Raises BackendUnavailable if it cannot be carried out. Not part of what
+        `metadata_staleness` bounds: a Redis that loses its data may forget it.
+        """
+        if self._redis is None:
+            return
+        self._redis.call(*self._generation.next())
+        self._generation.forget()
+        if self._shelf is not None:
+            self._shelf.cells.clear()
+        self._records.count("invalidated_all")
 
     def after_commit(self, connection: Any) -> AfterCommit:
         """A transaction of your own psycopg2 connection, and the invalidations that belong to it.
@@ -214,7 +268,7 @@ class MetadataCache:
             if not isinstance(error, BackendUnavailable):
                 self._paid(identity, token)
                 raise
-            self._count("invalidations_owed")
+            self._records.count("invalidations_owed")
             self._replay_soon()
         except BaseException:
             self._replay_soon()
@@ -230,124 +284,21 @@ class MetadataCache:
         """Counts of this process for this namespace: hits, misses, loads, fills, fills_refused, invalidated,
         bypassed, degraded.unguarded, ..."""
         mine = f"{self.namespace}."
-        return {name[len(mine) :]: n for name, n in self._counters.read().items() if name.startswith(mine)}
+        counts = {name[len(mine) :]: n for name, n in self._counters.read().items() if name.startswith(mine)}
+        return counts if self._shelf is None else {**counts, "local_hits": self._shelf.hits()}
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _ttl_ms(self, ttl: float | None) -> str:
-        return str(int((self.ttl if ttl is None else check_ttl(ttl)) * 1000))
+    def _ttl(self, ttl: float | None) -> float:
+        return self.ttl if ttl is None else check_ttl(ttl)
 
-    def _new_lease(self) -> str:
-        return f"{self._nonce}{next(self._leases)}"
+    def _drop(self, identity: str) -> None:
+        if self._shelf is not None:
+            self._shelf.drop(identity)
 
-    def _count(self, what: str, n: int = 1) -> None:
-        self._counters.add(f"{self.namespace}.{what}", n)
-
-    def _look(self) -> Seen | None:
-        """What says that values may be used; None: they may not, and nothing is to be stored."""
-        if self._redis is None:
-            return None
-        if self._guard is None:
-            return _UNGUARDED
-        try:
-            seen = self._guard.look()
-        except BackendUnavailable:
-            self._count("degraded.reads")
-            return None
-        if seen is None and self._guard.blind:
-            if self._strict:
-                raise BackendUnavailable(f"PostgreSQL is away, and cached values of {self.namespace!r} may be stale")
-            self._count("degraded.unguarded")
-            return _BLIND
-        if seen is None:
-            self._count("bypassed")
-        return seen
-
-    def _stands(self, seen: Seen) -> bool:
-        return seen is _UNGUARDED or seen is _BLIND or (self._guard is not None and self._guard.stands(seen))
-
-    def _read(self, key: str) -> tuple[Record | None, Seen | None]:
-        """The record, if it may be used; and under what it was looked for, None where nothing is to be stored."""
-        found, seen = self._read_all([key])
-        return found[0], seen
-
-    def _read_many(self, keys: Mapping[str, str]) -> tuple[dict[str, Any], Seen | None]:
-        if not keys:
-            return {}, None
-        records, seen = self._read_all(list(keys.values()))
-        return {i: r.value for i, r in zip(keys, records, strict=True) if r is not None}, seen
-
-    def _read_all(self, keys: list[str]) -> tuple[list[Record | None], Seen | None]:
-        redis = self._redis
-        raws: list[bytes | None] = [None] * len(keys)
-        for _ in range(_TRIES):
-            seen = self._look()
-            if seen is None or redis is None:
-                break
-            try:
-                raws = [redis.call("GET", keys[0])] if len(keys) == 1 else redis.pipeline([("GET", k) for k in keys])
-            except BackendUnavailable:
-                self._count("degraded.reads")
-                seen = None
-                break
-            if self._stands(seen):
-                break
-            raws = [None] * len(keys)
-        if seen is None:
-            return [None] * len(keys), None
-        records = [None if raw is None else self._usable(decode(raw), seen) for raw in raws]
-        missed = records.count(None)
-        if missed < len(keys):
-            self._counters.add(self._hits, len(keys) - missed)
-        if missed:
-            self._counters.add(self._misses, missed)
-        return records, seen
-
-    @staticmethod
-    def _usable(record: Record | None, seen: Seen) -> Record | None:
-        if record is None or seen is _UNGUARDED or seen is _BLIND or record.epoch == seen.epoch:
-            return record
-        return None
-
-    def _take_leases(self, keys: list[str], seen: Seen | None) -> dict[str, str] | None:
-        """Leases by key, or None if nothing can be stored anyway."""
-        if self._redis is None or seen is None:
-            return None
-        try:
-            replies = self._redis.pipeline([cells.take(key, self._new_lease()) for key in keys], (cells.LEASE,))
-        except BackendUnavailable:
-            self._count("degraded.leases")
-            return None
-        return {key: lease.decode() for key, lease in zip(keys, replies, strict=True)}
-
-    def _store(self, key: str, value: Any, seen: Seen | None, lease: str, ttl_ms: str) -> bool:
-        return self._fill([cells.fill(key, self._stored(value, seen), ttl_ms, lease, version_of(value))]) == 1
-
-    def _store_many(self, values: Mapping[str, Any], seen: Seen | None, leases: Mapping[str, str]) -> None:
-        ttl_ms = self._ttl_ms(None)
-        self._fill(
-            [cells.fill(key, self._stored(v, seen), ttl_ms, leases[key], version_of(v)) for key, v in values.items()]
-        )
-
-    @staticmethod
-    def _stored(value: Any, seen: Seen | None) -> str:
-        return encode(value, None if seen is None or seen.epoch < 0 else seen.epoch)
-
-    def _fill(self, fills: list[Any]) -> int:
-        """Returns how many were stored."""
-        if self._redis is None or not fills:
-            return 0
-        try:
-            replies = self._redis.pipeline(fills, (cells.FILL,))
-        except BackendUnavailable:
-            self._count("degraded.fills")
-            return 0
-        stored: int = sum(replies)
-        if stored:
-            self._count("fills", stored)
-        if stored < len(replies):
-            self._count("fills_refused", len(replies) - stored)
-        return stored
+    def _is_over(self, record: Record) -> bool:
+        """Is its TTL over, and is it there for its `stale` time only?"""
+        return bool(self._stale) and record.ends_at is not None and time.time() >= record.ends_at
 
     def _replay(self, redis: RedisClient) -> None:
         with self._lock:
@@ -363,13 +314,3 @@ class MetadataCache:
         with self._lock:
             if self._owed.get(identity) is token:
                 del self._owed[identity]
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else encode(value)
-
-
-def _value(text: str) -> Any:
-    """The value as a hit would give it."""
-    record = decode(text)
-    return None if record is None else record.value

@@ -8,16 +8,17 @@ from typing import Any, NoReturn
 
 def _refused(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
     kind = type(self).__mro__[1].__name__
-    raise TypeError(f"this value is shared by all who read it from the cache: change a copy, copy.deepcopy(value)"
-                    f" or {kind}(value)")
+    raise TypeError(
+        f"this value is shared by all who read it from the cache: change a copy, copy.deepcopy(value) or {kind}(value)"
+    )
 
 
 class ReadOnlyDict(dict[str, Any]):
     """A dict that cannot be changed; its copies, and what pickle makes of it, are plain ones that can."""
 
     __slots__ = ()
-    __setitem__ = __delitem__ = __ior__ = _refused  # type: ignore[assignment]
-    clear = pop = popitem = setdefault = update = _refused  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = _refused
+    clear = pop = popitem = setdefault = update = _refused
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         return {name: copy.deepcopy(value, memo) for name, value in self.items()}
@@ -33,8 +34,8 @@ class ReadOnlyList(list[Any]):
     """A list of the same kind."""
 
     __slots__ = ()
-    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refused  # type: ignore[assignment]
-    append = clear = extend = insert = pop = remove = reverse = sort = _refused  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refused
+    append = clear = extend = insert = pop = remove = reverse = sort = _refused
 
     def __deepcopy__(self, memo: dict[int, Any]) -> list[Any]:
         return [copy.deepcopy(value, memo) for value in self]

@@ -4,14 +4,15 @@
 -- ARGV[1]  a lease, unique to the call
 -- ARGV[2]  how long it stands, in milliseconds
 --
--- Reply: the lease to fill with. Readers that miss at the same time share one: what any of them loads after taking it
--- is as fresh as the others'. An invalidation takes it away from all of them.
+-- Reply: {the lease to fill with, 1 if it was taken by this call, else 0}. Who finds one taken may wait for what its
+-- taker stores, or load under the same: what is loaded after taking it is as fresh as what the taker loads. An
+-- invalidation takes it away from all of them. A call that arrives twice has taken it once.
 -- Leases: Nishtala et al., "Scaling Memcache at Facebook", NSDI 2013, section 3.2.1.
 
 local lease = redis.call('GET', KEYS[1])
-if lease then
+if lease and lease ~= ARGV[1] then
   redis.call('PEXPIRE', KEYS[1], ARGV[2])
-  return lease
+  return {lease, 0}
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return ARGV[1]
+return {ARGV[1], 1}

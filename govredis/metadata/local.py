@@ -6,15 +6,15 @@ over one RESP3 connection and to one thread of each process. Three rules make a 
 *A value is put only into the cell that was there before it was asked for.* What the server tells meanwhile removes the
 cell, and the value goes nowhere.
 
-*What cannot be told ends by itself.* The thread asks every 0.3 s. A reply says that whatever the server had to tell when
-it answered the question *before* has come (of a change in the same turn of its loop it may tell after a reply). So all
-is valid for 1 s from when that one was sent, on a clock that is never set; a connection of which only half is there, a
-server or a thread that stands still make it invalid, without anybody noticing.
+*What cannot be told ends by itself.* The thread asks every 0.3 s. A reply says that whatever the server had to tell
+when it answered the question *before* has come (of a change in the same turn of its loop it may tell after a reply). So
+all is valid for 1 s from when that one was sent, on a clock that is never set. A connection of which only half is
+there, a server or a thread that stands still make it invalid, without anybody noticing.
 
 *Under a guard*, the question is for the guard: all is valid no longer than the guard of the question before, and of its
 epoch. So a hit here is not further behind than one in Redis may be.
 
-A new connection of this process may have reached another server: then the tracking connection is renewed, and everything
+A new connection of this process may have reached another server: then the tracking connection is renewed, and all is
 forgotten. So it is after a failure, FLUSHALL, a new epoch, and in a forked child.
 """
 
@@ -30,6 +30,8 @@ from typing import TYPE_CHECKING, Any
 from .._fork import renew_in_child
 from ..client import RedisClient
 from ..errors import BackendError, BackendUnavailable
+from ..keys import Keys
+from .generation import Generation
 from .guard import Guard, Seen, clock
 
 if TYPE_CHECKING:
@@ -60,8 +62,9 @@ class Cell:
 class Shelf:
     """The cells of one namespace, by id; those least recently used go first. Nothing here takes a lock."""
 
-    def __init__(self, tier: LocalTier, entries: int) -> None:
+    def __init__(self, tier: LocalTier, generation: Generation, entries: int) -> None:
         self._tier = tier
+        self.generation = generation
         self._entries = entries
         self.cells: OrderedDict[str, Cell] = OrderedDict()
         self._hits = itertools.count()
@@ -121,8 +124,9 @@ class LocalTier:
         entries: of each namespace, at most.
     """
 
-    def __init__(self, redis: RedisClient, guard: Guard | None, *, entries: int) -> None:
+    def __init__(self, keys: Keys, redis: RedisClient, guard: Guard | None, *, entries: int) -> None:
         self.guard = guard
+        self._generations = keys.generation("")
         self._redis = redis
         self._entries = entries
         self._shelves: dict[str, Shelf] = {}
@@ -146,9 +150,9 @@ class LocalTier:
             self._stream.close()  # the child's descriptor only
             self._stream = None
 
-    def shelf(self, prefix: str) -> Shelf:
+    def shelf(self, prefix: str, generation: Generation) -> Shelf:
         """The shelf of the keys that begin with `prefix`."""
-        return self._shelves.setdefault(prefix, Shelf(self, self._entries))
+        return self._shelves.setdefault(prefix, Shelf(self, generation, self._entries))
 
     def start(self) -> None:
         """Have the thread run. Where threads cannot, nothing here is ever valid."""
@@ -194,7 +198,7 @@ class LocalTier:
         connects, prefixes = self._redis.connects, list(self._shelves)
         self._stream = stream = self._redis.push_stream()
         command = ["CLIENT", "TRACKING", "ON", "BCAST"]
-        for prefix in prefixes:
+        for prefix in (self._generations, *prefixes):
             command += ["PREFIX", prefix]
         try:
             stream.send([tuple(command)])
@@ -232,6 +236,9 @@ class LocalTier:
             for prefix, shelf in list(self._shelves.items()):
                 if text.startswith(prefix):
                     shelf.drop(text[len(prefix) :])
+                elif text == shelf.generation.key:
+                    shelf.generation.forget()  # first: what is read from now on asks for it
+                    shelf.cells.clear()
 
     def extend(self, sent: float, seen: Seen | None) -> None:
         """All that the server had to tell when it answered what was sent then has been told."""
@@ -306,14 +313,17 @@ def _run(ref: weakref.ref[LocalTier], stopped: threading.Event) -> None:
                     pause = _AWAY[0]
                 tracking.go_on(tier)
                 if not tier.is_current(tracking):
-                    tracking = _end(tracking, tier)
+                    _end(tracking, tier)
+                    tracking = None
             except BackendUnavailable:
                 wait, pause = pause, min(_AWAY[1], 2 * pause)
-                tracking = _end(tracking, tier)
+                _end(tracking, tier)
+                tracking = None
             except BackendError as error:
                 wait = _REFUSED
                 tier.warn(error)
-                tracking = _end(tracking, tier)
+                _end(tracking, tier)
+                tracking = None
             del tier
     finally:
         if tracking is not None:

@@ -106,7 +106,7 @@ class TestValues:
     def test_the_wire_format_is_plain_json(self, gov: GovRedis, plain_redis: Any) -> None:
         gov.metadata.set("a", {"name": "x"})
         record = json.loads(plain_redis.get(KEY))
-        assert set(record.pop("__govredis__")) == {"at", "epoch"}
+        assert set(record.pop("__govredis__")) == {"at", "ttl", "epoch"}
         assert record == {"name": "x"}
 
 
@@ -338,9 +338,9 @@ print(GovRedis(Config(redis_url=sys.argv[1])).metadata.get_or_load("a", load))
         assert [g.metadata.stats()["fills"] for g in (gov, other)] == [1, 1]
 
     def test_leases_of_parent_and_child_differ(self, gov: GovRedis) -> None:
-        before = gov.metadata._new_lease()
+        before = gov.metadata._records.new_lease()
         gov.metadata.renew_after_fork()
-        assert gov.metadata._new_lease()[:16] != before[:16]
+        assert gov.metadata._records.new_lease()[:16] != before[:16]
 
     def test_works_where_redis_has_no_memory_left(self, gov: GovRedis, plain_redis: Any) -> None:
         gov.metadata.set("a", 1)
