@@ -118,12 +118,17 @@ class Loads:
 
     def store(self, key: str, value: Any, ttl: float) -> bool:
         """Store what was not loaded here, without a lease."""
-        seen = self._records.look()
-        generation = None if seen is None else self._records.known_generation()
-        if generation is None:
-            return False
-        fill, _ = self._filling(key, value, seen, generation, "", ttl, 0.0)
-        return fill is not None and self._records.store([fill]) == 1
+        for _ in range(2):  # again over a new connection, where what was known of the guard says nothing
+            seen = self._records.look()
+            generation = None if seen is None else self._records.known_generation()
+            if seen is None or generation is None:
+                return False
+            fill, _ = self._filling(key, value, seen, generation, "", ttl, 0.0)
+            if fill is None or not self._records.store([fill]):
+                return False
+            if self._records.stands(seen):
+                return True
+        return False
 
     # -- inside --------------------------------------------------------------------------------------------------
 

@@ -65,6 +65,8 @@ class Shelf:
     def __init__(self, tier: LocalTier, generation: Generation, entries: int) -> None:
         self._tier = tier
         self.generation = generation
+        #: The client's, when the connection was begun that tracks this shelf; -1: none does.
+        self.connects = -1
         self._entries = entries
         self.cells: OrderedDict[str, Cell] = OrderedDict()
         self._hits = itertools.count()
@@ -104,7 +106,7 @@ class Shelf:
             seconds: until its TTL is over.
         """
         tier = self._tier
-        if connects == tier.connects and (tier.guard is None or seen.epoch == tier.epoch):
+        if connects == self.connects and (tier.guard is None or seen.epoch == tier.epoch):
             cell.value = value
             cell.until = clock() + seconds
 
@@ -140,11 +142,10 @@ class LocalTier:
         self._lock = threading.RLock()  # a signal handler may read too
         self.until = 0.0
         self.epoch: int | None = None
-        #: The client's, when the tracking connection was begun; -1: there is none yet.
-        self.connects = -1
         self._stopped = threading.Event()
         self._thread = None
         for shelf in self._shelves.values():
+            shelf.connects = -1
             shelf.cells.clear()
         if self._stream is not None:
             self._stream.close()  # the child's descriptor only
@@ -186,8 +187,9 @@ class LocalTier:
     def forget(self) -> None:
         """Nothing is valid, and what is being read will not be put here."""
         self.until = 0.0
-        self.connects = -1
-        self._clear()
+        for shelf in list(self._shelves.values()):
+            shelf.connects = -1
+            shelf.cells.clear()
 
     def _clear(self) -> None:
         for shelf in list(self._shelves.values()):
@@ -195,10 +197,10 @@ class LocalTier:
 
     def track(self) -> _Tracking:
         """Begin a tracking connection. Raises BackendUnavailable, BackendError."""
-        connects, prefixes = self._redis.connects, list(self._shelves)
+        connects, shelves = self._redis.connects, dict(self._shelves)
         self._stream = stream = self._redis.push_stream()
         command = ["CLIENT", "TRACKING", "ON", "BCAST"]
-        for prefix in (self._generations, *prefixes):
+        for prefix in (self._generations, *shelves):
             command += ["PREFIX", prefix]
         try:
             stream.send([tuple(command)])
@@ -209,13 +211,14 @@ class LocalTier:
         except BaseException:
             stream.close()
             raise
-        self._clear()  # what was asked for before goes nowhere
-        self.connects = connects
-        return _Tracking(stream, connects, len(prefixes))
+        for shelf in shelves.values():
+            shelf.cells.clear()  # what was asked for before goes nowhere
+            shelf.connects = connects
+        return _Tracking(stream, connects, len(shelves))
 
     def is_current(self, tracking: _Tracking) -> bool:
         """Does it track all shelves, on the server that everybody here talks to?"""
-        return tracking.connects == self._redis.connects and tracking.prefixes == len(self._shelves)
+        return tracking.connects == self._redis.connects and tracking.shelves == len(self._shelves)
 
     def questions(self) -> list[tuple[str, ...]]:
         return [("PING",)] if self.guard is None else self.guard.questions()
@@ -263,18 +266,18 @@ class LocalTier:
 class _Tracking:
     """One tracking connection, and what was asked over it."""
 
-    def __init__(self, stream: PushStream, connects: int, prefixes: int) -> None:
+    def __init__(self, stream: PushStream, connects: int, shelves: int) -> None:
         self.stream = stream
         self.connects = connects
-        self.prefixes = prefixes
+        self.shelves = shelves
         self._sent: float | None = None
         self._replies: list[Any] = []
         self._before: tuple[float, Seen | None] | None = None
         self._ask_at = 0.0
         self._wanted = 0
 
-    def go_on(self, tier: LocalTier) -> None:
-        """Ask if it is time to, and wait a little for what comes. Raises BackendUnavailable, BackendError."""
+    def ask(self, tier: LocalTier) -> float:
+        """Ask if it is time to. Returns for how many seconds to listen. Raises BackendUnavailable."""
         now = clock()
         if self._sent is None and now >= self._ask_at:
             questions = tier.questions()
@@ -282,7 +285,9 @@ class _Tracking:
             self.stream.send(questions)
         elif self._sent is not None and now >= self._sent + _GOOD_FOR:
             raise BackendUnavailable("the tracking connection is not answered")
-        replies, pushes = self.stream.read(_ASKED_EVERY if self._sent is not None else max(0.001, self._ask_at - now))
+        return _ASKED_EVERY if self._sent is not None else max(0.001, self._ask_at - now)
+
+    def heard(self, tier: LocalTier, replies: list[Any], pushes: list[list[Any]]) -> None:
         for push in pushes:
             tier.told(push)
         self._replies += replies
@@ -297,40 +302,45 @@ class _Tracking:
 
 
 def _run(ref: weakref.ref[LocalTier], stopped: threading.Event) -> None:
-    """The thread. Between two rounds it keeps no tier alive."""
+    """The thread. While it waits it keeps no tier alive."""
     tracking: _Tracking | None = None
-    wait = 0.0
-    pause = _AWAY[0]
+    wait, pause = 0.0, _AWAY[0]
     try:
         while not stopped.wait(wait):
-            tier = ref()
-            if tier is None or not tier.is_run_by_this_thread():
-                return  # an exception struck `start` just when it had started this one: there is another
             wait = 0.0
+            tier = ref()
             try:
+                if tier is None or not tier.is_run_by_this_thread():
+                    return  # an exception struck `start` just when it had started this one: there is another
                 if tracking is None:
                     tracking = tier.track()
                     pause = _AWAY[0]
-                tracking.go_on(tier)
+                seconds = tracking.ask(tier)
+                tier = None
+                replies, pushes = tracking.stream.read(seconds)
+                tier = ref()
+                if tier is None:
+                    return
+                tracking.heard(tier, replies, pushes)
                 if not tier.is_current(tracking):
-                    _end(tracking, tier)
-                    tracking = None
+                    tracking = _end(tracking, tier)
             except BackendUnavailable:
                 wait, pause = pause, min(_AWAY[1], 2 * pause)
-                _end(tracking, tier)
-                tracking = None
+                tracking = _end(tracking, ref())
             except BackendError as error:
                 wait = _REFUSED
-                tier.warn(error)
-                _end(tracking, tier)
-                tracking = None
-            del tier
+                tracking = _end(tracking, ref(), error)
+            tier = None
     finally:
         if tracking is not None:
             tracking.stream.close()
 
 
-def _end(tracking: _Tracking | None, tier: LocalTier) -> None:
-    tier.forget()
+def _end(tracking: _Tracking | None, tier: LocalTier | None, error: BackendError | None = None) -> _Tracking | None:
+    if tier is not None:
+        tier.forget()
+        if error is not None:
+            tier.warn(error)
     if tracking is not None:
         tracking.stream.close()
+    return None

@@ -95,6 +95,10 @@ class Records:
             self.count("bypassed")
         return seen
 
+    def stands(self, seen: Seen) -> bool:
+        """Was all since `look` done under it?"""
+        return seen is _UNGUARDED or seen is _BLIND or (self._guard is not None and self._guard.stands(seen))
+
     def read(self, keys: dict[str, str]) -> tuple[list[Record | None], Seen | None]:
         """The records of several ids, of which the keys are given: of each the one that may be used, or None. And under
         what they were looked for; None where nothing is to be stored."""
@@ -133,7 +137,7 @@ class Records:
             if question:
                 generation.answered(asked, raws.pop())
             connects = redis.connects
-            if seen is _UNGUARDED or seen is _BLIND or (self._guard is not None and self._guard.stands(seen)):
+            if self.stands(seen):
                 return raws, seen, connects
         return [None] * len(keys), seen, 0
 
