@@ -86,7 +86,7 @@ class GovRedis:
         uncovered = ["locks"] if config.lock_fallback == "fail" else []
         if config.limit_fallback == "deny" and self._postgres is None:
             uncovered.append("limits")
-        self.health = HealthMonitor(keys, redis, self._postgres, self.counters, uncovered=uncovered)
+        self.health = HealthMonitor(keys, redis, self._postgres, self.counters, guard=self._guard, uncovered=uncovered)
 
     @classmethod
     def from_env(cls) -> GovRedis:
@@ -150,7 +150,7 @@ class GovRedis:
                     stale=stale,
                     max_bytes=self.config.metadata_max_bytes,
                     generation=generation,
-                    shelf=None if local is None else local.shelf(self._keys.shelf(namespace), generation),
+                    local=None if local is None else local.values(self._keys.values(namespace), generation),
                     counters=self.counters,
                 ),
             )

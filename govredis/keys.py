@@ -70,7 +70,7 @@ class Keys:
         """`namespace` has passed check_namespace once, when its cache was made."""
         return f"{self.prefix}{namespace}:{check_id(identity)}"
 
-    def shelf(self, namespace: str) -> str:
+    def values(self, namespace: str) -> str:
         """What the keys of a namespace's cached values begin with."""
         return f"{self.prefix}{namespace}:"
 

@@ -17,6 +17,7 @@ from ..errors import BackendError, BackendUnavailable, ConfigurationError, check
 from ..keys import Keys
 
 if TYPE_CHECKING:
+    from ..metadata import Guard
     from ..postgres import Postgres
 
 __all__ = ["Check", "HealthMonitor", "HealthReport"]
@@ -38,7 +39,8 @@ class Check:
     """One thing looked at.
 
     Attributes:
-        name: "redis", "postgres", "counters"; "beat" where a heartbeat was ever seen.
+        name: "redis", "postgres", "counters"; "beat" where a heartbeat was ever seen; "outbox" where cached values are
+            used with PostgreSQL.
         status: "pass", "warn" (a fallback covers it) or "fail".
         output: why, in words; "" if it passes.
         data: what was observed. Durations are seconds.
@@ -79,6 +81,7 @@ class HealthMonitor:
     disabled (REDIS_ENABLED=0) passes, and says so.
 
     Args:
+        guard: of cached values, if there is one.
         uncovered: the features that the settings leave without a fallback: with any, Redis away is "fail".
     """
 
@@ -89,11 +92,13 @@ class HealthMonitor:
         postgres: Postgres | None,
         counters: Counters,
         *,
+        guard: Guard | None = None,
         uncovered: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._keys = keys
         self._uncovered = uncovered
+        self._guard = guard
         self._redis = redis
         self._postgres = postgres
         self._counters = counters
@@ -117,6 +122,8 @@ class HealthMonitor:
                 return self._last[1]
             (redis, *beat), postgres = self._check_redis(), self._check_postgres()
             checks = [redis, postgres, self._check_counters(), *beat]
+            if postgres.status == "pass":
+                checks += self._check_outbox()
             status: Status = max((c.status for c in checks), key=_SEVERITY.__getitem__)
             if redis.status == "warn" and (self._postgres is None or postgres.status == "warn"):
                 status = "fail"
@@ -234,6 +241,27 @@ class HealthMonitor:
             data["missing_migrations"] = missing
             return Check("postgres", "fail", "our tables are not up to date: run `govredis migrate`", data)
         return Check("postgres", "pass", "", data)
+
+    def _check_outbox(self) -> list[Check]:
+        """How far Redis is behind the outbox; nothing where nobody uses cached values."""
+        if self._guard is None:
+            return []
+        try:
+            valid, lag = self._guard.state(timeout=_POSTGRES_DEADLINE)
+        except BackendUnavailable:  # as the checks of the two say
+            return []
+        except BackendError as error:
+            return [Check("outbox", "warn", str(error), {})]
+        if lag is None:
+            return []
+        data: dict[str, Any] = {"entries": lag.entries, "oldest": round(lag.oldest, 3), "guard": valid}
+        if lag.oldest <= self._guard.staleness:
+            return [Check("outbox", "pass", "", data)]
+        output = (
+            f"Redis has not been told of {lag.entries} changes, the oldest {lag.oldest:.0f} s ago, so cached values are"
+            " not used: does beat run govredis.drain_outbox?"
+        )
+        return [Check("outbox", "warn", output, data)]
 
     def _check_counters(self) -> Check:
         """This process's counts, and hit ratios since the check before: one since the start hides a bad hour."""

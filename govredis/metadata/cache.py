@@ -18,8 +18,8 @@ from .commit import AfterCommit
 from .generation import Generation
 from .guard import Guard
 from .loading import Loads, is_due
-from .local import MISS, Shelf
-from .records import Records
+from .local import MISS, LocalValues
+from .shelf import Shelf
 from .values import Record, check
 
 __all__ = ["MetadataCache"]
@@ -68,7 +68,7 @@ class MetadataCache:
         stale: float = 0.0,
         max_bytes: int = 1_000_000,
         generation: Generation | None = None,
-        shelf: Shelf | None = None,
+        local: LocalValues | None = None,
         counters: Counters,
     ) -> None:
         self.namespace = check_namespace(namespace)
@@ -79,13 +79,13 @@ class MetadataCache:
         self._keys = keys
         self._redis = redis
         self._counters = counters
-        self._shelf = shelf
+        self._local = local
         self._generation = Generation(keys.generation(namespace)) if generation is None else generation
-        self._records = Records(
-            redis, guard, self._generation, shelf, namespace=namespace, strict=strict, counters=counters
+        self._shelf = Shelf(
+            redis, guard, self._generation, local, namespace=namespace, strict=strict, counters=counters
         )
         self._loads = Loads(
-            self._records,
+            self._shelf,
             namespace=namespace,
             negative_ttl=None if negative_ttl is None else check_ttl(negative_ttl, "negative_ttl"),
             stale=self._stale,
@@ -104,9 +104,9 @@ class MetadataCache:
 
     def get(self, identity: str) -> Any | None:
         """The cached value; None for a miss, which one that cannot be used now is too (Redis away, no guard)."""
-        if self._shelf is not None and (value := self._shelf.get(identity)) is not MISS:
+        if self._local is not None and (value := self._local.get(identity)) is not MISS:
             return value
-        (record,), _ = self._records.read({identity: self._keys.cached(self.namespace, identity)})
+        (record,), _ = self._shelf.read({identity: self._keys.cached(self.namespace, identity)})
         return None if record is None or self._is_over(record) else record.value
 
     def set(self, identity: str, value: Any, *, ttl: float | None = None) -> bool:
@@ -137,11 +137,11 @@ class MetadataCache:
                 which is not cached but by a `negative_ttl`. Its exceptions reach the caller.
             ttl: seconds, less up to a tenth, so that what was loaded together does not end together; None: the cache's.
         """
-        if self._shelf is not None and (value := self._shelf.get(identity)) is not MISS:
+        if self._local is not None and (value := self._local.get(identity)) is not MISS:
             return value
         key = self._keys.cached(self.namespace, identity)
         ttl = self._ttl(ttl)
-        (record,), seen = self._records.read({identity: key})
+        (record,), seen = self._shelf.read({identity: key})
         if record is not None and not is_due(record):
             return record.value
         return self._loads.one(identity, key, loader, ttl, record, seen)
@@ -163,11 +163,11 @@ class MetadataCache:
         """
         keys = {i: self._keys.cached(self.namespace, i) for i in identities}
         found: dict[str, Any] = {}
-        if self._shelf is not None:
-            found = {i: value for i in keys if (value := self._shelf.get(i)) is not MISS}
+        if self._local is not None:
+            found = {i: value for i in keys if (value := self._local.get(i)) is not MISS}
         asked = {i: key for i, key in keys.items() if i not in found}
         if asked:
-            records, seen = self._records.read(asked)
+            records, seen = self._shelf.read(asked)
             found.update(
                 (i, record.value)
                 for i, record in zip(asked, records, strict=True)
@@ -219,7 +219,7 @@ class MetadataCache:
         self._drop(identity)
         cells.invalidate(self._redis, key, version)
         self._drop(identity)  # again: what was being read meanwhile goes nowhere
-        self._records.count("invalidated")
+        self._shelf.count("invalidated")
 
     def invalidate_all(self) -> None:
         """Drop all values of the namespace, however many: a mark that they carry is no longer the current one.
@@ -232,9 +232,9 @@ class MetadataCache:
             return
         self._redis.call(*self._generation.next())
         self._generation.forget()
-        if self._shelf is not None:
-            self._shelf.cells.clear()
-        self._records.count("invalidated_all")
+        if self._local is not None:
+            self._local.cells.clear()
+        self._shelf.count("invalidated_all")
 
     def after_commit(self, connection: Any) -> AfterCommit:
         """A transaction of your own psycopg2 connection, and the invalidations that belong to it.
@@ -268,7 +268,7 @@ class MetadataCache:
             if not isinstance(error, BackendUnavailable):
                 self._paid(identity, token)
                 raise
-            self._records.count("invalidations_owed")
+            self._shelf.count("invalidations_owed")
             self._replay_soon()
         except BaseException:
             self._replay_soon()
@@ -285,7 +285,7 @@ class MetadataCache:
         bypassed, degraded.unguarded, ..."""
         mine = f"{self.namespace}."
         counts = {name[len(mine) :]: n for name, n in self._counters.read().items() if name.startswith(mine)}
-        return counts if self._shelf is None else {**counts, "local_hits": self._shelf.hits()}
+        return counts if self._local is None else {**counts, "local_hits": self._local.hits()}
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -293,8 +293,8 @@ class MetadataCache:
         return self.ttl if ttl is None else check_ttl(ttl)
 
     def _drop(self, identity: str) -> None:
-        if self._shelf is not None:
-            self._shelf.drop(identity)
+        if self._local is not None:
+            self._local.drop(identity)
 
     def _is_over(self, record: Record) -> bool:
         """Is its TTL over, and is it there for its `stale` time only?"""

@@ -23,7 +23,7 @@ def cells(key: str) -> tuple[str, str, str]:
 
 def take(key: str, lease: str) -> Command:
     """Take a lease, or share the one that stands. See lease.lua."""
-    return LEASE.call((sibling(key, "lease"),), (lease, _LEASE_MS))
+    return LEASE.call((key, sibling(key, "lease")), (lease, _LEASE_MS))
 
 
 def take_over(key: str, lease: str) -> Command:

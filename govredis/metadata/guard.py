@@ -22,6 +22,7 @@ from .._fork import renew_in_child
 from ..client import RedisClient, Script
 from ..errors import BackendError, BackendUnavailable, ConfigurationError
 from ..keys import Keys
+from .outbox import Outbox, OutboxLag
 from .tick import GuardRecord, Invalidations, PostgresAway, Ticker, microseconds
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Guard:
         threads: bool = True,
     ) -> None:
         self.staleness = staleness
+        self._outbox = Outbox(postgres)
         self.ticker = Ticker(keys, redis, postgres, staleness=staleness, patience=patience, counters=counters)
         #: PostgreSQL could not be asked for a tick: there is no valid guard, and nothing better than what is cached.
         self.blind = False
@@ -128,6 +130,14 @@ class Guard:
         """The epoch, if a guard is valid now. As `look`."""
         seen = self.look()
         return None if seen is None else seen.epoch
+
+    def state(self, *, timeout: float | None = None) -> tuple[bool, OutboxLag | None]:
+        """Is a guard valid in Redis, and what has Redis not been told? None: it was never told of anything, or has
+        forgotten. Does not tick. Raises BackendUnavailable, BackendError, ConfigurationError.
+        """
+        _, raw = self.ticker.read()
+        held = GuardRecord.parse(raw)
+        return self._ask() is not None, None if held is None else self._outbox.lag(held.epoch, timeout=timeout)
 
     def _find(self) -> Seen | None:
         seen = self._ask()

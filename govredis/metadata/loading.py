@@ -13,7 +13,7 @@ from . import cells
 from .flights import Flights
 from .frozen import read_only
 from .guard import Seen
-from .records import Lease, Records
+from .shelf import Lease, Shelf
 from .values import Record, decode, encode, version_of
 
 #: A loaded value's TTL is shorter by up to this part of it: what was loaded together does not end together.
@@ -35,11 +35,11 @@ class Loads:
     """
 
     def __init__(
-        self, records: Records, *, namespace: str, negative_ttl: float | None, stale: float, max_bytes: int
+        self, shelf: Shelf, *, namespace: str, negative_ttl: float | None, stale: float, max_bytes: int
     ) -> None:
         #: Seconds that a reader waits for what another loads, before it loads itself.
         self.patience = 2.0
-        self._records = records
+        self._shelf = shelf
         self._negative_ttl = negative_ttl
         self._stale = stale
         self._max_bytes = max_bytes
@@ -58,10 +58,14 @@ class Loads:
         give_up = time.monotonic() + self.patience
         pause, longest = _LOOKS
         while True:
-            leases = self._records.take([key], seen)
+            leases = self._shelf.take([key], seen)
             if leases is None:
                 return self._alone(identity, key, loader)
             lease = leases[key]
+            found = lease.record
+            if found is not None and (record is None or found.ends_at != record.ends_at):
+                self._shelf.give_back(leases)  # somebody else was sooner
+                return self._value(found)
             if lease.is_ours:
                 return self._under(lease, identity, key, loader, ttl, record, seen)
             if record is not None:
@@ -69,18 +73,18 @@ class Loads:
             if time.monotonic() >= give_up:
                 break
             if pause == _LOOKS[0]:
-                self._records.count("waits")
+                self._shelf.count("waits")
             time.sleep(pause * _random.uniform(0.5, 1.0))
             pause = min(longest, 2 * pause)
-            (record,), seen = self._records.read({identity: key})
+            (record,), seen = self._shelf.read({identity: key})
             if record is not None:
                 return record.value
         return self._flights.alone(lambda: self._under(lease, identity, key, loader, ttl, None, seen))
 
     def again(self, identity: str, key: str, loader: Callable[[str], Any], ttl: float) -> Any | None:
         """Load now; the old value is used until the new one is stored."""
-        seen = self._records.look()
-        lease = self._records.take_over(key, seen)
+        seen = self._shelf.look()
+        lease = self._shelf.take_over(key, seen)
         if lease is None:
             return self._alone(identity, key, loader)
         return self._under(lease, identity, key, loader, ttl, None, seen)
@@ -93,40 +97,43 @@ class Loads:
         seen: Seen | None,
     ) -> dict[str, Any]:
         missing = list(keys)
-        self._records.count("loads", len(missing))
-        leases = self._records.take(list(keys.values()), seen)
+        self._shelf.count("loads", len(missing))
+        leases = self._shelf.take(list(keys.values()), seen)
         if leases is None:
             loaded = self._flights.alone(lambda: load_many(missing))
             texts = {i: encode(loaded[i]) for i in missing if loaded.get(i) is not None}
             return {i: self._given(text) for i, text in texts.items()}
-        generation = self._records.generation.value
+        found = {i: self._value(record) for i in missing if (record := leases[keys[i]].record)}
+        missing = [i for i in missing if i not in found]
+        generation = self._shelf.generation.value
         fills: dict[str, Command] = {}
         texts = {}
         began = time.monotonic()
         try:
-            loaded = load_many(missing)
-            cost = (time.monotonic() - began) / len(missing)
+            loaded = load_many(missing) if missing else {}
+            cost = (time.monotonic() - began) / max(1, len(missing))
             for i in missing:
                 key, shorter = keys[i], ttl * (1 - _JITTER * _random.random())
                 fill, texts[i] = self._filling(key, loaded.get(i), seen, generation, leases[key].token, shorter, cost)
                 if fill is not None:
                     fills[key] = fill
         finally:
-            self._records.give_back({key: lease for key, lease in leases.items() if key not in fills})
-        self._records.store(fills.values())
-        return {i: self._given(text) for i, text in texts.items()}
+            self._shelf.give_back({key: lease for key, lease in leases.items() if key not in fills})
+        self._shelf.store(fills.values())
+        found.update((i, self._given(text)) for i, text in texts.items())
+        return found
 
     def store(self, key: str, value: Any, ttl: float) -> bool:
         """Store what was not loaded here, without a lease."""
         for _ in range(2):  # again over a new connection, where what was known of the guard says nothing
-            seen = self._records.look()
-            generation = None if seen is None else self._records.known_generation()
+            seen = self._shelf.look()
+            generation = None if seen is None else self._shelf.known_generation()
             if seen is None or generation is None:
                 return False
             fill, _ = self._filling(key, value, seen, generation, "", ttl, 0.0)
-            if fill is None or not self._records.store([fill]):
+            if fill is None or not self._shelf.store([fill]):
                 return False
-            if self._records.stands(seen):
+            if self._shelf.stands(seen):
                 return True
         return False
 
@@ -134,7 +141,7 @@ class Loads:
 
     def _alone(self, identity: str, key: str, loader: Callable[[str], Any]) -> Any | None:
         """Where nothing can be stored."""
-        self._records.count("loads")
+        self._shelf.count("loads")
         text = self._flights.run(key, lambda: None if (value := loader(identity)) is None else encode(value))
         return None if text is None else self._given(text)
 
@@ -148,8 +155,8 @@ class Loads:
         record: Record | None,
         seen: Seen | None,
     ) -> Any | None:
-        generation = self._records.generation.value  # from before the load
-        self._records.count("loads")
+        generation = self._shelf.generation.value  # from before the load
+        self._shelf.count("loads")
         fill: Command | None = None
         began = time.monotonic()
         try:
@@ -158,17 +165,17 @@ class Loads:
             except Exception:
                 if record is None:
                     raise
-                self._records.count("degraded.loads")
+                self._shelf.count("degraded.loads")
                 return record.value
             ttl *= 1 - _JITTER * _random.random()
             fill, text = self._filling(key, value, seen, generation, lease.token, ttl, time.monotonic() - began)
             if fill is None and record is not None:
-                self._records.drop(key)  # what is there is not it
+                self._shelf.drop(key)  # what is there is not it
         finally:
             if fill is None:
-                self._records.give_back({key: lease})
+                self._shelf.give_back({key: lease})
         if fill is not None:
-            self._records.store([fill])
+            self._shelf.store([fill])
         return self._given(text)
 
     def _filling(
@@ -183,15 +190,17 @@ class Loads:
         if value is None and self._negative_ttl is None:
             return None, text
         if len(text) > self._max_bytes:
-            self._records.count("too_large")
+            self._shelf.count("too_large")
             return None, text
         return cells.fill(key, text, str(max(1, int((ttl + stale) * 1000))), lease, version_of(value)), text
 
     def _given(self, text: str) -> Any:
         """The value as a hit gives it."""
         record = decode(text)
-        value = None if record is None else record.value
-        return value if self._records.shelf is None else read_only(value)
+        return None if record is None else self._value(record)
+
+    def _value(self, record: Record) -> Any:
+        return record.value if self._shelf.local is None else read_only(record.value)
 
 
 def is_due(record: Record) -> bool:

@@ -59,13 +59,13 @@ class Cell:
         self.until = 0.0
 
 
-class Shelf:
+class LocalValues:
     """The cells of one namespace, by id; those least recently used go first. Nothing here takes a lock."""
 
     def __init__(self, tier: LocalTier, generation: Generation, entries: int) -> None:
         self._tier = tier
         self.generation = generation
-        #: The client's, when the connection was begun that tracks this shelf; -1: none does.
+        #: The client's, when the connection was begun that tracks this values; -1: none does.
         self.connects = -1
         self._entries = entries
         self.cells: OrderedDict[str, Cell] = OrderedDict()
@@ -119,7 +119,7 @@ class Shelf:
 
 
 class LocalTier:
-    """The shelves of one GovRedis in this process, and the thread that keeps them true. It starts with the first read.
+    """The values of one GovRedis in this process, and the thread that keeps them true. It starts with the first read.
 
     Args:
         guard: under which values are used; None: there is none.
@@ -131,7 +131,7 @@ class LocalTier:
         self._generations = keys.generation("")
         self._redis = redis
         self._entries = entries
-        self._shelves: dict[str, Shelf] = {}
+        self._namespaces: dict[str, LocalValues] = {}
         self._warned = False
         self._stream: PushStream | None = None
         self._thread: threading.Thread | None = None
@@ -144,16 +144,16 @@ class LocalTier:
         self.epoch: int | None = None
         self._stopped = threading.Event()
         self._thread = None
-        for shelf in self._shelves.values():
-            shelf.connects = -1
-            shelf.cells.clear()
+        for values in self._namespaces.values():
+            values.connects = -1
+            values.cells.clear()
         if self._stream is not None:
             self._stream.close()  # the child's descriptor only
             self._stream = None
 
-    def shelf(self, prefix: str, generation: Generation) -> Shelf:
-        """The shelf of the keys that begin with `prefix`."""
-        return self._shelves.setdefault(prefix, Shelf(self, generation, self._entries))
+    def values(self, prefix: str, generation: Generation) -> LocalValues:
+        """The values whose keys begin with `prefix`."""
+        return self._namespaces.setdefault(prefix, LocalValues(self, generation, self._entries))
 
     def start(self) -> None:
         """Have the thread run. Where threads cannot, nothing here is ever valid."""
@@ -187,20 +187,20 @@ class LocalTier:
     def forget(self) -> None:
         """Nothing is valid, and what is being read will not be put here."""
         self.until = 0.0
-        for shelf in list(self._shelves.values()):
-            shelf.connects = -1
-            shelf.cells.clear()
+        for values in list(self._namespaces.values()):
+            values.connects = -1
+            values.cells.clear()
 
     def _clear(self) -> None:
-        for shelf in list(self._shelves.values()):
-            shelf.cells.clear()
+        for values in list(self._namespaces.values()):
+            values.cells.clear()
 
     def track(self) -> _Tracking:
         """Begin a tracking connection. Raises BackendUnavailable, BackendError."""
-        connects, shelves = self._redis.connects, dict(self._shelves)
+        connects, namespaces = self._redis.connects, dict(self._namespaces)
         self._stream = stream = self._redis.push_stream()
         command = ["CLIENT", "TRACKING", "ON", "BCAST"]
-        for prefix in (self._generations, *shelves):
+        for prefix in (self._generations, *namespaces):
             command += ["PREFIX", prefix]
         try:
             stream.send([tuple(command)])
@@ -211,14 +211,14 @@ class LocalTier:
         except BaseException:
             stream.close()
             raise
-        for shelf in shelves.values():
-            shelf.cells.clear()  # what was asked for before goes nowhere
-            shelf.connects = connects
-        return _Tracking(stream, connects, len(shelves))
+        for values in namespaces.values():
+            values.cells.clear()  # what was asked for before goes nowhere
+            values.connects = connects
+        return _Tracking(stream, connects, len(namespaces))
 
     def is_current(self, tracking: _Tracking) -> bool:
-        """Does it track all shelves, on the server that everybody here talks to?"""
-        return tracking.connects == self._redis.connects and tracking.shelves == len(self._shelves)
+        """Does it track all namespaces, on the server that everybody here talks to?"""
+        return tracking.connects == self._redis.connects and tracking.namespaces == len(self._namespaces)
 
     def questions(self) -> list[tuple[str, ...]]:
         return [("PING",)] if self.guard is None else self.guard.questions()
@@ -236,12 +236,12 @@ class LocalTier:
             return
         for key in push[1]:
             text = key.decode(errors="replace")
-            for prefix, shelf in list(self._shelves.items()):
+            for prefix, values in list(self._namespaces.items()):
                 if text.startswith(prefix):
-                    shelf.drop(text[len(prefix) :])
-                elif text == shelf.generation.key:
-                    shelf.generation.forget()  # first: what is read from now on asks for it
-                    shelf.cells.clear()
+                    values.drop(text[len(prefix) :])
+                elif text == values.generation.key:
+                    values.generation.forget()  # first: what is read from now on asks for it
+                    values.cells.clear()
 
     def extend(self, sent: float, seen: Seen | None) -> None:
         """All that the server had to tell when it answered what was sent then has been told."""
@@ -266,10 +266,10 @@ class LocalTier:
 class _Tracking:
     """One tracking connection, and what was asked over it."""
 
-    def __init__(self, stream: PushStream, connects: int, shelves: int) -> None:
+    def __init__(self, stream: PushStream, connects: int, namespaces: int) -> None:
         self.stream = stream
         self.connects = connects
-        self.shelves = shelves
+        self.namespaces = namespaces
         self._sent: float | None = None
         self._replies: list[Any] = []
         self._before: tuple[float, Seen | None] | None = None

@@ -8,7 +8,7 @@ from ..errors import refuse
 from ..keys import check_namespace
 
 if TYPE_CHECKING:
-    from ..postgres import Postgres
+    from ..postgres import Postgres, Transaction
 
 __all__ = ["Outbox", "OutboxLag", "Watched"]
 
@@ -16,8 +16,9 @@ __all__ = ["Outbox", "OutboxLag", "Watched"]
 _DDL_TIMEOUT = 60.0
 
 _LAG = """
-SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(o.at)), 0)
-FROM govredis_outbox o WHERE EXISTS (SELECT FROM govredis_epochs e WHERE NOT pg_visible_in_snapshot(o.xid, e.seen))
+SELECT count(o.entry), coalesce(extract(epoch FROM clock_timestamp() - min(o.at)), 0)
+FROM govredis_epochs e LEFT JOIN govredis_outbox o ON NOT pg_visible_in_snapshot(o.xid, e.seen)
+WHERE e.epoch = %s GROUP BY e.epoch
 """
 
 
@@ -30,7 +31,7 @@ class Watched(NamedTuple):
 
 
 class OutboxLag(NamedTuple):
-    """How many entries some Redis has not been told of, and the age of the oldest in seconds; 0 without any."""
+    """How many entries a Redis has not been told of, and the age of the oldest in seconds; 0 without any."""
 
     entries: int
     oldest: float
@@ -53,15 +54,17 @@ class Outbox:
             table: as SQL names it.
             column: whose text is the id; before and after an update, if it changes.
             namespace: of the cache.
+
+        Raises ValueError for a table that there is not.
         """
         check_namespace(namespace)
         with self._postgres.transaction(timeout=_DDL_TIMEOUT) as tx:
-            tx.fetch("SELECT govredis_outbox_watch(%s::regclass, %s, %s)", (table, column, namespace))
+            tx.fetch("SELECT govredis_outbox_watch(%s, %s, %s)", (_known(tx, table), column, namespace))
 
     def unwatch(self, table: str) -> None:
         """Watch a table no more. Raises ValueError if it is not watched."""
         with self._postgres.transaction(timeout=_DDL_TIMEOUT) as tx:
-            removed = tx.fetch("SELECT govredis_outbox_unwatch(%s::regclass)", (table,))[0][0]
+            removed = tx.fetch("SELECT govredis_outbox_unwatch(%s)", (_known(tx, table),))[0][0]
         if not removed:
             raise refuse("table", table, "one that is watched")
 
@@ -72,7 +75,13 @@ class Outbox:
         )
         return [Watched(*row) for row in rows]
 
-    def lag(self, *, timeout: float | None = None) -> OutboxLag:
-        """What has not been told yet."""
-        ((entries, oldest),) = self._postgres.fetch(_LAG, timeout=timeout)
-        return OutboxLag(entries, float(oldest))
+    def lag(self, epoch: int, *, timeout: float | None = None) -> OutboxLag | None:
+        """What the Redis of this epoch has not been told yet; None for an epoch that is over."""
+        rows = self._postgres.fetch(_LAG, (epoch,), timeout=timeout)
+        return OutboxLag(rows[0][0], float(rows[0][1])) if rows else None
+
+
+def _known(tx: Transaction, table: str) -> str:
+    if tx.fetch("SELECT to_regclass(%s)", (table,))[0][0] is None:
+        raise refuse("table", table, "the name of one in the database, as SQL has it")
+    return table

@@ -73,7 +73,7 @@ ON CONFLICT (epoch) DO UPDATE SET tick = excluded.tick, seen = excluded.seen, at
 """
 _FORGET = """
 DELETE FROM govredis_epochs
-WHERE epoch = %s OR epoch <> %s AND at < clock_timestamp() - %s * interval '1 second'
+WHERE epoch <> %s AND (epoch = ANY(%s) OR at < clock_timestamp() - %s * interval '1 second')
 """
 
 
@@ -133,6 +133,7 @@ class Ticker:
         #: An epoch without a tick for so long is forgotten, and what was kept for it: if it returns, a new one begins.
         self._forgotten_after = max(600.0, 2 * staleness)
         self._counters = counters
+        self._last: int | None = None
         self._scripts: list[Script] = [_GUARD, INVALIDATE]
         self._invalidations: dict[str, Invalidations] = {}
 
@@ -176,6 +177,7 @@ class Ticker:
                 raise PostgresAway(str(error)) from error
             raise
         self._set(str(told), told._replace(at=now))
+        self._last = told.epoch
         self._counters.add("guard.ticks")
         self._counters.add("guard.told", len(entries))
         return len(entries)
@@ -224,8 +226,9 @@ class Ticker:
 
     def _confirm(self, tx: Transaction, held: GuardRecord | None, told: GuardRecord, snapshot: str) -> None:
         tx.fetch(_CONFIRM, (told.epoch, told.tick, snapshot))
-        ended = None if held is None or held.epoch == told.epoch else held.epoch
-        tx.fetch(_FORGET, (ended, told.epoch, self._forgotten_after))
+        # A Redis that has lost its guard does not know its last epoch; who has ticked before does.
+        ended = [epoch for epoch in (self._last, held and held.epoch) if epoch is not None]
+        tx.fetch(_FORGET, (told.epoch, ended, self._forgotten_after))
         tx.fetch("SELECT govredis_outbox_clean(%s)", (_CLEANED_AT_ONCE,))
 
     def _set(self, expected: str, new: GuardRecord) -> bool:

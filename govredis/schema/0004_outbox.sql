@@ -72,7 +72,7 @@ LANGUAGE plpgsql AS $$
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_attribute
                    WHERE attrelid = watched AND attname = id_column AND attnum > 0 AND NOT attisdropped) THEN
-        RAISE undefined_column USING MESSAGE = format('%s has no column %s', watched, id_column);
+        RAISE invalid_parameter_value USING MESSAGE = format('%s has no column %s', watched, id_column);
     END IF;
     EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s', 'govredis_rows_' || namespace, watched);
     EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s', 'govredis_truncate_' || namespace, watched);

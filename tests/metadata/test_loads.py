@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from govredis import GovRedis
-from govredis.metadata import MetadataCache
 from govredis.keys import sibling
-from govredis.metadata import loading, values
+from govredis.metadata import MetadataCache, loading, values
 from govredis.testing.servers import RedisServer
 
 KEY = "agent_meta:a"

@@ -34,15 +34,15 @@ def until(condition: Callable[[], Any], what: str = "") -> None:
 def held(gov: GovRedis, identity: str = "a", namespace: str = "") -> Any:
     """What the process itself has, MISS for nothing that is valid."""
     cache = gov.cache(namespace) if namespace else gov.metadata
-    assert cache._shelf is not None
-    return cache._shelf.get(identity)
+    assert cache._local is not None
+    return cache._local.get(identity)
 
 
 def place(gov: GovRedis, identity: str = "a", namespace: str = "agent_meta") -> Any:
     """Where the process has it, valid or not: a busy machine may make it invalid for a moment."""
-    shelf = gov.cache(namespace)._shelf
-    assert shelf is not None
-    return shelf.cells.get(identity)
+    values = gov.cache(namespace)._local
+    assert values is not None
+    return values.cells.get(identity)
 
 
 def keep(gov: GovRedis, identity: str = "a") -> Any:
@@ -118,9 +118,9 @@ class TestHits:
         until(lambda: keep(gov, "a") and all(held(gov, i) is not MISS for i in "bca"))
         keep(gov, "d")
         assert held(gov, "b") is MISS
-        assert len(gov.metadata._shelf.cells) == 3  # type: ignore[union-attr]
+        assert len(gov.metadata._local.cells) == 3  # type: ignore[union-attr]
         gov.metadata.get_many([f"x{n}" for n in range(100)])
-        assert len(gov.metadata._shelf.cells) == 3  # type: ignore[union-attr]
+        assert len(gov.metadata._local.cells) == 3  # type: ignore[union-attr]
 
 
 class TestSharedValues:
@@ -200,9 +200,9 @@ class TestCoherence:
         keep(one)
         two.metadata.set("a", 2)
         until(lambda: held(one) is MISS)
-        records = one.metadata._records
+        records = one.metadata._shelf
         usable = records._usable
-        cells = one.metadata._shelf.cells  # type: ignore[union-attr]
+        cells = one.metadata._local.cells  # type: ignore[union-attr]
 
         def change_meanwhile(*args: Any) -> Any:
             found = usable(*args)
@@ -328,7 +328,7 @@ class TestFailures:
         assert valid_until <= at + 1.0
         two.metadata.set("a", 2)
         until(lambda: held(one) is MISS)
-        until(lambda: not one.metadata._shelf.cells)  # type: ignore[union-attr]
+        until(lambda: not one.metadata._local.cells)  # type: ignore[union-attr]
         proxy.open.set()
         assert keep(one) == 2
 
@@ -359,11 +359,11 @@ class TestFailures:
     def test_after_a_reconnect_nothing_of_before_is_there(self, one: GovRedis, two: GovRedis, plain_redis: Any) -> None:
         two.metadata.set("a", 1)
         keep(one)
-        shelf = one.metadata._shelf
-        assert shelf is not None
-        place = shelf.cells["a"]
+        values = one.metadata._local
+        assert values is not None
+        place = values.cells["a"]
         plain_redis.client_kill_filter(_type="normal", skipme=True)
-        until(lambda: shelf.cells.get("a") is not place)
+        until(lambda: values.cells.get("a") is not place)
         assert keep(one) == 1
         two.metadata.set("a", 2)
         until(lambda: held(one) is MISS)
@@ -405,7 +405,7 @@ class TestFailures:
         gov._guard._seen = None
         keep(gov)
         redis.call("SET", gov._guard.ticker.key, f"{epoch + 1} {tick} {confirmed} {at}")
-        until(lambda: not gov.metadata._shelf.cells or held(gov) is MISS)  # type: ignore[union-attr]
+        until(lambda: not gov.metadata._local.cells or held(gov) is MISS)  # type: ignore[union-attr]
 
     def test_a_server_that_forbids_it_is_warned_of_once_and_all_else_works(
         self, make: Callable[..., GovRedis], redis_server: RedisServer, plain_redis: Any, caplog: Any
@@ -453,7 +453,7 @@ class TestFork:
         child = os.fork()
         if child == 0:
             try:
-                empty = held(one) is MISS and not one.metadata._shelf.cells  # type: ignore[union-attr]
+                empty = held(one) is MISS and not one.metadata._local.cells  # type: ignore[union-attr]
                 kept = keep(one) == 1
                 os.write(writing, b"ok" if empty and kept else b"no")
                 until(lambda: held(one) is MISS)
@@ -473,7 +473,7 @@ class TestThreads:
     def test_readers_see_no_value_twice_gone(self, one: GovRedis, two: GovRedis) -> None:
         """Eight readers, a writer that counts up, and as few places as make them push each other out."""
         one._local._entries = 4  # type: ignore[union-attr]
-        one.metadata._shelf._entries = 4  # type: ignore[union-attr]
+        one.metadata._local._entries = 4  # type: ignore[union-attr]
         ids = [f"i{n}" for n in range(6)]
         for identity in ids:
             two.metadata.set(identity, 0)
@@ -502,7 +502,7 @@ class TestThreads:
         for thread in threads:
             thread.join()
         assert not errors, errors[:5]
-        assert len(one.metadata._shelf.cells) <= 4 + 8  # type: ignore[union-attr]
+        assert len(one.metadata._local.cells) <= 4 + 8  # type: ignore[union-attr]
         until(lambda: all(one.metadata.get(i) == 149 for i in ids))
         assert one.metadata.stats()["local_hits"] > 0
 

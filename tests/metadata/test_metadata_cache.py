@@ -347,9 +347,9 @@ print(GovRedis(Config(redis_url=sys.argv[1])).metadata.get_or_load("a", load))
         assert [g.metadata.stats().get("fills", 0) for g in (gov, other)] == [0, 1]
 
     def test_leases_of_parent_and_child_differ(self, gov: GovRedis) -> None:
-        before = gov.metadata._records.new_lease()
-        gov.metadata._records.renew_after_fork()
-        assert gov.metadata._records.new_lease()[:16] != before[:16]
+        before = gov.metadata._shelf.new_lease()
+        gov.metadata._shelf.renew_after_fork()
+        assert gov.metadata._shelf.new_lease()[:16] != before[:16]
 
     def test_works_where_redis_has_no_memory_left(self, gov: GovRedis, plain_redis: Any) -> None:
         gov.metadata.set("a", 1)
@@ -360,3 +360,78 @@ print(GovRedis(Config(redis_url=sys.argv[1])).metadata.get_or_load("a", load))
             assert gov.metadata.get("a") is None
         finally:
             plain_redis.config_set("maxmemory", 0)
+
+
+class TestVersions:
+    """Those of AgentRecords: they are of the row itself."""
+
+    @pytest.fixture
+    def gov(self, gov: GovRedis) -> GovRedis:
+        gov.agents.create("a", {"n": 1})
+        return gov
+
+    def test_an_invalidation_keeps_a_value_that_is_as_new(self, gov: GovRedis) -> None:
+        record = gov.metadata.get_or_load("a", gov.agents.get)
+        gov.metadata.invalidate("a", version=record["version"])
+        assert gov.metadata.get("a") == record
+        gov.metadata.invalidate("a", version=record["version"] - 1)
+        assert gov.metadata.get("a") == record
+        gov.metadata.invalidate("a", version=record["version"] + 1)
+        assert gov.metadata.get("a") is None
+
+    def test_an_invalidation_without_a_version_keeps_none(self, gov: GovRedis) -> None:
+        gov.metadata.get_or_load("a", gov.agents.get)
+        gov.metadata.invalidate("a")
+        assert gov.metadata.get("a") is None
+
+    def test_the_drain_after_a_write_costs_no_value_that_was_read_since(self, gov: GovRedis) -> None:
+        assert gov._guard is not None
+        gov._guard.drain()
+        gov.agents.update_metadata("a", n=2)
+        record = gov.metadata.get_or_load("a", gov.agents.get)
+        assert gov._guard.drain() == 1
+        assert gov.metadata.get("a") == record
+
+    def test_a_fill_that_is_older_than_the_invalidation_is_refused(self, gov: GovRedis) -> None:
+        """It was read from a replica of PostgreSQL that lags, say."""
+        lagging = gov.agents.get("a")
+        updated = gov.agents.update_metadata("a", n=2)
+        assert updated is not None
+        assert gov.metadata.get_or_load("a", lambda _: lagging) == lagging
+        assert gov.metadata.get("a") is None
+        assert gov.metadata.set("a", lagging) is False
+        assert gov.metadata.set("a", updated) is True
+        assert gov.metadata.get("a") == updated
+
+    def test_the_newest_invalidation_counts_in_whatever_order_they_arrive(
+        self, gov: GovRedis, plain_redis: Any
+    ) -> None:
+        plain_redis.delete(CELLS[2])
+        for version in (7, 9, 8):
+            gov.metadata.invalidate("a", version=version)
+        assert plain_redis.get(CELLS[2]) == "9"
+        gov.metadata.invalidate("a")
+        gov.metadata.invalidate("a", version=10**15)
+        assert plain_redis.get(CELLS[2]) == "", "one is not known: nothing may be set for 10 s"
+        assert gov.metadata.set("a", gov.agents.get("a")) is False
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            '{"version": 999}',
+            '{"a": {"__govredis__": {"version": 999}}}',
+            '{"x": "\\"__govredis__\\": {\\"version\\": 9}}"}',
+        ],
+    )
+    def test_of_others_are_no_versions(self, gov: GovRedis, plain_redis: Any, raw: str) -> None:
+        plain_redis.set(KEY, raw)
+        gov.metadata.invalidate("a", version=1)
+        assert not plain_redis.exists(KEY)
+        gov.metadata.get_or_load("a", lambda _: {"agent_id": "a", "metadata": {}, "status": "active", "version": 999})
+        gov.metadata.invalidate("a", version=1)
+        assert gov.metadata.get("a") is None
+
+    def test_a_delete_invalidates_what_it_deleted(self, gov: GovRedis) -> None:
+        gov.metadata.get_or_load("a", gov.agents.get)
+        assert gov.agents.delete("a")
+        assert gov.metadata.get("a") is None

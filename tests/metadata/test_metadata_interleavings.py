@@ -17,7 +17,7 @@ from govredis.client import Script
 from govredis.metadata import cells
 from govredis.metadata import guard as guard_module
 from govredis.metadata.guard import Guard
-from govredis.metadata.records import Records
+from govredis.metadata.shelf import Shelf
 from govredis.metadata.tick import GuardRecord, Ticker
 from govredis.testing.servers import PostgresServer, RedisServer
 
@@ -107,7 +107,7 @@ def no_connects(patch: pytest.MonkeyPatch) -> None:
 
 def no_epoch(patch: pytest.MonkeyPatch) -> None:
     """A value of any epoch is used."""
-    patch.setattr(Records, "_usable", lambda self, record, seen: record)
+    patch.setattr(Shelf, "_usable", lambda self, record, seen: record)
 
 
 def late_time(patch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def value_first(patch: pytest.MonkeyPatch) -> None:
         self._guard._seen = None
         return found, self.look(), 0
 
-    patch.setattr(Records, "_raws", raws)
+    patch.setattr(Shelf, "_raws", raws)
 
 
 def call(what: str, number: int = 0) -> list[Step]:

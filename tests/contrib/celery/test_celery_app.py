@@ -325,6 +325,10 @@ class TestCalls:
         gov.metadata.set("a", 1)
         assert app.tasks["govredis.invalidate_metadata"]("a") is None
         assert gov.metadata.get("a") is None
+        gov.metadata.get_or_load("a", lambda _: 1)
+        gov.postgres.fetch("SELECT govredis_outbox_add('agent_meta', 'a', 1)")
+        assert app.tasks["govredis.drain_outbox"]() == 1
+        assert gov.metadata.get("a") is None
         gov.postgres.fetch(
             "INSERT INTO govredis_limit_windows SELECT 'calls:' || n, '{}', 1, 5 FROM generate_series(1, 3) n"
         )
@@ -342,6 +346,7 @@ class TestCalls:
         app.finalize()
         assert app.tasks["govredis.heartbeat"]() is False
         assert app.tasks["govredis.health_snapshot"]() == {"status": "fail", "stored": None}
+        assert app.tasks["govredis.drain_outbox"]() is None
         assert app.tasks["govredis.purge"]() == 0, "there is no PostgreSQL: nothing to purge"
         with pytest.raises(BackendUnavailable):
             app.tasks["govredis.invalidate_metadata"]("a")

@@ -1,4 +1,4 @@
-"""Records: a namespace's values as they stand in Redis, what may be used of them, and what is stored there."""
+"""Shelf: a namespace's values as they stand in Redis, what may be used of them, and what is stored there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import cells
 from .frozen import read_only
 from .generation import Generation
 from .guard import Guard, Seen
-from .local import Cell, Shelf
+from .local import Cell, LocalValues
 from .values import Record, decode
 
 #: How often a read is tried whose connection turns out to be a new one.
@@ -34,13 +34,15 @@ class Lease(NamedTuple):
     token: str
     #: False: somebody else took it, and is loading.
     is_ours: bool
+    #: What was there when it was taken, if it may be used: it was stored since it was missed.
+    record: Record | None = None
 
 
-class Records:
+class Shelf:
     """The values of one cache in Redis. Redis being away is counted, and never raised.
 
     Args:
-        shelf: where what was read is kept in this process; None: nowhere.
+        local: where what was read is kept in this process; None: nowhere.
         strict: BackendUnavailable, where nobody can tell whether values are stale.
     """
 
@@ -49,14 +51,14 @@ class Records:
         redis: RedisClient | None,
         guard: Guard | None,
         generation: Generation,
-        shelf: Shelf | None,
+        local: LocalValues | None,
         *,
         namespace: str,
         strict: bool,
         counters: Counters,
     ) -> None:
         self.generation = generation
-        self.shelf = shelf
+        self.local = local
         self._redis = redis
         self._guard = guard
         self._namespace = namespace
@@ -102,8 +104,8 @@ class Records:
     def read(self, keys: dict[str, str]) -> tuple[list[Record | None], Seen | None]:
         """The records of several ids, of which the keys are given: of each the one that may be used, or None. And under
         what they were looked for; None where nothing is to be stored."""
-        shelf = self.shelf
-        places = [] if shelf is None else [shelf.reserve(identity) for identity in keys]
+        local = self.local
+        places = [] if local is None else [local.reserve(identity) for identity in keys]
         raws, seen, connects = self._raws(list(keys.values()))
         if seen is None:
             return [None] * len(keys), None
@@ -113,9 +115,9 @@ class Records:
             self._counters.add(self._hits, len(keys) - missed)
         if missed:
             self._counters.add(self._misses, missed)
-        if shelf is not None:
+        if local is not None:
             records = [
-                None if record is None else self._kept(shelf, place, record, seen, connects)
+                None if record is None else self._kept(local, place, record, seen, connects)
                 for place, record in zip(places, records, strict=True)
             ]
         return records, seen
@@ -147,10 +149,10 @@ class Records:
         return record if seen is _UNGUARDED or seen is _BLIND or record.epoch == seen.epoch else None
 
     @staticmethod
-    def _kept(shelf: Shelf, place: Cell, record: Record, seen: Seen, connects: int) -> Record:
+    def _kept(local: LocalValues, place: Cell, record: Record, seen: Seen, connects: int) -> Record:
         record = record._replace(value=read_only(record.value))
         if record.ends_at is not None:
-            shelf.fill(place, record.value, seen, connects, record.ends_at - time.time())
+            local.fill(place, record.value, seen, connects, record.ends_at - time.time())
         return record
 
     # -- writing -------------------------------------------------------------------------------------------------
@@ -176,7 +178,11 @@ class Records:
         except BackendUnavailable:
             self.count("degraded.leases")
             return None
-        return {key: Lease(token.decode(), bool(ours)) for key, (token, ours) in zip(keys, replies, strict=True)}
+        stands = self.stands(seen)
+        return {
+            key: Lease(token.decode(), bool(ours), self._usable(decode(raw), seen) if raw and stands else None)
+            for key, (token, ours, raw) in zip(keys, replies, strict=True)
+        }
 
     def take_over(self, key: str, seen: Seen | None) -> Lease | None:
         """A lease, from whoever has it: what that one loads will not be stored. None as `take`."""
