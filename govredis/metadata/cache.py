@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,10 +16,10 @@ from .cached import Decorator
 from .commit import AfterCommit
 from .generation import Generation
 from .guard import Guard
-from .loading import Loads, is_due
+from .loading import Loads, is_due, is_over
 from .local import MISS, LocalValues
 from .shelf import Shelf
-from .values import Record, check
+from .values import check
 
 __all__ = ["MetadataCache"]
 
@@ -75,7 +74,6 @@ class MetadataCache:
         self.ttl = check_ttl(ttl)
         if strict and guard is None and redis is not None:
             raise ConfigurationError("strict needs PostgreSQL: GOVREDIS_DATABASE_URL is not set")
-        self._stale = check_ttl(stale, "stale") if stale else 0.0
         self._keys = keys
         self._redis = redis
         self._counters = counters
@@ -88,7 +86,7 @@ class MetadataCache:
             self._shelf,
             namespace=namespace,
             negative_ttl=None if negative_ttl is None else check_ttl(negative_ttl, "negative_ttl"),
-            stale=self._stale,
+            stale=check_ttl(stale, "stale") if stale else 0.0,
             max_bytes=max_bytes,
         )
         if redis is not None:
@@ -107,7 +105,7 @@ class MetadataCache:
         if self._local is not None and (value := self._local.get(identity)) is not MISS:
             return value
         (record,), _ = self._shelf.read({identity: self._keys.cached(self.namespace, identity)})
-        return None if record is None or self._is_over(record) else record.value
+        return None if record is None or is_over(record) else record.value
 
     def set(self, identity: str, value: Any, *, ttl: float | None = None) -> bool:
         """Store a value, unless it was invalidated within the last 10 s (a record of `gov.agents`: for a later write).
@@ -171,7 +169,7 @@ class MetadataCache:
             found.update(
                 (i, record.value)
                 for i, record in zip(asked, records, strict=True)
-                if record is not None and not self._is_over(record)
+                if record is not None and not is_over(record)
             )
             missing = [i for i in asked if i not in found]
             if missing and load_many is not None:
@@ -295,10 +293,6 @@ class MetadataCache:
     def _drop(self, identity: str) -> None:
         if self._local is not None:
             self._local.drop(identity)
-
-    def _is_over(self, record: Record) -> bool:
-        """Is its TTL over, and is it there for its `stale` time only?"""
-        return bool(self._stale) and record.ends_at is not None and time.time() >= record.ends_at
 
     def _replay(self, redis: RedisClient) -> None:
         with self._lock:

@@ -63,7 +63,7 @@ class Loads:
                 return self._alone(identity, key, loader)
             lease = leases[key]
             found = lease.record
-            if found is not None and (record is None or found.ends_at != record.ends_at):
+            if found is not None and not is_over(found) and (record is None or found.ends_at != record.ends_at):
                 self._shelf.give_back(leases)  # somebody else was sooner
                 return self._value(found)
             if lease.is_ours:
@@ -103,7 +103,7 @@ class Loads:
             loaded = self._flights.alone(lambda: load_many(missing))
             texts = {i: encode(loaded[i]) for i in missing if loaded.get(i) is not None}
             return {i: self._given(text) for i, text in texts.items()}
-        found = {i: self._value(record) for i in missing if (record := leases[keys[i]].record)}
+        found = {i: self._value(record) for i in missing if (record := leases[keys[i]].record) and not is_over(record)}
         missing = [i for i in missing if i not in found]
         generation = self._shelf.generation.value
         fills: dict[str, Command] = {}
@@ -201,6 +201,11 @@ class Loads:
 
     def _value(self, record: Record) -> Any:
         return record.value if self._shelf.local is None else read_only(record.value)
+
+
+def is_over(record: Record) -> bool:
+    """Is its TTL over, and is it there for its `stale` time only?"""
+    return record.ends_at is not None and time.time() >= record.ends_at
 
 
 def is_due(record: Record) -> bool:
