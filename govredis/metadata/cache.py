@@ -49,6 +49,12 @@ class MetadataCache:
     False, and `invalidate` raises. What another process invalidated, or failed to, while it could not reach Redis may
     be served as said.
 
+    **With `local_cache`** values are also kept in this process, until Redis says that they have changed; local.py says
+    why that is as good. A hit costs half a microsecond and asks nobody. An invalidation is heard of by other processes
+    in about a millisecond, and holds there 1 s later at the latest. What such a cache gives is shared by all who read
+    it, and therefore read-only, hit or miss: dicts and lists that compare as such, refuse changes with a TypeError, and
+    of which `copy.deepcopy` makes plain ones.
+
     Values are anything JSON can hold but None, and come back as JSON gives them back (a tuple as a list), from hit and
     miss alike. Every method raises ValueError for a bad id or value before anything is sent, BackendError where Redis
     answers with an error, and ConfigurationError where PostgreSQL's tables are missing (`govredis migrate`).
@@ -222,8 +228,8 @@ class MetadataCache:
     def invalidate_all(self) -> None:
         """Drop all values of the namespace, however many: a mark that they carry is no longer the current one.
 
-        Once it has returned, this process uses none of them; every other one does not 1 s later. What is being loaded
-        under way is not used either. Raises BackendUnavailable if it cannot be carried out. Not part of what
+        Once it has returned, this process uses none of them, nor does any other 1 s later; what is being loaded
+        meanwhile is not used either. Raises BackendUnavailable if it cannot be carried out. Not part of what
         `metadata_staleness` bounds: a Redis that loses its data may forget it.
         """
         if self._redis is None:

@@ -13,7 +13,9 @@ from ..client import Command
 KNOWN_FOR = 1.0
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
+    """What the last answer said, until when it holds, and how often it had been forgotten by then."""
+
     value: str
     until: float
     serial: int
@@ -28,18 +30,16 @@ class Generation:
 
     def __init__(self, key: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.key = key
+        #: What asks for it, along with the next read.
+        self.question: Command = ("MGET", key)
+        self.known = Known("", 0.0, 0)
         self._clock = clock
         self._serial = 0
-        self._known = _Known("", 0.0, 0)
 
-    @property
-    def value(self) -> str:
-        return self._known.value
-
-    def question(self) -> list[Command]:
-        """What is to be asked along with the next read; nothing while it is known."""
-        known = self._known
-        return [] if known.serial == self._serial and self._clock() < known.until else [("MGET", self.key)]
+    def is_known(self) -> bool:
+        """Need it not be asked for?"""
+        _, until, serial = self.known
+        return self._clock() < until and serial == self._serial
 
     def asked(self) -> tuple[float, int]:
         """To be taken before the question is sent, for `answered`."""
@@ -47,7 +47,7 @@ class Generation:
 
     def answered(self, asked: tuple[float, int], reply: list[bytes | None]) -> None:
         sent, serial = asked
-        self._known = _Known((reply[0] or b"").decode(errors="replace"), sent + KNOWN_FOR, serial)
+        self.known = Known((reply[0] or b"").decode(errors="replace"), sent + KNOWN_FOR, serial)
 
     def forget(self) -> None:
         """What is being asked now does not count any more."""

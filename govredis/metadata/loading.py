@@ -105,7 +105,7 @@ class Loads:
             return {i: self._given(text) for i, text in texts.items()}
         found = {i: self._value(record) for i in missing if (record := leases[keys[i]].record) and not is_over(record)}
         missing = [i for i in missing if i not in found]
-        generation = self._shelf.generation.value
+        generation = self._shelf.generation.known.value
         fills: dict[str, Command] = {}
         texts = {}
         began = time.monotonic()
@@ -155,7 +155,7 @@ class Loads:
         record: Record | None,
         seen: Seen | None,
     ) -> Any | None:
-        generation = self._shelf.generation.value  # from before the load
+        generation = self._shelf.generation.known.value  # from before the load
         self._shelf.count("loads")
         fill: Command | None = None
         began = time.monotonic()

@@ -128,25 +128,28 @@ class Shelf:
             seen = self.look()
             if seen is None or redis is None:
                 return [], None, 0
-            question = generation.question()
-            asked = generation.asked()
-            commands: list[Command] = [*(("GET", key) for key in keys), *question]
+            known = generation.is_known()
             try:
-                raws = [redis.call(*commands[0])] if len(commands) == 1 else redis.pipeline(commands)
+                if known and len(keys) == 1:
+                    raws = [redis.call("GET", keys[0])]
+                elif known:
+                    raws = redis.pipeline([("GET", key) for key in keys])
+                else:
+                    asked = generation.asked()
+                    *raws, reply = redis.pipeline([*(("GET", key) for key in keys), generation.question])
+                    generation.answered(asked, reply)
             except BackendUnavailable:
                 self.count("degraded.reads")
                 return [], None, 0
-            if question:
-                generation.answered(asked, raws.pop())
             connects = redis.connects
             if self.stands(seen):
                 return raws, seen, connects
         return [None] * len(keys), seen, 0
 
     def _usable(self, record: Record | None, seen: Seen) -> Record | None:
-        if record is None or record.generation != self.generation.value:
+        if record is None or record.generation != self.generation.known.value:
             return None
-        return record if seen is _UNGUARDED or seen is _BLIND or record.epoch == seen.epoch else None
+        return record if record.epoch == seen.epoch or seen is _UNGUARDED or seen is _BLIND else None
 
     @staticmethod
     def _kept(local: LocalValues, place: Cell, record: Record, seen: Seen, connects: int) -> Record:
@@ -159,15 +162,14 @@ class Shelf:
 
     def known_generation(self) -> str | None:
         """The generation, asked for if it is not known; None if it cannot be."""
-        asked = self.generation.asked()
         try:
-            for command in self.generation.question():
-                if self._redis is not None:
-                    self.generation.answered(asked, self._redis.call(*command))
+            if self._redis is not None and not self.generation.is_known():
+                asked = self.generation.asked()
+                self.generation.answered(asked, self._redis.call(*self.generation.question))
         except BackendUnavailable:
             self.count("degraded.fills")
             return None
-        return self.generation.value
+        return self.generation.known.value
 
     def take(self, keys: Sequence[str], seen: Seen | None) -> dict[str, Lease] | None:
         """Leases by key, or None if nothing can be stored anyway."""

@@ -82,9 +82,10 @@ def decode(raw: bytes | str) -> Record | None:
     ours = record.pop(MEMBER, None) if isinstance(record, dict) else None
     if not isinstance(ours, dict):
         return None
-    at, ttl, cost = ours.get("at"), ours.get("ttl"), ours.get("cost", 0.0)
+    get = ours.get
+    at, ttl = get("at"), get("ttl")
     ends_at = at + ttl if isinstance(at, float) and isinstance(ttl, float) else None
-    value = record.get("value") if ours.get("bare") else record
+    value = record.get("value") if get("bare") else record
     if value is None and ends_at is None:
         return None
-    return Record(value, ours.get("epoch"), ours.get("generation", ""), ends_at, cost)
+    return Record(value, get("epoch"), get("generation", ""), ends_at, get("cost", 0.0))
