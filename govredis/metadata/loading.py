@@ -66,16 +66,19 @@ class Loads:
             if found is not None and not is_over(found) and (record is None or found.ends_at != record.ends_at):
                 self._shelf.give_back(leases)  # somebody else was sooner
                 return self._value(found)
-            if lease.is_ours:
+            if lease.is_unclear:
+                self._shelf.give_back(leases)
+            elif lease.is_ours:
                 return self._under(lease, identity, key, loader, ttl, record, seen)
-            if record is not None:
+            elif record is not None:
                 return record.value
-            if time.monotonic() >= give_up:
+            elif time.monotonic() >= give_up:
                 break
-            if pause == _LOOKS[0]:
-                self._shelf.count("waits")
-            time.sleep(pause * _random.uniform(0.5, 1.0))
-            pause = min(longest, 2 * pause)
+            else:
+                if pause == _LOOKS[0]:
+                    self._shelf.count("waits")
+                time.sleep(pause * _random.uniform(0.5, 1.0))
+                pause = min(longest, 2 * pause)
             (record,), seen = self._shelf.read({identity: key})
             if record is not None:
                 return record.value

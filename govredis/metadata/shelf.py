@@ -36,6 +36,8 @@ class Lease(NamedTuple):
     is_ours: bool
     #: What was there when it was taken, if it may be used: it was stored since it was missed.
     record: Record | None = None
+    #: Something was there, and over a connection so new that it cannot be judged: read again.
+    is_unclear: bool = False
 
 
 class Shelf:
@@ -182,7 +184,12 @@ class Shelf:
             return None
         stands = self.stands(seen)
         return {
-            key: Lease(token.decode(), bool(ours), self._usable(decode(raw), seen) if raw and stands else None)
+            key: Lease(
+                token.decode(),
+                bool(ours),
+                self._usable(decode(raw), seen) if raw and stands else None,
+                is_unclear=bool(raw) and not stands,
+            )
             for key, (token, ours, raw) in zip(keys, replies, strict=True)
         }
 

@@ -69,6 +69,7 @@ for t in threads: t.start()
 for t in threads: t.join()
 plain.incrby("read", len(threads))
 """
+        gov.metadata.get("warm")  # there is a guard
         processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(8)]
         assert [process.wait(timeout=100) for process in processes] == [0] * 8
         assert plain_redis.get("loads") == "1"
