@@ -20,6 +20,12 @@ class Counters:
         with self._lock:
             self._values[name] += n
 
+    def add_each(self, *names: str) -> None:
+        """Add 1 to each."""
+        with self._lock:
+            for name in names:
+                self._values[name] += 1
+
     def get(self, name: str) -> int:
         return self._values.get(name, 0)
 

@@ -63,7 +63,14 @@ class GovRedis:
         if redis is not None and config.local_cache:
             self._local = LocalTier(keys, redis, self._guard, entries=config.local_entries)
         self.sessions = SessionCache(
-            keys, redis, ttl=config.session_ttl, local_entries=config.local_entries, counters=self.counters
+            keys,
+            redis,
+            self._postgres,
+            self._guard,
+            ttl=config.session_ttl,
+            local_entries=config.local_entries,
+            counters=self.counters,
+            hash_ids=config.session_hash_ids,
         )
         self.locks = DistributedLock(
             keys,
@@ -79,6 +86,7 @@ class GovRedis:
             self._postgres,
             fallback=config.limit_fallback,
             local_entries=config.local_entries,
+            deny_cache=config.limit_deny_cache,
             counters=self.counters,
             mirror=config.limit_mirror,
         )

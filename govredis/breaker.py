@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from ._fork import renew_in_child
-from .errors import BackendUnavailable
+from .errors import BackendError, BackendUnavailable
 
 log = logging.getLogger("govredis")
 
@@ -22,11 +22,18 @@ _random = random.SystemRandom()
 
 _FIRST_PROBE = 0.05
 _SLOWEST_PROBE = 0.4
+#: Failing again so soon after the breaker was closed is a relapse: the server answers probes, but not what is asked of
+#: it. Each in a row doubles the time until the first probe, so that fewer callers find out again.
+_RELAPSE = 1.0
 #: A probe this late was not run: threads do not start here (uWSGI without --enable-threads, a stopping interpreter).
 _OVERDUE = 0.5
 _REFUSALS_TO_OPEN = 2
 #: How long, at most, a caller waits for a probe that is about to close the breaker.
 _DRAIN = 0.25
+
+
+class Rejected(BackendError):
+    """A server does not take our credentials: a BackendError to callers; a replay must not take it for an answer."""
 
 
 class CircuitBreaker:
@@ -35,7 +42,8 @@ class CircuitBreaker:
     Opens on the first timeout or the second refusal in a row. While open, `probe` runs in one background thread on a
     jittered schedule from 50 to 400 ms; where threads cannot run, a caller that finds the probe overdue runs it. A
     success closes the breaker only if it belongs to the probe: a reply that was on its way before the breaker opened
-    (an older generation) proves nothing.
+    (an older generation) proves nothing. A server that fails again within a second of having been let back in, and so
+    again and again, is let in later each time, but for 400 ms at most.
 
     Args:
         name: the server, without password, as it shall stand in logs and errors.
@@ -65,7 +73,8 @@ class CircuitBreaker:
         self._refusals = 0
         self._again = False
         self._next_probe = 0.0
-        self._wait = _FIRST_PROBE
+        self._first_wait = self._wait = _FIRST_PROBE
+        self._closed_at = self._clock() - _RELAPSE
         self._stopped = threading.Event()
         self._renew()
         renew_in_child(self)
@@ -118,7 +127,9 @@ class CircuitBreaker:
             self._refusals += 1
             if not timed_out and self._refusals < _REFUSALS_TO_OPEN:
                 return
-            self._open(reason)
+            relapsed = self._clock() - self._closed_at < _RELAPSE
+            self._first_wait = min(_SLOWEST_PROBE, 2 * self._first_wait) if relapsed else _FIRST_PROBE
+            self._open(reason, self._first_wait)
         self._opened(reason)
 
     def trip(self, reason: str) -> None:
@@ -131,19 +142,19 @@ class CircuitBreaker:
             self._again = True
             opened = self.closed
             if opened:
-                self._open(reason)
+                self._open(reason, _FIRST_PROBE)
         if opened:
             self._opened(reason)
         elif threading.current_thread() is not self._thread:
             self._drained.wait(_DRAIN)
 
-    def _open(self, reason: str) -> None:
+    def _open(self, reason: str, wait: float) -> None:
         self.closed = False
         self.generation += 1
         self.times_opened += 1
         self.opened_at = self._clock()
         self.reason = reason
-        self._wait = _FIRST_PROBE
+        self._wait = wait
         self._next_probe = self.opened_at + self._wait
 
     def _opened(self, reason: str) -> None:
@@ -198,7 +209,8 @@ class CircuitBreaker:
                 self._next_probe = self._clock()
                 self._drained.clear()
                 return
-            away = self._clock() - (self.opened_at or 0.0)
+            self._closed_at = self._clock()
+            away = self._closed_at - (self.opened_at or 0.0)
             self._refusals = 0
             self.opened_at = None
             self.closed = True

@@ -27,7 +27,7 @@ from redis.retry import Retry
 from ._fork import renew_in_child
 from ._pool import Pool
 from ._push import PushStream
-from .breaker import CircuitBreaker
+from .breaker import CircuitBreaker, Rejected
 from .config import Config, redact
 from .errors import BackendError, BackendUnavailable, ConfigurationError
 
@@ -481,10 +481,6 @@ class Pending:
             return client._exchange(client._waiting, connection, b"", 0)
         except redis.RedisError as error:
             raise client._unavailable(error, self._generation) from error
-
-
-class Rejected(BackendError):
-    """Redis does not take our credentials: a BackendError to callers; a replay must not take it for an answer."""
 
 
 class _NoScript(BackendError):

@@ -186,6 +186,8 @@ class Config:
     key_prefix: str = _setting("", "GOVREDIS_KEY_PREFIX", _prefix)
 
     session_ttl: float = _setting(3600.0, "REDIS_SESSION_TTL", _seconds)
+    #: Keep a SHA-256 of each session id, in keys, index and rows, instead of the id.
+    session_hash_ids: bool = _setting(False, "GOVREDIS_SESSION_HASH_IDS", _flag)
     metadata_ttl: float = _setting(300.0, "REDIS_METADATA_TTL", _seconds)
     lock_ttl: float = _setting(30.0, "REDIS_LOCK_TIMEOUT", _seconds)
     #: With PostgreSQL: how old a cached value may be at most, whatever failed.
@@ -195,6 +197,8 @@ class Config:
     lock_fallback: str = _setting("file", "GOVREDIS_LOCK_FALLBACK", _one_of("file", "fail"))
     #: When Redis and PostgreSQL are away: an in-process window, or refuse all, or let all through.
     limit_fallback: str = _setting("local", "GOVREDIS_LIMIT_FALLBACK", _one_of("local", "deny", "allow"))
+    #: A denial is remembered in the process, for a second at most, and answers the same call again.
+    limit_deny_cache: bool = _setting(True, "GOVREDIS_LIMIT_DENY_CACHE", _flag)
     #: How often each process tells PostgreSQL what Redis admitted, and the other way round. None: never.
     limit_mirror: float | None = _setting(None, "GOVREDIS_LIMIT_MIRROR", _seconds_or_none)
     #: Folder of the lock files; all processes that share a lock on a host must share it. None: /tmp/govredis-locks-UID.
@@ -212,7 +216,7 @@ class Config:
     metadata_max_bytes: int = _setting(1_000_000, "GOVREDIS_METADATA_MAX_BYTES", _count)
     #: True: cached metadata is kept in the process too, coherently (needs CLIENT TRACKING, allowed to our user).
     local_cache: bool = _setting(False, "GOVREDIS_LOCAL_CACHE", _flag)
-    #: Entries of each in-process store, at most.
+    #: Entries of each in-process store, and of the remembered denials, at most.
     local_entries: int = _setting(10_000, "GOVREDIS_LOCAL_ENTRIES", _count)
 
     # Read so that an async service's environment is understood; a value is refused until the client has them.

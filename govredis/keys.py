@@ -78,6 +78,10 @@ class Keys:
         """The agent's primary key in PostgreSQL."""
         return f"{self.prefix}{check_id(agent_id, 'agent_id')}"
 
+    def session_row(self, session_id: str) -> str:
+        """The session's primary key in PostgreSQL."""
+        return f"{self.prefix}{check_id(session_id, 'session_id')}"
+
     def guard(self) -> str:
         return f"{self.prefix}govredis:guard"
 
@@ -87,6 +91,9 @@ class Keys:
 
     def held_locks(self) -> str:
         return f"{self.prefix}govredis:locks"
+
+    def denied(self) -> str:
+        return f"{self.prefix}govredis:denied"
 
     def heartbeat(self) -> str:
         return f"{self.prefix}govredis:heartbeat"

@@ -8,17 +8,19 @@ process-wide wait callback, which belongs to the application (gevent's, say).
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import select
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any
 
 from ._fork import renew_in_child
 from ._pool import Pool
-from .breaker import CircuitBreaker
+from .breaker import CircuitBreaker, Rejected
 from .config import Config, redact
 from .errors import BackendError, BackendUnavailable, ConfigurationError
 
@@ -30,6 +32,8 @@ except ImportError as missing:
     raise ConfigurationError("GOVREDIS_DATABASE_URL needs psycopg2: pip install 'govredis[postgres]'") from missing
 
 __all__ = ["Json", "Postgres", "Transaction"]
+
+log = logging.getLogger("govredis")
 
 Row = tuple[Any, ...]
 
@@ -97,6 +101,8 @@ class Postgres:
         self.breaker = CircuitBreaker(self.name, self._probe)
         #: Statements sent by this process, transactions' BEGIN and COMMIT not counted.
         self.statements = 0
+        self._recoveries: list[Callable[[Postgres], None]] = []
+        self._direct = threading.local()
         renew_in_child(self)
 
     # -- calls ---------------------------------------------------------------------------------------------------
@@ -142,7 +148,8 @@ class Postgres:
     def _borrowed(self, timeout: float | None) -> Iterator[tuple[extensions.connection, float]]:
         timeout = self._timeout if timeout is None else timeout
         deadline = time.monotonic() + timeout
-        self.breaker.check()
+        if not getattr(self._direct, "open", False):  # not for a replay, which runs before it closes
+            self.breaker.check()
         generation = self.breaker.generation
         connection: extensions.connection | None = None
         longer = timeout > self._timeout
@@ -236,7 +243,7 @@ class Postgres:
     def _not_connected(self, error: psycopg2.Error) -> BackendError:
         text = redact(str(error).strip())
         if _REJECTED.search(text):
-            return BackendError(f"{self.name} rejects us: {text}")
+            return Rejected(f"{self.name} rejects us: {text}")
         return self._no_answer(text)
 
     def _no_answer(self, reason: str, timed_out: bool = False) -> _NoAnswer:
@@ -272,6 +279,34 @@ class Postgres:
             done = {name for (name,) in self.fetch("SELECT name FROM govredis_migrations", timeout=timeout)}
         return [name for name, _ in _migrations() if name not in done]
 
+    # -- recovery ------------------------------------------------------------------------------------------------
+
+    def on_recovery(self, replay: Callable[[Postgres], None]) -> None:
+        """Have `replay(postgres)` called when PostgreSQL is back, before anybody else in this process uses it again.
+
+        If it goes away meanwhile, or rejects our credentials, the breaker stays open, and `replay` is called again
+        after the next probe. Any other error of `replay` is logged: one feature's mistake must not keep PostgreSQL from
+        all.
+        """
+        self._recoveries.append(replay)
+
+    def replay_soon(self, why: str) -> None:
+        """Something for a replay was noted: use PostgreSQL no more until the replays have run."""
+        self.breaker.trip(why)
+
+    def _replay(self) -> None:
+        self._direct.open = True
+        try:
+            for replay in list(self._recoveries):
+                try:
+                    replay(self)
+                except (BackendUnavailable, Rejected):
+                    raise
+                except Exception:
+                    log.exception("a replay on %s failed", self.name)
+        finally:
+            self._direct.open = False
+
     # -- life ----------------------------------------------------------------------------------------------------
 
     def _connect(self, deadline: float) -> extensions.connection:
@@ -306,10 +341,12 @@ class Postgres:
         except BackendError:
             pass  # it is back, and callers shall see that mistake
         self._pool.drop_idle()
+        self._replay()
 
     def renew_after_fork(self) -> None:
         inherited = list(self._pool.live)
         self._pool.renew()
+        self._direct = threading.local()
         for connection in inherited:
             # Closing through libpq would send Terminate on the socket that the parent still uses. psycopg2 leaves a
             # connection of another process alone; only the child's descriptor has to go.

@@ -91,7 +91,8 @@ def postgres_server(shared_postgres: PostgresServer) -> PostgresServer:
     connection = psycopg2.connect(shared_postgres.url)
     with connection, connection.cursor() as cursor:
         cursor.execute(
-            "TRUNCATE govredis_limit_windows, govredis_agents, govredis_health_snapshots;"
+            "TRUNCATE govredis_limit_windows, govredis_limit_counters, govredis_agents, govredis_health_snapshots,"
+            " govredis_sessions, govredis_session_agents;"
             "TRUNCATE govredis_outbox, govredis_epochs"
         )
     connection.close()

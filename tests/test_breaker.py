@@ -188,8 +188,39 @@ def test_the_schedule_slows_down_to_400_ms_with_jitter(breaker: CircuitBreaker, 
     probe.up = True
     clock.now += 10
     breaker.check()
+    clock.now += 1
     fail(breaker, timed_out=True)
     assert breaker._next_probe == clock.now + 0.05
+
+
+def test_who_fails_again_right_after_the_return_is_let_in_later_each_time(
+    breaker: CircuitBreaker, probe: Probe, clock: Clock
+) -> None:
+    """It answers probes, but not what is asked of it: fewer callers shall find out."""
+    probe.up = True
+    for wait in (0.05, 0.1, 0.2, 0.4, 0.4):
+        fail(breaker, timed_out=True)
+        assert breaker._next_probe - clock.now == pytest.approx(wait)
+        clock.now += wait + 0.51
+        breaker.check()
+        assert breaker.closed
+        clock.now += 0.99
+    breaker.trip("something was noted")
+    assert breaker._next_probe - clock.now == pytest.approx(0.05), "that is no failure"
+    clock.now += 1
+    breaker.check()
+    fail(breaker, timed_out=True)
+    probe.up = False
+    clock.now += 6
+    with pytest.raises(BackendUnavailable):
+        breaker.check()
+    assert breaker._next_probe - clock.now <= 0.4, "away after all: its return is not to be missed"
+    probe.up = True
+    clock.now += 6
+    breaker.check()
+    clock.now += 1
+    fail(breaker, timed_out=True)
+    assert breaker._next_probe - clock.now == pytest.approx(0.05), "it was well for a second"
 
 
 def test_the_schedule_is_jittered(probe: Probe) -> None:

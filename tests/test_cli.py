@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import psycopg2
 import pytest
 
-from govredis import Config, GovRedis, LockLost
+from govredis import Config, GovRedis, Limit, LockLost
 from govredis.testing.servers import PostgresServer, RedisServer
 
 NOWHERE = "redis://127.0.0.1:1/0"
@@ -148,6 +148,36 @@ def test_locks_are_shown_and_released(redis_server: RedisServer, make_gov: Calla
     assert held.release() is False
 
 
+def test_sessions_are_shown_and_compared(
+    redis_server: RedisServer, postgres_server: PostgresServer, make_gov: Callable[..., GovRedis]
+) -> None:
+    where = {"REDIS_URL": redis_server.url, "GOVREDIS_DATABASE_URL": postgres_server.url, **PATIENT}
+    gov = make_gov(redis_url=redis_server.url, database_url=postgres_server.url)
+    gov.sessions.bind("s", "agent-1", data={"x": 1})
+    gov.sessions.bind("t", "agent-1")
+    shown = govredis("sessions", "show", "s", **where)
+    assert shown.returncode == 0
+    fields = dict(line.split(maxsplit=1) for line in shown.stdout.splitlines())
+    assert (fields["agent"], fields["data"], fields["says"]) == ("agent-1", '{"x": 1}', "redis")
+    assert fields["bound"].endswith("1 times")
+    redis_server.command("SET", "session:odd", '{"agent_id": "\\u001b[31m"}')
+    assert "\x1b" not in govredis("sessions", "show", "odd", **where).stdout
+    nobody = govredis("sessions", "show", "nobody", **where)
+    assert (nobody.returncode, nobody.stdout) == (1, "nobody is bound to nobody\n")
+    same = govredis("sessions", "verify", **where)
+    assert (same.returncode, same.stdout) == (
+        0,
+        "2 rows, 2 of them bound; of these 2 in Redis, 0 bound there by others; 0 differ\n",
+    )
+    gov.postgres.fetch("UPDATE govredis_sessions SET revoked = true WHERE session = 't'")
+    differing = govredis("sessions", "verify", **where)
+    assert differing.returncode == 1
+    assert differing.stdout.splitlines()[1:] == ["t"]
+    without = govredis("sessions", "verify", REDIS_URL=redis_server.url, **PATIENT)
+    assert without.returncode == 1
+    assert "GOVREDIS_DATABASE_URL" in without.stderr
+
+
 def test_locks_without_redis(make_gov: Callable[..., GovRedis]) -> None:
     gov = make_gov(redis_enabled=False)
     folder = gov.config.lock_folder or ""
@@ -159,3 +189,52 @@ def test_locks_without_redis(make_gov: Callable[..., GovRedis]) -> None:
         refused = govredis(*command, REDIS_ENABLED="0")
         assert refused.returncode == 1
         assert refused.stderr.startswith("Error: Redis is disabled")
+
+
+def test_limits_are_shown_reset_and_listed(redis_server: RedisServer, make_gov: Callable[..., GovRedis]) -> None:
+    where = {"REDIS_URL": redis_server.url}
+    assert govredis("limits", "top", **where).stdout == "nobody was denied\n"
+    gov = make_gov(redis_url=redis_server.url)
+    rate, counter = "2/hour;2/minute", Limit(5, 60, algorithm="sliding_window_counter")
+    assert [gov.limits.hit("agent-123", rate, operation="kg_store").allowed for _ in range(4)] == [True] * 2 + [
+        False
+    ] * 2
+    gov.limits.hit("agent-123", counter, operation="kg_store", cost=5)
+    for _ in range(3):
+        gov.limits.hit("b\u202e", "1/hour")
+    gov.limits.close()
+    shown = govredis("limits", "show", "agent-123", "--operation=kg_store", **where)
+    assert shown.returncode == 0, shown.stderr
+    title, log, counted, store = [line.split() for line in shown.stdout.splitlines()]
+    assert title == ["KIND", "WINDOW", "USED", "OLDEST", "NEWEST"]
+    assert (log[:4], log[5:7]) == (["log", "3600", "s", "2"], ["s", "ago"])
+    assert float(log[4]) >= float(log[7]) >= 0
+    assert counted == ["counter", "60", "s", "5", "-", "-"]
+    assert store == ["in", "redis"]
+    top = govredis("limits", "top", "-n", "2", **where).stdout
+    assert [line.split() for line in top.splitlines()] == [
+        ["DENIED", "IDENTITY", "OPERATION"],
+        ["2", r"b\u202e", "default"],
+        ["2", "agent-123", "kg_store"],
+    ]
+    assert len(govredis("limits", "top", "-n", "1", **where).stdout.splitlines()) == 2
+    assert govredis("limits", "reset", "agent-123", "--operation=kg_store", **where).stdout == "agent-123 is reset\n"
+    nothing = govredis("limits", "show", "agent-123", "--operation=kg_store", **where)
+    assert (nothing.returncode, nothing.stdout) == (1, "agent-123 has used nothing of its limits, says redis\n")
+    assert gov.limits.hit("agent-123", rate, operation="kg_store").remaining == 1
+    bad = govredis("limits", "show", "{", **where)
+    assert (bad.returncode, bad.stdout) == (1, "")
+    assert bad.stderr.startswith("Error: id is '{'; it must be")
+
+
+def test_limits_without_redis(postgres_server: PostgresServer, make_gov: Callable[..., GovRedis]) -> None:
+    where = {"REDIS_ENABLED": "0", "GOVREDIS_DATABASE_URL": postgres_server.url}
+    make_gov(redis_enabled=False, database_url=postgres_server.url).limits.hit("a", "2/hour")
+    shown = govredis("limits", "show", "a", **where)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.endswith("in postgres\n")
+    refused = govredis("limits", "top", **where)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("Error: Redis is disabled")
+    denying = govredis("limits", "show", "a", REDIS_ENABLED="0", GOVREDIS_LIMIT_FALLBACK="deny")
+    assert (denying.returncode, denying.stdout) == (1, "")

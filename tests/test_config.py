@@ -75,7 +75,15 @@ SETTINGS: dict[str, tuple[str, Any, dict[Any, Any], list[Any], str]] = {
         ["a{b", "a\nb", "x" * 600, b"app:", 5],
         "a str without '{', '}' or control characters",
     ),
+    "GOVREDIS_SESSION_HASH_IDS": (
+        "session_hash_ids",
+        False,
+        {"1": True, "off": False, True: True},
+        ["many", "2"],
+        "1 or 0 (also true/false, yes/no, on/off)",
+    ),
     "GOVREDIS_LOCK_FALLBACK": ("lock_fallback", "file", {"fail": "fail"}, ["File", "none", 0], "one of file, fail"),
+    "GOVREDIS_LIMIT_DENY_CACHE": ("limit_deny_cache", True, {"0": False, "on": True}, ["2", "maybe", 2], "1 or 0"),
     "GOVREDIS_LIMIT_FALLBACK": (
         "limit_fallback",
         "local",

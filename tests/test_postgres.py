@@ -17,6 +17,7 @@ import pytest
 from govredis import BackendError, BackendUnavailable, Config, ConfigurationError
 from govredis import _pool as pool_module
 from govredis import postgres as postgres_module
+from govredis.breaker import Rejected
 from govredis.postgres import Json, Postgres, Transaction
 from govredis.testing.servers import PostgresServer
 
@@ -697,3 +698,73 @@ def test_a_server_lost_inside_a_transaction_is_said_so(postgres: Postgres) -> No
         postgres.fetch("SELECT pg_terminate_backend(%s, 5000)", (pid,))
         tx.fetch("SELECT 1")
     assert postgres.fetch("SELECT 1") == [(1,)]
+
+
+# -- recovery
+
+
+def test_replays_run_before_anybody_else_uses_it_again(postgres: Postgres) -> None:
+    entered, go = threading.Event(), threading.Event()
+
+    def replay(server: Postgres) -> None:
+        server.fetch("INSERT INTO things VALUES (1)")
+        entered.set()
+        go.wait(20)
+        with server.transaction() as tx:
+            tx.fetch("INSERT INTO things VALUES (2)")
+
+    postgres.on_recovery(replay)
+    postgres.replay_soon("debts are owed")
+    assert entered.wait(20)
+    with pytest.raises(BackendUnavailable, match="debts are owed"):
+        postgres.fetch("SELECT 1")
+    go.set()
+    until(lambda: works(postgres))
+    assert things(postgres) == [1, 2]
+    assert postgres.breaker.times_opened == 1
+
+
+@pytest.mark.parametrize("error", [BackendUnavailable("gone again"), Rejected("gone again")], ids=repr)
+def test_a_replay_that_gets_no_answer_keeps_it_closed_to_all(postgres: Postgres, error: Exception) -> None:
+    runs: list[bool] = []
+
+    def replay(server: Postgres) -> None:
+        runs.append(server.breaker.closed)
+        if len(runs) < 3:
+            raise error
+
+    postgres.on_recovery(replay)
+    postgres.breaker.trip("a test")
+    until(lambda: postgres.breaker.reason == "gone again")
+    until(lambda: works(postgres))
+    assert runs == [False] * 3
+
+
+def test_another_error_of_a_replay_is_logged_and_harms_nobody(
+    postgres: Postgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran = []
+    postgres.on_recovery(lambda server: server.fetch("SELECT 1 / 0") and None)
+    postgres.on_recovery(ran.append)
+    postgres.breaker.trip("a test")
+    until(lambda: works(postgres))
+    assert ran == [postgres]
+    assert sum("a replay on PostgreSQL at" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_rejected_credentials_in_a_replay_are_no_answer(
+    postgres_server: PostgresServer, make_postgres: MakePostgres
+) -> None:
+    postgres = make_postgres(postgres_server, database_url=postgres_server.url.replace("/postgres", "/nosuch"))
+    owed = ["a debt"]
+
+    def replay(server: Postgres) -> None:
+        if owed:
+            server.fetch("SELECT 1")
+
+    postgres.on_recovery(replay)
+    postgres.replay_soon("debts are owed")
+    until(lambda: "rejects us" in postgres.breaker.reason)
+    assert not postgres.breaker.closed
+    owed.clear()
+    until(lambda: postgres.breaker.closed)

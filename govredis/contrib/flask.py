@@ -126,8 +126,8 @@ class FlaskGovRedis:
 
         Returns None where no id came, where what came can be none, and where the session is bound to nobody.
 
-        Raises SessionStoreUnavailable while Redis is away and this process does not know the session: that is not the
-        same as logged out. A view that lets it pass is a 503.
+        Raises SessionStoreUnavailable where nobody can be asked and this process does not know the session: that is not
+        the same as logged out. A view that lets it pass is a 503.
         """
         if _AGENT not in request.__dict__:
             request.__dict__[_AGENT] = self._find_agent()
@@ -267,8 +267,8 @@ def _gov() -> GovRedis:
 
 
 def _refuse_arguments(what: str, given: Any) -> None:
-    if callable(given) and not _takes(given):
-        raise refuse(what, given, "a callable without arguments, which reads flask.request")
+    if callable(given) and (inspect.iscoroutinefunction(given) or not _takes(given)):
+        raise refuse(what, given, "a plain callable without arguments, which reads flask.request")
 
 
 def _takes(given: Any, *args: Any) -> bool:

@@ -24,7 +24,7 @@ class Board:
 
     def __init__(self, path: Path) -> None:
         with path.open("a+b") as file:
-            file.truncate(8 * (4 + 2 * WORKERS + WEB * (1 + SESSIONS + AGENTS) + (WEB + POOL) * AGENTS))
+            file.truncate(8 * (4 + 2 * WORKERS + WEB * (1 + AGENTS) + (WEB + POOL) * AGENTS))
             self._cells = memoryview(mmap.mmap(file.fileno(), 0)).cast("q")
         self._used = 4
         self.ready = self._take(WORKERS)
@@ -32,8 +32,6 @@ class Board:
         self.calls = self._take(WORKERS)
         #: How many sessions a web worker has bound; they are numbered from 0.
         self.bound = self._take(WEB)
-        #: The epoch in which a session was last, surely, on Redis; 0: only its owner knows it yet.
-        self.on_redis = [self._take(SESSIONS) for _ in range(WEB)]
         #: Per agent, the last version that a worker's update returned.
         self.updated = [self._take(AGENTS) for _ in range(WEB)]
         #: The same, but only of updates after which no reader may see less: see `promise`.

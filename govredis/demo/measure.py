@@ -55,7 +55,6 @@ class Findings:
     calls: list[Call]
     tally: Counter[str]
     errors: dict[str, str]
-    lost: list[str]
     admissions: list[Admission]
     #: The numbers of the tasks that the site has acknowledged.
     published: list[int]
@@ -70,10 +69,10 @@ class Findings:
         rows, names = zip(*[iter(found["log"])] * COLUMNS, strict=True), list(OPERATIONS)
         calls = [Call(names[int(n)], int(by), began, ended, int(sent)) for n, by, began, ended, sent in rows]
         admissions = [Admission(*row) for row in found.get("admissions", ())]
-        lost, published = found.get("lost", []), found.get("published", [])
+        published = found.get("published", [])
         updates = [(int(agent), int(version)) for agent, version in found.get("updates", ())]
         admitted = [Admission(*row) for row in found.get("admitted", ())]
-        return cls(calls, Counter(found["tally"]), found["errors"], lost, admissions, published, updates, admitted)
+        return cls(calls, Counter(found["tally"]), found["errors"], admissions, published, updates, admitted)
 
 
 @dataclass
@@ -110,7 +109,6 @@ class Run:
         for worker in self.workers:
             self.tally.update(worker.tally)
         self.calls = [call for worker in self.workers for call in worker.calls]
-        self.lost = {session for worker in self.workers for session in worker.lost}
         self.admissions = [admission for worker in self.workers for admission in worker.admissions]
         self.published = sum(len(worker.published) for worker in self.workers)
         self.updates = [update for worker in self.workers for update in worker.updates]

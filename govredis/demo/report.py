@@ -77,7 +77,7 @@ def _counts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def _latencies(run: Run) -> Table:
-    caption = "Misses included. Fallbacks: sessions in memory, metadata and limits in PostgreSQL, locks by file."
+    caption = "Misses included. Fallbacks: locks by file, everything else in PostgreSQL."
     columns = ("", "on Redis", "on its fallback", "PostgreSQL alone")
     table = _table("Latency, median and 99th percentile", columns, caption)
     for operation in OPERATIONS:
@@ -116,7 +116,7 @@ def _invariants(run: Run) -> Table:
         "lock overlaps": f"{tally['increments']:,} times inside, looked at from inside",
         "increments lost": f"{tally['increments']:,} made under the lock, and the file says {run.counter:,}",
         "stale reads after invalidation": f"{tally['reads']:,} values looked at",
-        "sessions resolved wrongly": "another's agent, or none though known",
+        "sessions resolved wrongly": "another's agent, or none, though Redis lost its data",
         "limits of tasks exceeded": f"{len(run.discoveries):,} tasks run, per agent and store",
         "limits of requests exceeded": f"{len(run.admitted):,} let through, {tally['requests refused']:,} refused",
         "tasks lost": f"{run.published:,} published over HTTP",
@@ -137,9 +137,6 @@ def _notes(run: Run) -> Table:
     rows = {
         f"PostgreSQL statements saved: {reads:,} reads took {statements:,}, outages included": reads - statements,
         "health snapshots by beat, kept in PostgreSQL while Redis was away": run.snapshots,
-        "sessions lost with Redis's data; they become durable in a later version": len(run.lost),
-        "SessionStoreUnavailable: Redis away, session never seen by that process": tally["sessions unknown"],
-        "sessions bound while Redis was away, asked for before it was told": tally["sessions owed"],
         "reads older than an update made while Redis was away, before it was told": tally["invalidations owed"],
         "LockLost: locks gone with Redis's data, their holders told": tally["locks lost"],
     }

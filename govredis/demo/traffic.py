@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ..api import GovRedis
 from ..config import Config
-from ..errors import LockLost, SessionStoreUnavailable
+from ..errors import LockLost
 from ..limits import Limit
 from .board import AGENTS, SESSIONS, STARTING, STOP, WEB, Board
 from .processes import take_order
@@ -29,8 +29,8 @@ REDIS, FALLBACK, POSTGRES, REFUSED = range(4)  # who served a call; REFUSED: it 
 
 #: Each operation, and the counters that rise when its fallback served it.
 OPERATIONS: dict[str, tuple[str, ...]] = {
-    "resolve a session": ("sessions.degraded.get",),
-    "bind a session": ("sessions.degraded.bind",),
+    "resolve a session": ("sessions.degraded.postgres", "sessions.degraded.get"),
+    "bind a session": ("sessions.degraded.postgres", "sessions.degraded.bind"),
     "read metadata": ("agent_meta.degraded.reads",),
     "read metadata of 8": ("agent_meta.degraded.reads",),
     "update an agent": ("agent_meta.invalidations_owed",),
@@ -132,12 +132,9 @@ class Web(Worker):
     def __init__(self, number: int, config: dict[str, Any], folder: str) -> None:
         super().__init__(number, config, folder)
         self.rate = [Limit(*limit) for limit in RATE]
-        self.seen: set[str] = set()
-        self.lost: list[str] = []
         self.admissions: list[tuple[str, str, float, float]] = []
-        self.findings = {"lost": self.lost, "admissions": self.admissions}
-        #: Done while Redis was away, and not yet replayed to it: session number and epoch; agent and version.
-        self.owed_sessions: list[tuple[int, int]] = []
+        self.findings = {"admissions": self.admissions}
+        #: Done while Redis was away, and not yet replayed to it: agent and version.
         self.owed_updates: list[tuple[int, int]] = []
         mix: dict[Callable[[], None], int] = {
             self.resolve: 60, self.read: 50, self.read_many: 16, self.discover: 40, self.update: 4, self.bind_one: 8,
@@ -147,13 +144,11 @@ class Web(Worker):
 
     def timed(self, operation: str, call: Callable[[], T]) -> tuple[T, int]:
         result, by = super().timed(operation, call)
-        if by == REDIS and (self.owed_sessions or self.owed_updates):
+        if by == REDIS and self.owed_updates:
             # What this process owes Redis is replayed before it uses Redis again, and it just has.
-            for session, epoch in self.owed_sessions:
-                self.board.on_redis[self.number][session] = epoch
             for agent, version in self.owed_updates:
                 self.board.promise(self.number, agent, version)
-            self.owed_sessions, self.owed_updates = [], []
+            self.owed_updates = []
         return result, by
 
     def prepare(self) -> None:
@@ -178,39 +173,17 @@ class Web(Worker):
         self.board.bound[self.number] = max(self.board.bound[self.number], number + 1)
 
     def bind(self, number: int) -> None:
-        session, agent, epoch = f"s-{self.number}-{number}", _agent_of(self.number, number), self.board.epoch
-        self.board.on_redis[self.number][number] = 0
-        binding, _ = self.timed("bind a session", lambda: self.gov.sessions.bind(session, agent))
-        self.seen.add(session)
-        if binding.backend == "redis":
-            self.board.on_redis[self.number][number] = epoch
-        else:
-            self.owed_sessions.append((number, epoch))
+        session, agent = f"s-{self.number}-{number}", _agent_of(self.number, number)
+        self.timed("bind a session", lambda: self.gov.sessions.bind(session, agent))
         self.beside("bind a session", lambda: self.alone.postgres.fetch(BIND, (session, agent)))
 
     def resolve(self) -> None:
         """A request comes with a session, bound by this worker or by another."""
         owner = self.random.randrange(WEB)
         number = self.random.randrange(self.board.bound[owner])
-        session, epoch, on_redis = f"s-{owner}-{number}", self.board.epoch, self.board.on_redis[owner][number]
-        try:
-            binding, _ = self.timed("resolve a session", lambda: self.gov.sessions.get(session))
-        except SessionStoreUnavailable:
-            self.tally["!sessions resolved wrongly" if session in self.seen else "sessions unknown"] += 1
-            return
-        if binding is None:
-            self.seen.discard(session)
-            if not on_redis:
-                self.tally["sessions owed"] += 1
-            elif on_redis < epoch:
-                self.lost.append(session)
-            elif self.board.epoch == epoch:
-                self.tally["!sessions resolved wrongly"] += 1
-            if owner == self.number:  # the user logs in anew
-                self.bind(number)
-        else:
-            self.seen.add(session)
-            self.tally["!sessions resolved wrongly"] += binding.agent_id != _agent_of(owner, number)
+        session = f"s-{owner}-{number}"
+        binding, _ = self.timed("resolve a session", lambda: self.gov.sessions.get(session))
+        self.tally["!sessions resolved wrongly"] += binding is None or binding.agent_id != _agent_of(owner, number)
         look = "SELECT agent_id FROM demo_sessions WHERE session_id = %s AND expires_at > now()"
         self.beside("resolve a session", lambda: self.alone.postgres.fetch(look, (session,)))
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from .._templates import KeyTemplate
 from ..errors import refuse
 from ..keys import check_name
 from .rates import Rate, check_cost, parse_rate
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 #: The arguments of a call.
 Args: TypeAlias = tuple[Any, ...]
@@ -40,8 +45,9 @@ class LimitedCalls:
         check_name(operation, "operation")
         if not isinstance(key, str) and not callable(key):
             raise refuse("key", key, 'a template such as "{agent_id}", or a callable')
-        if exempt is not None and not callable(exempt):
-            raise refuse("exempt", exempt, "a callable, or None")
+        # What a coroutine function returns is true: all calls would be let through.
+        if exempt is not None and (not callable(exempt) or inspect.iscoroutinefunction(exempt)):
+            raise refuse("exempt", exempt, "a plain callable, or None")
         limits = () if callable(rate) else parse_rate(rate)
         if not callable(cost):
             check_cost(cost, limits)
@@ -64,6 +70,19 @@ class LimitedCalls:
             return identify(args, kwargs), *self.terms(args, kwargs)
 
         return look
+
+    def limit(self, function: Callable[P, R], admit: Callable[[Any, Rate, int], None]) -> Callable[P, R]:
+        """The function, each call of which `admit` lets through, or raises. Raises as `of`."""
+        look = self.of(function)
+
+        @functools.wraps(function)
+        def limited(*args: P.args, **kwargs: P.kwargs) -> R:
+            found = look(args, kwargs)
+            if found is not None:
+                admit(*found)
+            return function(*args, **kwargs)
+
+        return limited
 
     def exempts(self, args: Args, kwargs: Kwargs) -> bool:
         """Whether the call is let through."""

@@ -1,15 +1,14 @@
--- How many entries a sliding window log has within a window.
+-- How many entries there are within a window: in the log, or in the counter of just that window; the larger number, if
+-- there are both. After counter.lua.
 --
 -- KEYS[1]  the ZSET of window.lua
+-- KEYS[2]  the HASH of counter_window.lua
 -- ARGV[1]  the window in microseconds
 -- ARGV[2]  now in microseconds, or "" for the server's clock (tests only pass one)
 --
 -- Reply: the count.
 
-local now = tonumber(ARGV[2])
-if not now then
-  local time = redis.call('TIME')
-  now = tonumber(time[1]) * 1000000 + tonumber(time[2])
-end
-local since = now - tonumber(ARGV[1])
-return redis.call('ZCOUNT', KEYS[1], string.format('(%d.%06d', math.floor(since / 1000000), since % 1000000), '+inf')
+local now, window = clock(ARGV[2]), tonumber(ARGV[1])
+local since = now - window
+local logged = redis.call('ZCOUNT', KEYS[1], string.format('(%d.%06d', math.floor(since / 1000000), since % 1000000), '+inf')
+return math.max(logged, unfold(redis.call('HGET', KEYS[2], ARGV[1]), window, now).used)

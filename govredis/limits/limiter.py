@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from .._counters import Counters
 from ..errors import BackendUnavailable, RateLimitExceeded, check_timeout, refuse
 from ..keys import Keys
 from .calls import LimitedCalls
+from .denied import Denied, DeniedCounts
+from .deny_cache import DenyCache, Sent
 from .local_window import LocalWindow
 from .mirror import Mirror
+from .questions import Hit, Question, question_of
 from .rates import MAX_COST, Limit, Rate, check_cost, parse_rate
 from .redis_window import RedisWindow
 from .result import RateLimitResult
-from .windows import Mode, Outcome, Window
+from .windows import Mode, Outcome, Standing, Window
 
 if TYPE_CHECKING:
     from ..client import RedisClient
@@ -29,8 +31,8 @@ R = TypeVar("R")
 
 _DEFAULT = "default"
 
-#: What `hit` takes by place: identity, rate, operation, cost; the last one or two may be left out.
-Hit: TypeAlias = tuple[str, Rate] | tuple[str, Rate, str] | tuple[str, Rate, str, int]
+#: The stores whose denials are remembered: what this process decides is as cheap as remembering it.
+_SERVERS = frozenset({"redis", "postgres"})
 
 
 class RateLimiter:
@@ -46,6 +48,10 @@ class RateLimiter:
     GOVREDIS_LIMIT_MIRROR each of the two servers is told what the other admitted (see mirror.Mirror): such a window
     admits at most N and what was not told yet. `result.backend` and `result.degraded` say who decided.
 
+    A server's denial is remembered in the process (unless GOVREDIS_LIMIT_DENY_CACHE=0): until its retry_after, but for
+    a second at most, the same `hit`, `peek` or `check` is refused again without a round trip, its times counted down.
+    So late, at most, are a refund or reset in another process seen; those of this one are seen at once.
+
     Every method raises ValueError, before anything is sent, for a bad identity, rate, cost or operation.
     """
 
@@ -58,6 +64,7 @@ class RateLimiter:
         fallback: str,
         local_entries: int,
         counters: Counters,
+        deny_cache: bool = True,
         mirror: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
@@ -67,6 +74,7 @@ class RateLimiter:
         self._fallback = fallback
         self._sleep = sleep
         self._clock = clock
+        self._denied_counts = DeniedCounts(keys, redis, counters)
         self._windows: list[Window] = []
         self._mirror: Mirror | None = None
         redis_window = RedisWindow(redis) if redis is not None else None
@@ -84,6 +92,7 @@ class RateLimiter:
                 )
         if fallback == "local":
             self._windows.append(LocalWindow(local_entries, clock))
+        self._denials = DenyCache(local_entries, clock) if deny_cache else None
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -99,15 +108,15 @@ class RateLimiter:
         Returns a RateLimitResult. Raises ValueError; BackendError when a server rejects the call (not when it is
         away: then the fallback decides).
         """
-        return self._decide(identity, rate, operation, cost, "hit")
+        return self._decide((identity, rate, operation, cost), "hit")
 
     def peek(self, identity: str, rate: Rate, *, operation: str = _DEFAULT, cost: int = 1) -> RateLimitResult:
         """What `hit` would decide now; `remaining` is after it. Writes nothing. Same arguments, errors and fallback."""
-        return self._decide(identity, rate, operation, cost, "peek")
+        return self._decide((identity, rate, operation, cost), "peek")
 
     def require(self, identity: str, rate: Rate, *, operation: str = _DEFAULT, cost: int = 1) -> RateLimitResult:
         """`hit`, raising RateLimitExceeded(result) where it refuses."""
-        result = self._decide(identity, rate, operation, cost, "hit")
+        result = self._decide((identity, rate, operation, cost), "hit")
         if not result.allowed:
             raise RateLimitExceeded(result)
         return result
@@ -123,14 +132,14 @@ class RateLimiter:
         check_timeout(timeout)
         deadline = self._clock() + timeout
         while True:
-            result = self._decide(identity, rate, operation, cost, "hit")
+            result = self._decide((identity, rate, operation, cost), "hit")
             if result.allowed or self._clock() + result.retry_after > deadline:
                 return result
             # Never a busy loop, even where two clocks disagree about the last microsecond.
             self._sleep(max(result.retry_after, 0.001))
 
     def hit_many(self, hits: Sequence[Hit], *, operation: str = _DEFAULT, cost: int = 1) -> list[RateLimitResult]:
-        """`hit` for each of several identities, each decided for itself, in order, in one round trip.
+        """`hit` for each of several identities, each decided for itself, in order, in one round trip for each 500.
 
         Args:
             hits: tuples of what `hit` takes, in its order: (identity, rate), (identity, rate, operation) or (identity,
@@ -141,23 +150,25 @@ class RateLimiter:
         away in the middle, what it had admitted by then counts there too. Raises ValueError before anything is sent;
         BackendError as `hit`: the others have been decided then.
         """
-        asked = [_whole(hit, operation, cost) for hit in hits]
-        checked = [self._check(*each) for each in asked]
+        questions = [question_of(hit, operation, cost) for hit in hits]
+        checked = [self._check(question) for question in questions]
+        results = [self._known(question, "hit") for question in questions]
+        unknown = [n for n, result in enumerate(results) if result is None]
         stores = self._windows
         first = stores[0] if stores else None
-        if isinstance(first, RedisWindow) and asked:
+        if isinstance(first, RedisWindow) and unknown:
+            sent = self._sent()
             try:
-                outcomes = first.hit_many([(*found, cost) for found, (*_, cost) in zip(checked, asked, strict=True)])
+                outcomes = first.hit_many([(*checked[n], questions[n][3]) for n in unknown])
             except BackendUnavailable:
                 stores = stores[1:]
             else:
-                return [
-                    self._result(outcome, first, limits, identity, operation, cost, "hit")
-                    for outcome, (_, limits), (identity, _, operation, cost) in zip(
-                        outcomes, checked, asked, strict=True
-                    )
-                ]
-        return [self._decide(*each, "hit", stores) for each in asked]
+                for n, outcome in zip(unknown, outcomes, strict=True):
+                    results[n] = self._result(outcome, first, checked[n][1], questions[n], "hit", sent)
+        return [
+            self._ask(question, "hit", stores) if result is None else result
+            for question, result in zip(questions, results, strict=True)
+        ]
 
     # -- two steps -----------------------------------------------------------------------------------------------
 
@@ -167,11 +178,11 @@ class RateLimiter:
         Between the two calls others may come, so several callers at the limit are all let through. `hit` is one step
         and does not leak: prefer it.
         """
-        return self._decide(identity, Limit(limit, window), operation, 1, "peek")
+        return self._decide((identity, Limit(limit, window), operation, 1), "peek")
 
     def record(self, identity: str, window: float, *, operation: str = _DEFAULT, cost: int = 1) -> None:
         """Record `cost` entries, whatever the count is. They are kept for at least `window` seconds."""
-        self._decide(identity, Limit(MAX_COST, window), operation, cost, "record")
+        self._decide((identity, Limit(MAX_COST, window), operation, cost), "record")
 
     def get_count(self, identity: str, window: float, *, operation: str = _DEFAULT) -> int:
         """How many entries there are within the last `window` seconds, in the store that would decide now."""
@@ -181,6 +192,28 @@ class RateLimiter:
             with contextlib.suppress(BackendUnavailable):
                 return store.count(key, window_us)
         return 0
+
+    def standing(self, identity: str, *, operation: str = _DEFAULT) -> Standing:
+        """What stands in the identity's windows, in the store that would decide now. Writes nothing.
+
+        Raises BackendUnavailable where there is none.
+        """
+        key = self._keys.rate_limit(operation, identity)
+        for store in self._windows:
+            with contextlib.suppress(BackendUnavailable):
+                return store.standing(key)
+        raise BackendUnavailable("Redis and PostgreSQL are away, and GOVREDIS_LIMIT_FALLBACK keeps no windows")
+
+    def most_denied(self, n: int = 10) -> list[Denied]:
+        """Whom `hit` has refused most often, over all processes, in this hour and in the one before.
+
+        Args:
+            n: how many, the most denied first.
+
+        Counted in Redis, a second later, without a round trip of the denial's own; see denied.DeniedCounts for how far
+        off a count may be. Raises BackendUnavailable, also where Redis is disabled; BackendError.
+        """
+        return self._denied_counts.most(n)
 
     def reset(self, identity: str, *, operation: str = _DEFAULT) -> None:
         """Forget every entry of the identity, in each store that can be reached.
@@ -192,11 +225,14 @@ class RateLimiter:
         if self._mirror is not None:
             self._mirror.forget(key)
         failed: BackendUnavailable | None = None
-        for store in self._windows:
-            try:
-                store.reset(key)
-            except BackendUnavailable as error:
-                failed = error
+        try:
+            for store in self._windows:
+                try:
+                    store.reset(key)
+                except BackendUnavailable as error:
+                    failed = error
+        finally:
+            self._forget(identity, operation)
         if failed is not None:
             raise failed
 
@@ -208,7 +244,10 @@ class RateLimiter:
         return self._postgres_window.purge() if self._postgres_window is not None else 0
 
     def close(self) -> None:
-        """Tell the other store what was admitted and is not mirrored yet. The limiter may be used again."""
+        """Tell the servers what they are to hear yet: whom this process denied in the last second, and, with
+        GOVREDIS_LIMIT_MIRROR, what each admitted. The limiter may be used again.
+        """
+        self._denied_counts.flush()
         if self._mirror is not None:
             self._mirror.close()
 
@@ -246,52 +285,57 @@ class RateLimiter:
         check_timeout(timeout)
         calls = LimitedCalls(rate, key, operation, cost, exempt)
 
-        def decorate(function: Callable[P, R]) -> Callable[P, R]:
-            look = calls.of(function)
+        def admit(identity: Any, rate: Rate, cost: int) -> None:
+            if on_limit == "wait":
+                result = self.wait(identity, rate, timeout=timeout, operation=operation, cost=cost)
+            else:
+                result = self.hit(identity, rate, operation=operation, cost=cost)
+            if not result.allowed:
+                raise RateLimitExceeded(result)
 
-            @functools.wraps(function)
-            def limited(*args: P.args, **kwargs: P.kwargs) -> R:
-                found = look(args, kwargs)
-                if found is not None:
-                    identity, rate, cost = found
-                    if on_limit == "wait":
-                        result = self.wait(identity, rate, timeout=timeout, operation=operation, cost=cost)
-                    else:
-                        result = self.hit(identity, rate, operation=operation, cost=cost)
-                    if not result.allowed:
-                        raise RateLimitExceeded(result)
-                return function(*args, **kwargs)
-
-            return limited
-
-        return decorate
+        return lambda function: calls.limit(function, admit)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _check(self, identity: str, rate: Rate, operation: str, cost: int) -> tuple[str, Sequence[Limit]]:
+    def _decide(self, question: Question, mode: Mode) -> RateLimitResult:
+        known = self._known(question, mode)
+        return self._ask(question, mode, self._windows) if known is None else known
+
+    def _known(self, question: Question, mode: Mode) -> RateLimitResult | None:
+        """The denial that is remembered."""
+        if self._denials is None or mode == "record":
+            return None
+        known = self._denials.find(question)
+        if known is not None:
+            if mode == "hit":
+                self._counters.add_each("limits.denied", "limits.denied_cached")
+                self._denied_counts.add(question[0], question[2])
+            if known.degraded:
+                self._counters.add(f"limits.degraded.{known.backend}")
+        return known
+
+    def _ask(self, question: Question, mode: Mode, stores: Sequence[Window]) -> RateLimitResult:
+        """The answer of the first store that can be reached."""
+        key, limits = self._check(question)
+        sent = self._sent()
+        for store in stores:
+            try:
+                outcome = store.decide(key, limits, question[3], mode)
+            except BackendUnavailable:
+                continue
+            return self._result(outcome, store, limits, question, mode, sent)
+        return self._result(self._no_store(limits), None, limits, question, mode, sent)
+
+    def _check(self, question: Question) -> tuple[str, Sequence[Limit]]:
         """The key and the limits. Raises ValueError for what cannot be sent."""
+        identity, rate, operation, cost = question
         limits = parse_rate(rate)
         key = self._keys.rate_limit(operation, identity)
         check_cost(cost, limits)
         return key, limits
 
-    def _decide(
-        self,
-        identity: str,
-        rate: Rate,
-        operation: str,
-        cost: int,
-        mode: Mode,
-        stores: Sequence[Window] | None = None,
-    ) -> RateLimitResult:
-        key, limits = self._check(identity, rate, operation, cost)
-        for store in self._windows if stores is None else stores:
-            try:
-                outcome = store.decide(key, limits, cost, mode)
-            except BackendUnavailable:
-                continue
-            return self._result(outcome, store, limits, identity, operation, cost, mode)
-        return self._result(self._no_store(limits), None, limits, identity, operation, cost, mode)
+    def _sent(self) -> Sent | None:
+        return None if self._denials is None else self._denials.sent()
 
     def _no_store(self, limits: Sequence[Limit]) -> Outcome:
         if self._fallback == "allow":
@@ -303,10 +347,9 @@ class RateLimiter:
         outcome: Outcome,
         store: Window | None,
         limits: Sequence[Limit],
-        identity: str,
-        operation: str,
-        cost: int,
+        question: Question,
         mode: Mode,
+        sent: Sent | None,
     ) -> RateLimitResult:
         admitted = outcome.admitted
         limit = limits[outcome.deciding]
@@ -314,6 +357,8 @@ class RateLimiter:
         degraded = backend != "redis"
         if mode == "hit":
             self._counters.add("limits.allowed" if admitted else "limits.denied")
+            if not admitted:
+                self._denied_counts.add(question[0], question[2])
         if degraded:
             self._counters.add(f"limits.degraded.{backend}")
         result = RateLimitResult(
@@ -326,20 +371,25 @@ class RateLimiter:
             backend,
             degraded,
         )
-        if admitted and mode != "peek" and self._mirror is not None:
-            self._mirror.note(backend, self._keys.rate_limit(operation, identity), limits, cost)
-        if admitted and mode == "hit" and store is not None:
-            taken = store, identity, operation, outcome.entries, cost
-            result._taken = self._give_back, taken  # type: ignore[misc]  # mypy does not see the slot of the base
+        if admitted:
+            if self._mirror is not None and mode != "peek" and not limit.counted:
+                identity, _, operation, cost = question
+                self._mirror.note(backend, self._keys.rate_limit(operation, identity), limits, cost)
+            if mode == "hit" and store is not None:
+                taken = store, question, outcome.entries
+                result._taken = self._give_back, taken  # type: ignore[misc]  # mypy does not see the slot of the base
+        elif sent is not None and backend in _SERVERS:
+            assert self._denials is not None
+            self._denials.remember(question, result, sent)
         return result
 
-    def _give_back(self, store: Window, identity: str, operation: str, entries: Any, cost: int) -> bool:
-        return store.refund(self._keys.rate_limit(operation, identity), entries, cost)
+    def _give_back(self, store: Window, question: Question, entries: Any) -> bool:
+        identity, _, operation, cost = question
+        try:
+            return store.refund(self._keys.rate_limit(operation, identity), entries, cost)
+        finally:
+            self._forget(identity, operation)
 
-
-def _whole(hit: Hit, operation: str, cost: int) -> tuple[str, Rate, str, int]:
-    """All that `hit` takes."""
-    if not isinstance(hit, tuple) or not 2 <= len(hit) <= 4:
-        raise refuse("hit", hit, "(identity, rate), (identity, rate, operation) or (identity, rate, operation, cost)")
-    rest: tuple[str | int, ...] = (operation, cost)
-    return (*hit, *rest[len(hit) - 2 :])
+    def _forget(self, identity: str, operation: str) -> None:
+        if self._denials is not None:
+            self._denials.forget(identity, operation)

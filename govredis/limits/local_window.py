@@ -9,14 +9,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from .._fork import renew_in_child
+from .local_counter import LocalCounters
 from .rates import Limit
-from .windows import Mode, Outcome
+from .windows import CounterEntries, Mode, Outcome, Standing
 
 
 class LocalWindow:
     """See windows.Window. Counts this process only: N processes admit up to N times as much.
 
-    Bounded: beyond `entries` identities the one used longest ago is forgotten.
+    Bounded: beyond `entries` identities, of logs and of counters, the one used longest ago is forgotten.
 
     Args:
         entries: identities kept.
@@ -35,10 +36,13 @@ class LocalWindow:
         self._lock = threading.RLock()  # a signal handler may make calls of its own
         #: key -> its entries' times in ascending order, and the longest window used; both in microseconds.
         self._logs: OrderedDict[str, tuple[list[int], int]] = OrderedDict()
+        self._counters = LocalCounters(self._entries)
 
     def decide(self, key: str, limits: Sequence[Limit], cost: int, mode: Mode) -> Outcome:
         with self._lock:
             now = int(self._clock() * 1_000_000)
+            if limits[0].counted:
+                return self._counters.decide(key, limits, cost, mode, now)
             log, longest = self._logs.get(key, ([], 0))
             outcome = decide(log, now, limits, cost, mode)
             if log and mode != "peek":
@@ -53,8 +57,10 @@ class LocalWindow:
                 outcome.entries = now
             return outcome
 
-    def refund(self, key: str, entries: int, cost: int) -> bool:
+    def refund(self, key: str, entries: int | CounterEntries, cost: int) -> bool:
         with self._lock:
+            if isinstance(entries, CounterEntries):
+                return self._counters.refund(key, entries, cost)
             log, longest = self._logs.get(key, ([], 0))
             first = bisect_left(log, entries)
             given = min(cost, bisect_right(log, entries) - first)
@@ -64,12 +70,29 @@ class LocalWindow:
 
     def count(self, key: str, window_us: int) -> int:
         with self._lock:
+            now = int(self._clock() * 1_000_000)
             log, _ = self._logs.get(key, ([], 0))
-            return len(log) - bisect_right(log, int(self._clock() * 1_000_000) - window_us)
+            logged = len(log) - bisect_right(log, now - window_us)
+            return max(logged, self._counters.count(key, window_us, now))
+
+    def standing(self, key: str) -> Standing:
+        with self._lock:
+            now = int(self._clock() * 1_000_000)
+            log, longest = self._logs.get(key, ([], 0))
+            log = log[bisect_right(log, now - longest) :]
+            return Standing(
+                self.backend,
+                len(log),
+                longest / 1_000_000 or None,
+                (now - log[0]) / 1_000_000 if log else None,
+                (now - log[-1]) / 1_000_000 if log else None,
+                self._counters.standing(key, now),
+            )
 
     def reset(self, key: str) -> None:
         with self._lock:
             self._logs.pop(key, None)
+            self._counters.reset(key)
 
 
 def decide(log: list[int], now: int, limits: Sequence[Limit], cost: int, mode: Mode) -> Outcome:

@@ -17,15 +17,15 @@ from typing import NamedTuple, Protocol
 
 from .._counters import Counters
 from .._fork import renew_in_child
-from ..breaker import CircuitBreaker
-from ..client import RedisClient, Rejected
+from ..breaker import CircuitBreaker, Rejected
+from ..client import RedisClient
 from ..errors import BackendUnavailable, GovRedisError
 from .rates import Limit
 
 log = logging.getLogger("govredis")
 
-#: What is kept of each direction until it is told. In memory, some 10 MB.
-_KEPT = 50_000
+#: What is kept of each direction until it is told. In memory, some 4 MB.
+_KEPT = 20_000
 #: The thread outlives the last admission by this many seconds.
 _IDLE = 5.0
 
@@ -67,16 +67,23 @@ class Mirror:
     """Tells PostgreSQL what Redis admitted, and Redis what PostgreSQL admitted, a moment later.
 
     Every `interval` seconds a thread of this process sends what was admitted here meanwhile: to PostgreSQL in one
-    statement, so never more than one an interval, and to Redis in one pipeline. Redis is also told before this process
-    uses it again after an outage. No hit waits for any of this: `note` only appends.
+    statement, so never more than one an interval (and one at `close`), and to Redis in a pipeline. Redis is also told
+    before this process uses it again after an outage. No hit waits for any of this: `note` only appends. Where threads
+    cannot run, PostgreSQL is told nothing.
+
+    So a window that spans a switch to PostgreSQL admits at most N and what Redis admitted in the interval before; one
+    that spans the way back, N and what is admitted until the last process is back, about half a second. While some
+    processes see Redis and others do not, it is N per store, as without a mirror: Redis hears from those who do not
+    when they do again.
 
     A copy's time is the age of the admission by this process's monotonic clock, so no two clocks need agree; it is late
     by the time that telling took, so a copy ends no earlier than what it is a copy of, and hardly later.
 
-    What is not told: what was admitted in the last interval before this process died without `close`; the oldest beyond
-    50,000 that wait; what a server refused; what PostgreSQL did not answer, for it may have been written, and twice
-    would be too much. The counters `limits.mirrored.postgres` and `.redis` say how many admissions each was told,
-    `limits.mirror_lost.postgres` and `.redis` how many it was not. Refunds are not told: copies stay: stricter.
+    What is not told: what sliding window counters count; what was admitted in the last interval before this process
+    died without `close`; the oldest beyond 20,000 that wait; what a server refused; what PostgreSQL did not answer, for
+    it may have been written, and twice would be too much. Refunds are not told: a copy stays, which is stricter. The
+    counters `limits.mirrored.postgres` and `.redis` say how many admissions each was told;
+    `limits.mirror_lost.postgres` and `.redis`, how many it was not.
 
     Args:
         redis: it says when it is back.
@@ -136,7 +143,7 @@ class Mirror:
 
     def tell(self) -> None:
         """Tell whoever is there what waits for it, now."""
-        for backlog in (self._to_postgres, self._to_redis):
+        for backlog in (self._to_redis, self._to_postgres):
             backlog.tell_if_there()
 
     def close(self) -> None:
@@ -239,22 +246,25 @@ class _Backlog:
                 return
             try:
                 self._window.copy(told, now)
-            except (BackendUnavailable, Rejected) as error:
-                if self._again:
-                    # Before what came meanwhile, and only as far as there is room: extendleft would push that out.
-                    kept = told[max(0, len(told) + len(self._waiting) - _KEPT) :]
-                    self._waiting.extendleft(reversed(kept))
-                    self._lost(len(told) - len(kept))
+            except BaseException as error:
+                answered = isinstance(error, GovRedisError) and not isinstance(error, BackendUnavailable | Rejected)
+                if self._again and not answered:
+                    self._put_back(told)
                 else:
                     self._lost(len(told), error)
-                raise
-            except GovRedisError as error:
-                self._lost(len(told), error)
+                if not answered:
+                    raise
             else:
                 self._failed = False
                 self._counters.add(f"limits.mirrored.{self._window.backend}", len(told))
 
-    def _lost(self, count: int, error: GovRedisError | None = None) -> None:
+    def _put_back(self, told: list[Admission]) -> None:
+        """Before what came meanwhile, and only as far as there is room: extendleft would push that out."""
+        kept = told[max(0, len(told) + len(self._waiting) - _KEPT) :]
+        self._waiting.extendleft(reversed(kept))
+        self._lost(len(told) - len(kept))
+
+    def _lost(self, count: int, error: BaseException | None = None) -> None:
         if count:
             self._counters.add(f"limits.mirror_lost.{self._window.backend}", count)
         if error is not None and not self._failed:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from ..errors import refuse
 
@@ -20,28 +20,48 @@ _UNITS = {
 _RATE = re.compile(r"\s*(\d{1,9})\s*(?:/|per)\s*(\d{1,9}(?:\.\d{1,9})?)?\s*([a-z]+)\s*", re.IGNORECASE)
 _WANTED = '"N/unit" or "N/K units", several joined by ";", N >= 1, units second, minute, hour, day, week'
 
-MAX_COUNT = 1_000_000
+Algorithm: TypeAlias = Literal["sliding_window_log", "sliding_window_counter"]
+
+#: The largest count of a limit, by its algorithm.
+MAX_COUNT: dict[str, int] = {"sliding_window_log": 1_000_000, "sliding_window_counter": 10**12}
 MAX_WINDOW = 366 * 86400.0
+#: Each unit is an entry of its own in a log. Counters take any.
 MAX_COST = 10_000
+
+#: How many buckets a counter cuts its window into; as in counter.lua and schema/0007_limit_counters.sql.
+BUCKETS = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
     """At most `count` within any `window` seconds.
 
+    "sliding_window_log" keeps every entry: exact, about 85 bytes an entry. "sliding_window_counter" is for limits too
+    large for that: it keeps 60 numbers, whatever the count. They are the entries of each sixtieth of the window, which
+    count as a whole while any moment of it lies within the window. So it is never looser than the log: whatever was
+    admitted within the last `window` seconds counts. And at most a sixtieth stricter: nothing counts for longer than
+    61/60 of `window`, so a call is refused only where a log of that longer window would refuse it too. (Commonly two
+    fixed windows are kept and the older one is weighted, as Cloudflare described in "How we built rate limiting
+    capable of scaling to millions of domains", 2017; a burst at the end of one lets through up to twice the limit.)
+
     Args:
-        count: 1 to 1,000,000.
+        count: 1 to 1,000,000, of a sliding_window_counter to 10^12.
         window: seconds, 0.001 to 366 days.
+        algorithm: the same for all limits of one rate. One identity's log and counters know nothing of each other.
 
     Raises ValueError for anything else.
     """
 
     count: int
     window: float
+    algorithm: Algorithm = "sliding_window_log"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.count, int) or isinstance(self.count, bool) or not 1 <= self.count <= MAX_COUNT:
-            raise refuse("limit", self.count, f"a whole number from 1 to {MAX_COUNT}")
+        if not isinstance(self.algorithm, str) or self.algorithm not in MAX_COUNT:
+            raise refuse("algorithm", self.algorithm, " or ".join(f'"{name}"' for name in MAX_COUNT))
+        most = MAX_COUNT[self.algorithm]
+        if not isinstance(self.count, int) or isinstance(self.count, bool) or not 1 <= self.count <= most:
+            raise refuse("limit", self.count, f"a whole number from 1 to {most} for a {self.algorithm}")
         if (
             not isinstance(self.window, int | float)
             or isinstance(self.window, bool)
@@ -52,6 +72,11 @@ class Limit:
     @property
     def window_us(self) -> int:
         return round(self.window * 1_000_000)
+
+    @property
+    def counted(self) -> bool:
+        """Is it a sliding_window_counter?"""
+        return self.algorithm == "sliding_window_counter"
 
     def __str__(self) -> str:
         return f"{self.count} per {self.window:g} s"
@@ -79,14 +104,17 @@ def parse_rate(rate: Rate) -> tuple[Limit, ...]:
     if isinstance(rate, Limit):
         return (rate,)
     if isinstance(rate, list | tuple) and rate and all(isinstance(limit, Limit) for limit in rate):
+        if len({limit.algorithm for limit in rate}) > 1:
+            raise refuse("rate", rate, "limits of one algorithm: a counter may be small too")
         return tuple(rate)
     raise refuse("rate", rate, f"{_WANTED}, a Limit, or a non-empty list of Limit")
 
 
 def check_cost(cost: Any, limits: Sequence[Limit]) -> None:
-    """Raises ValueError for what is no cost, and for one that a limit could never admit."""
-    if type(cost) is not int or not 1 <= cost <= MAX_COST:
-        raise refuse("cost", cost, f"a whole number from 1 to {MAX_COST}")
+    """Raises ValueError for what is no cost, and for one that a limit could never admit. () where they are unknown."""
+    most = MAX_COST if limits and not limits[0].counted else MAX_COUNT["sliding_window_counter"]
+    if type(cost) is not int or not 1 <= cost <= most:
+        raise refuse("cost", cost, f"a whole number from 1 to {most}")
     for limit in limits:
         if cost > limit.count:
             raise refuse("cost", cost, f"at most {limit.count}: more could never be admitted under {limit}")

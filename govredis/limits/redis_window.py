@@ -12,7 +12,7 @@ from ..client import RedisClient, Script
 from ..keys import sibling
 from .mirror import Admission
 from .rates import Limit
-from .windows import Mode, Outcome
+from .windows import CounterEntries, Mode, Outcome, Standing
 
 #: Admissions that one exchange tells of: some ten milliseconds of Redis's time.
 _COPIED_AT_ONCE = 1000
@@ -26,7 +26,10 @@ class RedisWindow:
     def __init__(self, client: RedisClient) -> None:
         self._client = client
         self._script = Script(__package__, "log.lua", "window.lua")
-        self._count = Script(__package__, "count.lua")
+        self._counter_script = Script(__package__, "counter.lua", "counter_window.lua")
+        self._counter_refund = Script(__package__, "counter.lua", "counter_refund.lua")
+        self._count = Script(__package__, "counter.lua", "count.lua")
+        self._standing = Script(__package__, "counter.lua", "standing.lua")
         self._copy = Script(__package__, "log.lua", "copy.lua")
         self.renew_after_fork()
         renew_in_child(self)
@@ -38,28 +41,55 @@ class RedisWindow:
 
     def decide(self, key: str, limits: Sequence[Limit], cost: int, mode: Mode) -> Outcome:
         member = self._member()
-        reply = self._client.run(self._script, (key, sibling(key, "window")), *_arguments(limits, cost, mode, member))
-        return _outcome(reply, member)
+        script, keys = self._script_of(key, limits)
+        return _outcome(self._client.run(script, keys, *_arguments(limits, cost, mode, member)), limits, member)
 
     def hit_many(self, hits: Sequence[tuple[str, Sequence[Limit], int]]) -> list[Outcome]:
         """`decide` in mode "hit" for each key, limits and cost, in order, in one round trip."""
         members = [self._member() for _ in hits]
+        calls = [(*self._script_of(key, limits), limits, cost) for key, limits, cost in hits]
         commands = [
-            self._script.call((key, sibling(key, "window")), _arguments(limits, cost, "hit", member))
-            for (key, limits, cost), member in zip(hits, members, strict=True)
+            script.call(keys, _arguments(limits, cost, "hit", member))
+            for (script, keys, limits, cost), member in zip(calls, members, strict=True)
         ]
-        replies = self._client.pipeline(commands, [self._script])
-        return [_outcome(reply, member) for reply, member in zip(replies, members, strict=True)]
+        replies = self._client.pipeline(commands, list({script for script, *_ in calls}))
+        return [
+            _outcome(reply, limits, member)
+            for reply, (_, limits, _), member in zip(replies, hits, members, strict=True)
+        ]
 
-    def refund(self, key: str, entries: str, cost: int) -> bool:
+    def refund(self, key: str, entries: str | CounterEntries, cost: int) -> bool:
+        if isinstance(entries, CounterEntries):
+            windows = map(str, entries.windows_us)
+            arguments = (str(cost), entries.member, str(entries.at), "", *windows)
+            return bool(self._client.run(self._counter_refund, (sibling(key, "counter"),), *arguments))
         members = [f"{entries}-{i}" for i in range(1, cost + 1)]
         return int(self._client.call("ZREM", key, *members)) > 0
 
     def count(self, key: str, window_us: int) -> int:
-        return int(self._client.run(self._count, (key,), str(window_us), ""))
+        return int(self._client.run(self._count, (key, sibling(key, "counter")), str(window_us), ""))
+
+    def standing(self, key: str) -> Standing:
+        now, longest, entries, oldest, newest, counters = self._client.run(
+            self._standing, (key, sibling(key, "window"), sibling(key, "counter")), ""
+        )
+        return Standing(
+            self.backend,
+            entries,
+            longest / 1_000_000 or None,
+            now / 1_000_000 - float(oldest) if entries else None,
+            now / 1_000_000 - float(newest) if entries else None,
+            {int(window) / 1_000_000: int(used) for window, used in zip(counters[::2], counters[1::2], strict=True)},
+        )
 
     def reset(self, key: str) -> None:
-        self._client.call("DEL", key, sibling(key, "window"))
+        self._client.call("DEL", key, sibling(key, "window"), sibling(key, "counter"))
+
+    def _script_of(self, key: str, limits: Sequence[Limit]) -> tuple[Script, tuple[str, ...]]:
+        """What decides over these limits, and its keys."""
+        if limits[0].counted:
+            return self._counter_script, (sibling(key, "counter"),)
+        return self._script, (key, sibling(key, "window"))
 
     def copy(self, admissions: Sequence[Admission], now: float) -> None:
         """See mirror.CopiedWindow. One that is told twice is written once."""
@@ -86,6 +116,7 @@ def _arguments(limits: Sequence[Limit], cost: int, mode: Mode, member: str) -> l
     return arguments
 
 
-def _outcome(reply: list[int], member: str) -> Outcome:
-    admitted, deciding, remaining, retry_after, reset_after = reply
-    return Outcome(admitted == 1, deciding - 1, remaining, retry_after, reset_after, member)
+def _outcome(reply: list[int], limits: Sequence[Limit], member: str) -> Outcome:
+    admitted, deciding, remaining, retry_after, reset_after = reply[:5]
+    entries = CounterEntries.of(limits, reply[5], member) if limits[0].counted else member
+    return Outcome(admitted == 1, deciding - 1, remaining, retry_after, reset_after, entries)

@@ -50,7 +50,8 @@ class RateLimitResult(_Refundable):
 
         Returns True if something was given back. False, and nothing is written, the second time, for a result that took
         nothing (a denial, a `peek`, one that GOVREDIS_LIMIT_FALLBACK let through), for one whose entries have aged out
-        or were reset, and for a copy (pickled or not): that of the caller alone gives back.
+        or were reset, and for a copy (pickled or not): that of the caller alone gives back. With GOVREDIS_LIMIT_MIRROR
+        the other server keeps what it was told: it is stricter by that.
 
         Raises BackendUnavailable where that store is away; BackendError. It may have been given back all the same.
         Where it was Redis, a second try is harmless; else there is none.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from .rates import Limit
 
@@ -26,13 +26,56 @@ class Outcome:
     entries: Any = field(default=None, compare=False)
 
 
+class CounterEntries(NamedTuple):
+    """What an admission added to counters.
+
+    Attributes:
+        at: when, in microseconds on the store's clock.
+        windows_us: of which windows.
+        member: the call that made them, where the store knows it by one.
+    """
+
+    at: int
+    windows_us: tuple[int, ...]
+    member: str = ""
+
+    @classmethod
+    def of(cls, limits: Sequence[Limit], at: int, member: str = "") -> CounterEntries:
+        return cls(at, tuple({limit.window_us: None for limit in limits}), member)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What stands in an identity's windows, in one store. Durations are seconds, by the store's clock.
+
+    Attributes:
+        backend: the store.
+        entries: of the log, within the longest window ever used on it.
+        window: that window; None where there is no log, or one that only other clients write.
+        oldest, newest: how long ago these were recorded; negative for one that is booked; None without entries.
+        counters: window -> count, of the sliding window counters that count something.
+    """
+
+    backend: str
+    entries: int = 0
+    window: float | None = None
+    oldest: float | None = None
+    newest: float | None = None
+    counters: Mapping[float, int] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.entries or self.counters)
+
+
 class Window(Protocol):
-    """A sliding window log per key, over several limits at once, all or none.
+    """Sliding windows per key, over several limits at once, all or none: a log, or counters where the limits are those.
 
     `decide` counts the entries in (now - window, now] and later, by the store's own clock. Mode "hit" records `cost`
     entries if every limit admits them and writes nothing otherwise; "peek" never writes; "record" always records.
+    Counters count what shares a bucket with such an entry too: see rates.Limit.
 
-    `refund` removes the entries of one outcome, `cost` of them, and says whether any were left.
+    `refund` removes the entries of one outcome, `cost` of them, and says whether any were left. `count` is of the log,
+    or of the counter of just that window: the larger, where there are both.
     """
 
     backend: str
@@ -42,5 +85,7 @@ class Window(Protocol):
     def refund(self, key: str, entries: Any, cost: int) -> bool: ...
 
     def count(self, key: str, window_us: int) -> int: ...
+
+    def standing(self, key: str) -> Standing: ...
 
     def reset(self, key: str) -> None: ...

@@ -13,7 +13,7 @@ _IDLE = 0
 _LOST = 4
 
 _HAS_OUTBOX = "SELECT to_regprocedure('govredis_outbox_add(text, text, bigint)') IS NOT NULL"
-_NOTE = "SELECT govredis_outbox_add(%s, %s, nextval('govredis_versions'))"
+_NOTE = "SELECT govredis_outbox_add(%s, %s, NULL)"
 
 
 class AfterCommit:

@@ -254,7 +254,8 @@ class Guard:
             return
         try:
             seen = self._ask()
-            if seen is None or self._clock() >= seen.renew_at:
+            # Not its `renew_at`: somebody may have taken it by now.
+            if seen is None or self._clock() >= seen.until - self.staleness * _RENEWED_AT:
                 self._tick()
                 self._ask()
         except (BackendError, ConfigurationError) as error:

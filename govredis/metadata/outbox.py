@@ -17,7 +17,8 @@ _DDL_TIMEOUT = 60.0
 
 _LAG = """
 SELECT count(o.entry), coalesce(extract(epoch FROM clock_timestamp() - min(o.at)), 0)
-FROM govredis_epochs e LEFT JOIN govredis_outbox o ON NOT pg_visible_in_snapshot(o.xid, e.seen)
+FROM govredis_epochs e LEFT JOIN govredis_outbox o
+    ON o.xid >= pg_snapshot_xmin(e.seen) AND NOT pg_visible_in_snapshot(o.xid, e.seen)
 WHERE e.epoch = %s GROUP BY e.epoch
 """
 
@@ -47,7 +48,8 @@ class Outbox:
     def watch(self, table: str, column: str, namespace: str) -> None:
         """Have every change of a table, by whomever, invalidate the cached value of its id.
 
-        Twice is harmless. Waits for writers of the table, up to a minute. In migrations of your own:
+        But not where PostgreSQL fires no triggers: with session_replication_role = replica, and for rows that logical
+        replication brings. Twice is harmless. Waits for writers of the table, up to a minute. In your own migrations:
         `SELECT govredis_outbox_watch('public.agents', 'agent_id', 'agent_meta')`.
 
         Args:

@@ -49,10 +49,11 @@ if TYPE_CHECKING:
 Invalidations = Callable[[Sequence[tuple[str, int]]], Sequence[Command]]
 
 _GUARD = Script(__package__, "guard.lua")
-#: More entries than these are invalidated by a new epoch.
+#: More ids than these are invalidated by a new epoch; likewise if there are more entries than so many.
 _ONE_BY_ONE = 1000
+_ENTRIES = 20_000
 #: Entries deleted by one tick, at most: what a large transaction has left goes over several.
-_CLEANED_AT_ONCE = 5000
+_CLEANED_AT_ONCE = 20_000
 
 _LOCK = """
 SELECT pg_try_advisory_xact_lock(hashtextextended(%s, 0)),
@@ -60,21 +61,18 @@ SELECT pg_try_advisory_xact_lock(hashtextextended(%s, 0)),
 """
 # Snapshots of another database (a restored dump) count other transactions: they are not compared.
 _READ = f"""
-SELECT pg_current_snapshot()::text, e.tick, (
-    SELECT json_agg(json_build_array(o.namespace, o.id, o.version)) FROM (
-        SELECT namespace, id, max(version) AS version FROM govredis_outbox
-        WHERE NOT pg_visible_in_snapshot(xid, e.seen) GROUP BY namespace, id LIMIT {_ONE_BY_ONE + 1}) o)
+SELECT pg_current_snapshot()::text, e.tick, few.entries, few.ids
 FROM (VALUES (1)) one
 LEFT JOIN govredis_epochs e ON e.epoch = %s AND pg_snapshot_xmax(e.seen) <= pg_snapshot_xmax(pg_current_snapshot())
+LEFT JOIN LATERAL (
+    SELECT sum(n) AS entries, json_agg(json_build_array(namespace, id, version)) AS ids FROM (
+        SELECT namespace, id, max(version) AS version, count(*) AS n FROM (
+            SELECT namespace, id, version FROM govredis_outbox
+            WHERE xid >= pg_snapshot_xmin(e.seen) AND NOT pg_visible_in_snapshot(xid, e.seen)
+            LIMIT {_ENTRIES + 1}) entry
+        GROUP BY namespace, id LIMIT {_ONE_BY_ONE + 1}) id) few ON true
 """
-_CONFIRM = """
-INSERT INTO govredis_epochs (epoch, tick, seen, at) VALUES (%s, %s, %s::pg_snapshot, clock_timestamp())
-ON CONFLICT (epoch) DO UPDATE SET tick = excluded.tick, seen = excluded.seen, at = excluded.at
-"""
-_FORGET = """
-DELETE FROM govredis_epochs
-WHERE epoch <> %s AND (epoch = ANY(%s) OR at < clock_timestamp() - %s * interval '1 second')
-"""
+_CONFIRM = "SELECT govredis_outbox_told(%s, %s, %s, %s::bigint[], %s, %s)"
 
 
 class PostgresAway(BackendUnavailable):
@@ -161,8 +159,8 @@ class Ticker:
                 if not tx.fetch(_LOCK, (f"govredis {self.key}", self._patience_ms))[0][0]:
                     self._counters.add("guard.busy")
                     return None
-                ((snapshot, tick, entries),) = tx.fetch(_READ, (None if held is None else held.epoch,))
-                entries = entries or []
+                ((snapshot, tick, count, ids),) = tx.fetch(_READ, (None if held is None else held.epoch,))
+                entries = (ids or []) if (count or 0) <= _ENTRIES else [("", None, 0)]
                 try:
                     told = self._tell(text, held, tick, entries)
                 except BackendError as error:
@@ -225,11 +223,9 @@ class Ticker:
         ]
 
     def _confirm(self, tx: Transaction, held: GuardRecord | None, told: GuardRecord, snapshot: str) -> None:
-        tx.fetch(_CONFIRM, (told.epoch, told.tick, snapshot))
         # A Redis that has lost its guard does not know its last epoch; who has ticked before does.
         ended = [epoch for epoch in (self._last, held and held.epoch) if epoch is not None]
-        tx.fetch(_FORGET, (told.epoch, ended, self._forgotten_after))
-        tx.fetch("SELECT govredis_outbox_clean(%s)", (_CLEANED_AT_ONCE,))
+        tx.fetch(_CONFIRM, (told.epoch, told.tick, snapshot, ended, self._forgotten_after, _CLEANED_AT_ONCE))
 
     def _set(self, expected: str, new: GuardRecord) -> bool:
         return bool(self._redis.run(_GUARD, (self.key,), expected, str(new)))

@@ -9,6 +9,8 @@ CREATE TABLE govredis_outbox (
     xid xid8 NOT NULL DEFAULT pg_current_xact_id()  -- of the writer: it says which snapshots see the entry
 );
 
+CREATE INDEX govredis_outbox_xid ON govredis_outbox (xid);
+
 -- One row for each Redis (and each key prefix in it) that is told: its data is an epoch, which ends when data is lost.
 CREATE TABLE govredis_epochs (
     epoch bigint PRIMARY KEY,
@@ -17,21 +19,36 @@ CREATE TABLE govredis_epochs (
     at timestamptz NOT NULL
 );
 
--- Delete entries that every epoch has been told of, at most as many as given; all of them where there is no epoch.
-CREATE FUNCTION govredis_outbox_clean(at_most integer) RETURNS void LANGUAGE sql AS $$
+-- Of the oldest entries, as many as given, delete those that every epoch has been told of, or all if there is no epoch;
+-- but never what is not committed yet: an epoch that begins now has not seen it.
+CREATE FUNCTION govredis_outbox_clean(oldest integer) RETURNS void LANGUAGE sql AS $$
     DELETE FROM govredis_outbox WHERE entry IN (
-        SELECT o.entry FROM govredis_outbox o
-        WHERE NOT EXISTS (SELECT FROM govredis_epochs e WHERE NOT pg_visible_in_snapshot(o.xid, e.seen))
-        LIMIT at_most FOR UPDATE SKIP LOCKED)
+        SELECT o.entry FROM (SELECT entry, xid FROM govredis_outbox ORDER BY entry LIMIT oldest FOR UPDATE SKIP LOCKED) o
+        WHERE pg_visible_in_snapshot(o.xid, pg_current_snapshot())
+        AND NOT EXISTS (SELECT FROM govredis_epochs e WHERE NOT pg_visible_in_snapshot(o.xid, e.seen)))
 $$;
 
--- Note a change. Null for the id: all of the namespace.
+-- An epoch was told of everything that `told` sees. Those that have ended are forgotten, and what was kept for them; so
+-- are those that were not told of anything for so many seconds: if one returns, it is not known, and a new one begins.
+CREATE FUNCTION govredis_outbox_told(
+    the_epoch bigint, the_tick bigint, told pg_snapshot, ended bigint[], forgotten_after double precision, clean integer
+) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO govredis_epochs VALUES (the_epoch, the_tick, told, clock_timestamp())
+        ON CONFLICT (epoch) DO UPDATE SET tick = excluded.tick, seen = excluded.seen, at = excluded.at;
+    DELETE FROM govredis_epochs e WHERE e.epoch <> the_epoch
+        AND (e.epoch = ANY (ended) OR e.at < clock_timestamp() - forgotten_after * interval '1 second');
+    PERFORM govredis_outbox_clean(clean);
+END $$;
+
+-- Note a change. Null for the id: all of the namespace; null for the version: the next one.
 CREATE FUNCTION govredis_outbox_add(namespace text, id text, version bigint) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
-    INSERT INTO govredis_outbox (namespace, id, version) VALUES (namespace, id, version);
+    INSERT INTO govredis_outbox (namespace, id, version)
+        VALUES (namespace, id, coalesce(version, nextval('govredis_versions')));
     -- Where nobody ticks, because no Redis is in use, the table cleans itself.
-    IF random() < 0.01 THEN
+    IF random() < 0.01 AND NOT EXISTS (SELECT FROM govredis_epochs) THEN
         PERFORM govredis_outbox_clean(1000);
     END IF;
 END $$;
@@ -44,7 +61,7 @@ DECLARE
     version bigint;
 BEGIN
     IF TG_OP = 'TRUNCATE' THEN
-        PERFORM govredis_outbox_add(TG_ARGV[0], NULL, nextval('govredis_versions'));
+        PERFORM govredis_outbox_add(TG_ARGV[0], NULL, NULL);
         RETURN NULL;
     END IF;
     IF TG_OP <> 'INSERT' THEN
@@ -56,7 +73,6 @@ BEGIN
             EXECUTE format('SELECT ($1).%I', TG_ARGV[2]) INTO version USING NEW;
         END IF;
     END IF;
-    version := coalesce(version, nextval('govredis_versions'));
     IF new_id IS NOT NULL THEN
         PERFORM govredis_outbox_add(TG_ARGV[0], new_id, version);
     END IF;
@@ -82,7 +98,7 @@ BEGIN
     EXECUTE format('CREATE TRIGGER %I AFTER TRUNCATE ON %s'
                    ' FOR EACH STATEMENT EXECUTE FUNCTION govredis_outbox_changed(%L, %L)',
                    'govredis_truncate_' || namespace, watched, namespace, id_column);
-    PERFORM govredis_outbox_add(namespace, NULL, nextval('govredis_versions'));
+    PERFORM govredis_outbox_add(namespace, NULL, NULL);
 END $$;
 
 -- What is watched: a table by its name, for which namespace, by which column.
@@ -102,7 +118,7 @@ DECLARE
 BEGIN
     FOR found IN SELECT * FROM govredis_outbox_watched w WHERE w.watched = unwatched LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', found.trigger, unwatched);
-        PERFORM govredis_outbox_add(found.namespace, NULL, nextval('govredis_versions'));
+        PERFORM govredis_outbox_add(found.namespace, NULL, NULL);
         n := n + 1;
     END LOOP;
     RETURN n;

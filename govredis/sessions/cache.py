@@ -1,22 +1,41 @@
-"""SessionCache: which agent a session belongs to, on Redis, with this process's memory as the fallback."""
+"""SessionCache: which agent a session belongs to, by PostgreSQL and Redis, or by what this process remembers."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._counters import Counters
-from ..client import RedisClient, Rejected, Script
-from ..errors import BackendError, BackendUnavailable, SessionAlreadyBound, SessionStoreUnavailable, check_ttl
-from ..keys import Keys
-from .binding import SessionBinding, decode, encode
+from ..breaker import Rejected
+from ..client import RedisClient
+from ..errors import (
+    BackendError,
+    BackendUnavailable,
+    ConfigurationError,
+    SessionAlreadyBound,
+    SessionStoreUnavailable,
+    check_ttl,
+)
+from ..keys import Keys, check_id
+from .binding import Order, SessionBinding, encode_data
+from .copies import Copies, Guard
+from .durable import DurableSessions
 from .local import Debt, LocalSessions
+from .postgres_store import SessionRows
+from .redis_store import RedisSessions
+from .stores import Sessions
+from .verify import SessionParity, compare
 
-__all__ = ["SessionBinding", "SessionCache"]
+if TYPE_CHECKING:
+    from ..postgres import Postgres
+
+__all__ = ["SessionBinding", "SessionCache", "SessionParity"]
 
 log = logging.getLogger("govredis")
 
@@ -32,44 +51,77 @@ def _utc_now() -> datetime:
 class SessionCache:
     """Sessions bound to agents, with a TTL that slides when touched: JSON at `session:{id}`, as the async service has.
 
-    One round trip per operation (`for_agent` and `unbind_agent`: two; `touch` two when it extends).
+    `get` takes one round trip; it takes a second one to slide the TTL, which it does when a tenth of that has passed.
+    A revoked session does not come back: a bind that a revocation overtakes is ended by it, however late it is carried
+    out; one that begins after it binds as ever.
 
-    While Redis is away this process answers from its own memory, and each SessionBinding says so (backend "local"):
+    **With PostgreSQL** a session is a row there, and Redis caches it. A Redis that is flushed, or restarted empty or
+    with old data, logs nobody out; and a revoked session is found nowhere later than metadata_staleness (5 s) after it
+    was revoked, at once where Redis is well. A hit takes no statement; one each: a miss, unknown ids among them, a TTL
+    that slides, a revocation; a bind two.
+
+    - Redis away: the rows answer (backend "postgres").
+    - PostgreSQL away: what Redis has is believed, though it may be older than 5 s (`sessions.degraded.unguarded`).
+      `bind` and `unbind` are carried out in Redis and here, and told to PostgreSQL when it is back; what this process
+      has not told is lost to PostgreSQL if it ends before.
+    - Both away: this process's memory, as below. What Redis has not is unknown then, too.
+
+    **Without PostgreSQL** Redis has the record. What it loses is lost, and older data, restored, counts.
+
+    **With nobody to ask** this process answers from its own memory, and each SessionBinding says so (backend "local"):
 
     - a session bound or seen here before is found, until its TTL. One that another process revoked meanwhile is found
       too: this process cannot know. Where that matters, look at `backend`;
     - an unknown one raises SessionStoreUnavailable: unknown is not the same as logged out;
-    - `touch` lengthens it here only, and is not told to Redis;
-    - `bind` and `unbind` work, here only, and are told to Redis when it is back, before this process uses it again:
-      revocations first, then bindings where the session is still unbound. They are lost if the process ends before.
+    - `touch` lengthens it here only, and is told to nobody;
+    - `bind` and `unbind` work, here only, and are told when PostgreSQL (where there is none: Redis) is back, before
+      this process uses it again: revocations first, then bindings where the session is still unbound and has not been
+      revoked since, by the clocks. They are lost if the process ends before.
 
-    Sessions bound by the async service are found by `get`, but stand in no index: `for_agent` and `unbind_agent` do
-    not see them. Every method raises ValueError for a bad id before anything is sent, and BackendError where Redis
-    answers with an error.
+    Sessions bound by the async service are found by `get`, but stand in no index and have no row: `for_agent` and
+    `unbind_agent` do not see them. With PostgreSQL a session that it ends (DEL) comes back from its row: `unbind` it
+    here. Every method raises ValueError for a bad id before anything is sent, BackendError where a server answers with
+    an error, and ConfigurationError where there is a PostgreSQL without our tables.
+
+    Args:
+        hash_ids: keep a SHA-256 of each session id in keys, index and rows, so that nobody can use what he reads there.
+            The hash has no key: an id that can be guessed can be looked for. The async service does not see such
+            sessions, and `for_agent` names hashes.
     """
 
     def __init__(
         self,
         keys: Keys,
         redis: RedisClient | None,
+        postgres: Postgres | None = None,
+        guard: Guard[Any] | None = None,
         *,
         ttl: float,
         local_entries: int,
         counters: Counters,
+        hash_ids: bool = False,
         now: Callable[[], datetime] = _utc_now,
     ) -> None:
         self._keys = keys
-        self._redis = redis
         self._ttl = check_ttl(ttl)
         self._counters = counters
+        self._hash_ids = hash_ids
         self._now = now
-        self._local = LocalSessions(local_entries, now, owing=redis is not None)
-        self._bind = Script(__package__, "bind.lua")
-        self._touch = Script(__package__, "touch.lua")
-        self._unbind = Script(__package__, "unbind.lua")
-        self._index = Script(__package__, "index.lua")
+        self._rows = None if postgres is None else SessionRows(keys, postgres, ttl=ttl)
+        self._copies: Copies | None = None
+        self._store: Sessions | None = None
         if redis is not None:
-            redis.on_recovery(self._replay)
+            in_redis = RedisSessions(keys, redis, ttl=ttl, counters=counters, now=now)
+            self._store = in_redis
+            if postgres is not None:
+                self._copies = Copies(keys, redis, guard, in_redis, entries=local_entries, counters=counters)
+        if self._rows is not None:
+            self._store = DurableSessions(self._rows, self._copies, counters=counters)
+        #: Who is told what was done without it.
+        self._record: Postgres | RedisClient | None = postgres if postgres is not None else redis
+        self._local = LocalSessions(local_entries, now, None if self._record is None else self._record.name)
+        if self._record is not None:
+            self._record.on_recovery(lambda _: self._replay())
 
     def bind(
         self, session_id: str, agent_id: str, *, ttl: float | None = None, if_absent: bool = False, data: Any = None
@@ -86,37 +138,40 @@ class SessionCache:
         SessionStoreUnavailable while Redis is away if this process's memory of what it owes Redis is full; with
         if_absent also when this process does not know whether the session is bound.
         """
-        key = self._keys.session(session_id)
-        index = self._keys.agent_sessions(agent_id)
-        ttl_ms = self._ttl_ms(ttl)
-        now = self._now()
-        bound_at = now.isoformat(timespec="microseconds")
-        head = encode(agent_id, bound_at, data)
-        if self._redis is not None:
+        order = Order(
+            self._name(session_id),
+            check_id(agent_id, "agent_id"),
+            self._now(),
+            int((self._ttl if ttl is None else check_ttl(ttl)) * 1000),
+            encode_data(data),
+            if_absent,
+        )
+        binding = self._shown(self._bind(order), session_id)
+        if binding.agent_id != agent_id:
+            raise SessionAlreadyBound(binding)
+        return binding
+
+    def _bind(self, order: Order) -> SessionBinding:
+        name = order.session_id
+        if self._store is not None:
             try:
-                _, (_, raw, left_ms) = self._redis.pipeline(
-                    (
-                        self._index.call((index,), (session_id, str(ttl_ms))),
-                        self._bind.call((key,), (head, agent_id, bound_at, str(ttl_ms), str(int(if_absent)))),
-                    ),
-                    (self._index, self._bind),
-                )
+                binding, stands = self._store.bind(order)
             except BackendUnavailable as error:
-                self._degraded("bind", error if if_absent and not self._knows(session_id) else None)
+                self._degraded("bind", error if order.if_absent and not self._knows(name) else None)
             else:
-                binding = decode(session_id, raw, left_ms, self._now())
-                self._local.remember(binding)
-                if binding.agent_id != agent_id:
-                    raise SessionAlreadyBound(binding)
-                self._counters.add("sessions.bound")
+                if stands:
+                    self._local.remember(binding)
+                else:
+                    self._counters.add("sessions.overtaken")
+                    self._local.forget(name)
+                if binding.agent_id == order.agent_id:
+                    self._counters.add("sessions.bound")
                 return binding
-        known = self._local.get(session_id)
-        if if_absent and known is not None:
-            if known.agent_id != agent_id:
-                raise SessionAlreadyBound(known)
+        known = self._local.get(name)
+        if order.if_absent and known is not None:
             return known
-        expires_at = now + timedelta(milliseconds=ttl_ms)
-        binding = self._local.bind(SessionBinding(session_id, agent_id, now, expires_at, 1, data, "local"))
+        binding = self._local.bind(order.binding("local"))
+        self._meanwhile(lambda redis: redis.bind(order._replace(if_absent=False)))
         self._replay_soon()
         return binding
 
@@ -128,24 +183,25 @@ class SessionCache:
 
         Raises SessionStoreUnavailable while Redis is away and this process does not know the session.
         """
-        key = self._keys.session(session_id)
-        if self._redis is not None:
+        name = self._name(session_id)
+        if self._store is None:
+            binding = self._get_local(name, touch, None)
+        else:
+            changes = self._local.changes
             try:
-                changes = self._local.changes
-                raw, left_ms = self._redis.pipeline((("GET", key), ("PTTL", key)))
+                binding = self._store.get(name, touch)
             except BackendUnavailable as error:
-                return self._get_local(session_id, touch, error)
-            if raw is None:
-                self._counters.add("sessions.misses")
-                self._local.forget(session_id)
-                return None
-            self._counters.add("sessions.hits")
-            binding = decode(session_id, raw, left_ms, self._now())
-            if touch and self._extend(binding, left_ms):
-                binding = replace(binding, expires_at=self._now() + timedelta(seconds=self._ttl))
-            self._local.remember(binding, since=changes)
-            return binding
-        return self._get_local(session_id, touch, None)
+                binding = self._get_local(name, touch, error)
+            else:
+                hit = binding is not None and binding.backend == "redis"
+                self._counters.add("sessions.hits" if hit else "sessions.misses")
+                if binding is None:
+                    self._local.forget(name)
+                elif self._local.revoked(name, binding.agent_id):
+                    binding = None
+                else:
+                    self._local.remember(binding, since=changes)
+        return None if binding is None else self._shown(binding, session_id)
 
     def get_agent_id(self, session_id: str, *, touch: bool = False) -> str | None:
         """The agent_id of `get`."""
@@ -166,41 +222,64 @@ class SessionCache:
         While Redis is away: it is ended in this process and, once Redis is back, everywhere; True if this process knew
         it. Raises SessionStoreUnavailable if this process's memory of what it owes Redis is full.
         """
-        key = self._keys.session(session_id)
-        if self._redis is not None:
+        name = self._name(session_id)
+        if self._store is not None:
             try:
-                gone = self._redis.run(self._unbind, (key,), "")
+                ended = self._store.unbind(name)
             except BackendUnavailable:
                 self._degraded("unbind", None)
+                self._meanwhile(lambda redis: redis.unbind(name))
             else:
-                self._local.forget(session_id)
-                return bool(gone)
-        known = self._local.unbind(session_id)
+                self._local.forget(name)
+                return ended
+        ended = self._local.unbind(name)
         self._replay_soon()
-        return known
+        return ended
+
+    def rotate(self, session_id: str) -> str | None:
+        """Give a session another id, as at a login: bind a new one, from `secrets`, to the same agent, with the same
+        data and the same end, then end the old one.
+
+        Returns the new id; None if there is no such session, or if it was ended meanwhile, by whomever: then the new
+        one is, too. Raises as `get`, `bind` and `unbind`.
+        """
+        old = self.get(session_id)
+        if old is None:
+            return None
+        left = None if old.expires_at is None else max(0.001, (old.expires_at - self._now()).total_seconds())
+        new = secrets.token_urlsafe(32)
+        self.bind(new, old.agent_id, ttl=left, data=old.data)
+        if self.unbind(session_id):
+            return new
+        self.unbind(new)
+        return None
 
     def for_agent(self, agent_id: str) -> list[str]:
-        """The ids of the agent's sessions, sorted. Raises SessionStoreUnavailable while Redis is away."""
-        index = self._keys.agent_sessions(agent_id)
-        if self._redis is None:
+        """The ids of the agent's sessions, sorted (their hashes, with hash_ids).
+
+        Raises SessionStoreUnavailable while neither Redis nor PostgreSQL can be asked.
+        """
+        check_id(agent_id, "agent_id")
+        if self._store is None:
             return self._local.for_agent(agent_id)
         try:
-            return sorted(self._sessions_of(self._redis, agent_id, index))
+            return self._store.for_agent(agent_id)
         except BackendUnavailable as error:
             raise SessionStoreUnavailable(f"the sessions of agent {agent_id!r} cannot be listed: {error}") from error
 
     def unbind_agent(self, agent_id: str) -> int:
-        """End all sessions of an agent. Returns how many there were.
+        """End all sessions of an agent; also one whose bind has begun, and is carried out later. Returns how many.
 
-        While Redis is away: those that this process knows, here, and once Redis is back all of them, everywhere.
-        Raises SessionStoreUnavailable if this process's memory of what it owes Redis is full.
+        With nobody to ask: those that this process knows, here, and once that is over all of them, everywhere. Raises
+        SessionStoreUnavailable if this process's memory of what it owes is full.
         """
-        index = self._keys.agent_sessions(agent_id)
-        if self._redis is not None:
+        check_id(agent_id, "agent_id")
+        if self._store is not None:
             try:
-                ended = self._unbind_all(self._redis, agent_id, index)
+                ended = self._store.unbind_agent(agent_id)
             except BackendUnavailable:
                 self._degraded("unbind_agent", None)
+                self._meanwhile(lambda redis: redis.unbind_agent(agent_id))
             else:
                 self._local.forget_agent(agent_id)
                 return ended
@@ -208,115 +287,98 @@ class SessionCache:
         self._replay_soon()
         return ended
 
+    def purge(self) -> int:
+        """Delete the rows of sessions that have ended. Returns how many.
+
+        Raises BackendUnavailable, ConfigurationError.
+        """
+        return 0 if self._rows is None else self._rows.purge()
+
+    def verify(self) -> SessionParity:
+        """Compare all rows with their copies in Redis, 500 at a time. Raises BackendUnavailable if either is away,
+        ConfigurationError where there are not both.
+        """
+        if self._rows is None or self._copies is None:
+            raise ConfigurationError("there is nothing to compare without both Redis and GOVREDIS_DATABASE_URL")
+        return compare(self._rows, self._copies)
+
     # -- inside --------------------------------------------------------------------------------------------------
 
+    def _name(self, session_id: str) -> str:
+        """What the session is called wherever it is kept."""
+        check_id(session_id, "session_id")
+        return hashlib.sha256(session_id.encode()).hexdigest() if self._hash_ids else session_id
+
+    def _shown(self, binding: SessionBinding, session_id: str) -> SessionBinding:
+        return replace(binding, session_id=session_id) if self._hash_ids else binding
+
+    def _meanwhile(self, change: Callable[[RedisSessions], Any]) -> None:
+        """PostgreSQL is owed a change: Redis, if that can be asked, shows it to others until it is told."""
+        if self._copies is not None:
+            with contextlib.suppress(BackendUnavailable):
+                change(self._copies.sessions)
+
     def _replay_soon(self) -> None:
-        if self._redis is not None:
-            self._redis.replay_soon("sessions were changed without it")
+        if self._record is not None:
+            self._record.replay_soon("sessions were changed without it")
 
     def _outage(self) -> int:
-        return 0 if self._redis is None else self._redis.breaker.generation
+        return 0 if self._record is None else self._record.breaker.generation
 
-    def _knows(self, session_id: str) -> bool:
-        return self._local.knows(session_id, self._outage())
-
-    def _ttl_ms(self, ttl: float | None) -> int:
-        return int((self._ttl if ttl is None else check_ttl(ttl)) * 1000)
+    def _knows(self, name: str) -> bool:
+        return self._local.knows(name, self._outage())
 
     def _degraded(self, what: str, error: BackendUnavailable | None) -> None:
         self._counters.add(f"sessions.degraded.{what}")
         if error is not None:
             raise SessionStoreUnavailable(f"this process does not know the session, and {error}") from error
 
-    def _get_local(self, session_id: str, touch: bool, error: BackendUnavailable | None) -> SessionBinding | None:
+    def _get_local(self, name: str, touch: bool, error: BackendUnavailable | None) -> SessionBinding | None:
         if touch:
-            self._local.touch(session_id, self._ttl)
-        binding = self._local.get(session_id)
+            self._local.touch(name, self._ttl)
+        binding = self._local.get(name)
         if error is not None:
-            self._degraded("get", None if self._knows(session_id) else error)
+            self._degraded("get", None if self._knows(name) else error)
         return binding
 
-    def _extend(self, binding: SessionBinding, left_ms: int) -> bool:
-        """Slide the expiry if it is time to. The index first: it may name a session too many, never one too few."""
-        ttl_ms = self._ttl_ms(None)
-        if self._redis is None or left_ms < 0 or left_ms > 0.9 * ttl_ms:
-            return False
-        try:
-            _, existed = self._redis.pipeline(
-                (
-                    self._index.call((self._keys.agent_sessions(binding.agent_id),), (binding.session_id, str(ttl_ms))),
-                    self._touch.call((self._keys.session(binding.session_id),), (str(ttl_ms),)),
-                ),
-                (self._index, self._touch),
-            )
-        except BackendUnavailable:
-            self._degraded("touch", None)
-            return self._local.touch(binding.session_id, self._ttl)
-        return bool(existed)
-
-    def _sessions_of(self, redis: RedisClient, agent_id: str, index: str) -> list[str]:
-        named = [sid.decode() for sid in redis.call("ZRANGE", index, "0", "-1")]
-        if not named:
-            return []
-        records = redis.pipeline([("GET", self._keys.session(sid)) for sid in named])
-        return [
-            sid
-            for sid, raw in zip(named, records, strict=True)
-            if raw is not None and decode(sid, raw, -1, self._now()).agent_id == agent_id
-        ]
-
-    def _unbind_all(self, redis: RedisClient, agent_id: str, index: str) -> int:
-        named = [sid.decode() for sid in redis.call("ZRANGE", index, "0", "-1")]
-        if not named:
-            return 0
-        return sum(
-            redis.pipeline(
-                [self._unbind.call((self._keys.session(sid),), (agent_id,)) for sid in named], (self._unbind,)
-            )
-        )
-
-    def _replay(self, redis: RedisClient) -> None:
-        """Tell Redis what it missed: revocations first, then bindings where the session is still unbound."""
+    def _replay(self) -> None:
+        """Tell the record what it missed: revocations first, then bindings where the session is still unbound."""
+        store = self._store
+        assert store is not None
         sessions, agents, bindings = self._local.debts()
         for some in _chunks(sessions):
             with self._telling(some):
-                redis.pipeline(
-                    [self._unbind.call((self._keys.session(sid),), ("",)) for sid, _ in some], (self._unbind,)
-                )
+                store.tell_unbound(some)
         for debt in agents:
             with self._telling([debt]):
-                self._unbind_all(redis, debt[0], self._keys.agent_sessions(debt[0]))
+                store.tell_agent_unbound(debt)
         for few in _chunks(bindings):
-            commands = []
-            for _, b in few:
-                left = (b.expires_at - self._now()) if b.expires_at is not None else timedelta(seconds=self._ttl)
-                ttl_ms = str(max(1, int(left.total_seconds() * 1000)))
-                bound_at = b.bound_at.isoformat(timespec="microseconds")
-                head = encode(b.agent_id, bound_at, b.data)
-                commands += [
-                    self._index.call((self._keys.agent_sessions(b.agent_id),), (b.session_id, ttl_ms)),
-                    self._bind.call((self._keys.session(b.session_id),), (head, b.agent_id, bound_at, ttl_ms, "1")),
-                ]
-            replies: list[Any] = []
+            others: list[SessionBinding | None] = []
             with self._telling([debt for debt, _ in few]):
-                replies = redis.pipeline(commands, (self._index, self._bind))
-            for (_, b), (bound, raw, left_ms) in zip(few, replies[1::2], strict=False):
-                if not bound:  # somebody bound it otherwise while we were cut off: theirs stands
+                others = store.tell_bound([(debt, self._order(binding)) for debt, binding in few])
+            for other in others:
+                if other is not None:  # somebody bound it otherwise while we were cut off: theirs stands
                     self._counters.add("sessions.replays_refused")
-                    with self._telling([]):
-                        self._local.remember(decode(b.session_id, raw, left_ms, self._now()))
+                    self._local.remember(other)
+
+    def _order(self, binding: SessionBinding) -> Order:
+        """How a binding made here is told of."""
+        left = timedelta(seconds=self._ttl) if binding.expires_at is None else binding.expires_at - self._now()
+        ttl_ms = max(1, left // timedelta(milliseconds=1))
+        data = encode_data(binding.data)
+        return Order(binding.session_id, binding.agent_id, binding.bound_at, ttl_ms, data, True)
 
     @contextlib.contextmanager
     def _telling(self, debts: list[Debt]) -> Iterator[None]:
-        """These debts are paid now, also where Redis answered with an error (a key of another type, say): the others
-        were carried out, and one that never can be must not keep the rest from being told."""
+        """These debts are paid now, also where the answer was an error (a key of another type, say): the others were
+        carried out, and one that never can be must not keep the rest from being told."""
         try:
             yield
-        except (BackendUnavailable, Rejected):
+        except (BackendUnavailable, Rejected, ConfigurationError):
             raise
         except BackendError as error:
             self._counters.add("sessions.replays_failed")
-            log.error("a change made while Redis was away could not be told to it: %s", error)
+            log.error("a change made while %s was away could not be told to it: %s", self._local.owed_to, error)
         self._local.paid(debts, self._outage())
 
 

@@ -22,7 +22,7 @@ import redis as redis_py
 from rich.console import Console
 from rich.table import Table
 
-from govredis import Config, GovRedis
+from govredis import Config, GovRedis, Limit
 from govredis.testing.servers import RedisServer
 
 from . import hand_over
@@ -77,6 +77,7 @@ def contests(gov: GovRedis, url: str, calls: int) -> Iterator[Contest]:
 
     # -- limits ------------------------------------------------------------------------------------------------------
     import limits
+    import pyrate_limiter
     import throttled
 
     rate = "1000000/hour"
@@ -94,6 +95,12 @@ def contests(gov: GovRedis, url: str, calls: int) -> Iterator[Contest]:
         quota=throttled.per_hour(1_000_000),
         store=throttled.RedisStore(server=url),
     )
+
+    def pyrate(key: str, count: int) -> Call:
+        bucket = pyrate_limiter.RedisBucket.init([pyrate_limiter.Rate(count, pyrate_limiter.Duration.HOUR)], plain, key)
+        limiter = pyrate_limiter.Limiter(bucket)
+        return lambda: limiter.try_acquire("bench", blocking=False)
+
     yield (
         "limits.hit",
         1,
@@ -106,8 +113,46 @@ def contests(gov: GovRedis, url: str, calls: int) -> Iterator[Contest]:
             ),
             "limits (moving window)": lambda: moving.hit(moving_rate, "bench"),
             "throttled-py (sliding window)": lambda: log.limit("bench"),
+            "pyrate-limiter (RedisBucket)": pyrate("pyrate", 1_000_000),
         },
     )  # fmt: skip
+
+    many = Limit(10**12, 3600, algorithm="sliding_window_counter")
+    count = lambda: gov.limits.hit("bench", many, operation="op")  # noqa: E731
+    count()
+    counts = [sent_by(gov, count, [[1, 1, 1, 0, 0, 0]])[0] for _ in range(calls)]
+    weighted = limits.strategies.SlidingWindowCounterRateLimiter(limits.storage.storage_from_string(url))
+    yield (
+        "limits.hit, a counter",
+        1,
+        {
+            RAW: raw.replay(iter(counts)),
+            OURS: count,
+            "limits (sliding window counter)": lambda: weighted.hit(moving_rate, "bench"),
+        },
+    )
+
+    asking = GovRedis(Config(redis_url=url, limit_deny_cache=False))
+    again = lambda of: lambda: of.limits.hit("denied", "1/hour", operation="op")  # noqa: E731
+    again(gov)()
+    (denied_bytes,) = sent_by(asking, again(asking), [[0, 1, 0, 1, 1]])
+    once = limits.parse("1/hour")
+    once_log = throttled.Throttled(
+        using="sliding_window", quota=throttled.per_hour(1), store=throttled.RedisStore(server=url)
+    )
+    yield (
+        "limits.hit, denied again",
+        1,
+        {
+            RAW: raw.replay(itertools.repeat(denied_bytes)),
+            OURS: again(gov),
+            "govredis, asking each time": again(asking),
+            "limits (moving window)": lambda: moving.hit(once, "denied"),
+            "throttled-py (sliding window)": lambda: once_log.limit("denied"),
+            "pyrate-limiter (RedisBucket)": pyrate("pyrate-denied", 1),
+        },
+    )
+    asking.close()
 
     # -- sessions ----------------------------------------------------------------------------------------------------
     gov.sessions.bind("bench", "agent-1")
@@ -290,8 +335,8 @@ def main() -> None:
                     operation if name == RAW else "",
                     name,
                     f"{median:.1f}",
-                    "" if name == RAW else f"+{over:.1f}",
-                    "" if name == RAW else f"+{over / trips:.1f}",
+                    "" if name == RAW else f"{over:+.1f}",
+                    "" if name == RAW else f"{over / trips:+.1f}",
                 )
             table.add_section()
         gov.close()

@@ -107,7 +107,7 @@ class TestAsAProcess:
         # Nothing was measured on an empty sample, and the outages were real.
         latencies = out[out.index("Latency") : out.index("Fallbacks:")]
         assert not re.search(r" -( |$)", latencies, re.MULTILINE)
-        assert re.search(r"^ *[1-9]\d*   sessions lost", out, re.MULTILINE)
+        assert re.search(r"^0   sessions resolved wrongly", out, re.MULTILINE)
         assert re.search(r"^0   lock overlaps \([1-9]", out, re.MULTILINE)
         assert max(len(line.rstrip()) for line in out.splitlines()) <= 100
         assert re.search(r"^0   tasks lost \([1-9]", out, re.MULTILINE)
@@ -181,7 +181,7 @@ def a_run(**tally: int) -> Run:
     """A run in which everything held; `tally` changes it."""
     calls = [Call(name, REDIS, 1.0, 1.1, 0) for name in OPERATIONS]
     seen = Counter({"increments": 5, "requests refused": 1, **tally})
-    found = Findings(calls, seen, {}, [], [], published=[0, 1, 2], updates=[(0, 7), (1, 8)], admitted=[])
+    found = Findings(calls, seen, {}, [], published=[0, 1, 2], updates=[(0, 7), (1, 8)], admitted=[])
     return Run([Phase("healthy", False, 0.0, 2.0)], [found], 5, [discovery(n) for n in range(3)], [7, 8], snapshots=0)
 
 
@@ -352,7 +352,7 @@ class TestWhatClientsSee:
     def client(self, tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Client:
         (tmp_path / "site").write_text("http://127.0.0.1:1/")
         client = Client(7, config, str(tmp_path))
-        client.sessions["s-7-1"] = 1
+        client.sessions.append("s-7-1")
         client.board.epoch = 1
         monkeypatch.setattr(client, "log_in", lambda session: None)
         return client
@@ -371,7 +371,7 @@ class TestWhatClientsSee:
         ids=[
             "right",
             "another's agent",
-            "forgotten by a living Redis",
+            "forgotten",
             "refused",
             "not expected",
             "an error",
@@ -382,12 +382,6 @@ class TestWhatClientsSee:
         client.http = answer
         client.resolve()
         assert dict(+client.tally) == tally
-        assert client.lost == []
-
-    def test_a_session_lost_with_the_data(self, client: Client) -> None:
-        client.http, client.board.epoch = FakeConnection(400), 2  # type: ignore[assignment]
-        client.resolve()
-        assert (dict(client.tally), client.lost) == ({}, ["s-7-1"])
 
     def test_what_was_not_accepted_is_not_published(self, client: Client) -> None:
         for status in (202, 400, 202, 503):
@@ -454,22 +448,13 @@ class TestWhatWorkersSee:
         web.check(None, floors)
         assert web.tally["!stale reads"] == 2
 
-    @pytest.mark.parametrize(
-        ("on_redis", "epoch", "tally", "lost"),
-        [(1, 1, {"!sessions resolved wrongly": 1}, 0), (1, 2, {}, 1), (0, 2, {"sessions owed": 1}, 0)],
-        ids=["gone from a living Redis", "lost with its data", "not told to it yet"],
-    )
-    def test_a_session_not_found(
-        self, web: Web, monkeypatch: pytest.MonkeyPatch, on_redis: int, epoch: int, tally: dict[str, int], lost: int
-    ) -> None:
+    def test_a_session_not_found(self, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(web.gov, "sessions", FakeSessions())
         monkeypatch.setattr(web, "beside", lambda *args: None)
-        monkeypatch.setattr(web, "bind", lambda number: None)
         for owner in range(4):
-            web.board.bound[owner], web.board.on_redis[owner][0] = 1, on_redis
-        web.board.epoch = epoch
+            web.board.bound[owner] = 1
         web.resolve()
-        assert (dict(web.tally), len(web.lost)) == (tally, lost)
+        assert dict(web.tally) == {"!sessions resolved wrongly": 1}
 
 
 def test_the_board_is_one_for_all(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import fakeredis
 import psycopg2
 import pytest
+import redis as redis_py
 
 from govredis import Config, GovRedis
 from govredis.keys import sibling
@@ -23,11 +26,21 @@ START = 1_750_000_000_123_457
 
 
 class Store(Protocol):
-    """A window whose clock reads `now` microseconds."""
+    """A window whose clock reads `now` microseconds.
+
+    Attributes:
+        steps_back: its clock may be set back; then `in_order`: entries stand at the newest time known.
+        by_time: it knows entries by their time alone.
+        foreign: other clients have access to its keys, by `command`.
+    """
 
     name: str
     now: int
     window: Window
+    steps_back: bool
+    in_order: bool
+    by_time: bool
+    foreign: bool
 
     def entries(self, key: str) -> list[int]: ...
 
@@ -37,6 +50,7 @@ class LocalStore:
     name: str = "local"
     now: int = START
     window: LocalWindow = field(init=False)
+    steps_back, in_order, by_time, foreign = False, True, True, False
 
     def __post_init__(self) -> None:
         # A float of microseconds, so that whole ones come through; LocalWindow multiplies by a million.
@@ -60,10 +74,11 @@ class _Micros(float):
 
 
 class RedisStore:
-    def __init__(self, name: str, gov: GovRedis, server: RedisServer) -> None:
-        self.name, self.now, self.server = name, START, server
-        client = gov._redis
-        assert client is not None
+    steps_back, in_order, by_time, foreign = True, False, False, True
+
+    def __init__(self, name: str, client: Any, command: Callable[..., Any]) -> None:
+        """`command` is another client's."""
+        self.name, self.now, self.command = name, START, command
 
         class Clocked:
             """The client, passing `now` where the script would ask the server."""
@@ -75,25 +90,48 @@ class RedisStore:
 
         self.window = RedisWindow(Clocked())  # type: ignore[arg-type]
 
+    @classmethod
+    @contextlib.contextmanager
+    def of_server(cls, gov: GovRedis, server: RedisServer) -> Iterator[RedisStore]:
+        with redis_py.Redis.from_url(server.url, protocol=2, decode_responses=True) as plain:
+            plain.flushall()
+            made = cls("redis", gov._redis, plain.execute_command)
+            made.server = server
+            yield made
+
+    @classmethod
+    def of_fakeredis(cls) -> RedisStore:
+        fake = fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2, decode_responses=True)
+
+        class Client:
+            @staticmethod
+            def run(script: Any, keys: Any, *args: Any) -> Any:
+                return fake.eval(script.source, len(keys), *keys, *args)
+
+            call = fake.execute_command
+
+        return cls("fakeredis", Client, fake.execute_command)
+
     def entries(self, key: str) -> list[int]:
-        found = self.server.command("ZRANGE", key, 0, -1, "WITHSCORES")
+        found = self.command("ZRANGE", key, 0, -1, "WITHSCORES")
         return [round(float(score) * 1_000_000) for score in found[1::2]]
 
     def everything(self, key: str) -> Any:
-        entries = self.server.command("ZRANGE", key, 0, -1, "WITHSCORES")
-        return [entries, self.server.command("GET", sibling(key, "window"))]
+        entries = self.command("ZRANGE", key, 0, -1, "WITHSCORES")
+        return [entries, self.command("GET", sibling(key, "window"))]
 
 
 class PostgresStore:
     """Its clock_timestamp() is one of the test's, in a schema that the search path has before pg_catalog."""
 
     name = "postgres"
+    steps_back, in_order, by_time, foreign = True, True, True, False
 
     def __init__(self, url: str) -> None:
         self._admin = psycopg2.connect(url)
         self._admin.autocommit = True
         self.sql(
-            "TRUNCATE govredis_limit_windows;"
+            "TRUNCATE govredis_limit_windows, govredis_limit_counters;"
             "DROP SCHEMA IF EXISTS testclock CASCADE; CREATE SCHEMA testclock;"
             "CREATE TABLE testclock.t (us bigint); INSERT INTO testclock.t VALUES (0);"
             "CREATE FUNCTION testclock.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS"
@@ -148,7 +186,7 @@ def window_redis() -> Iterator[Callable[[str], RedisServer]]:
         server.close()
 
 
-@pytest.fixture(params=[*REDISES, "postgres", "local"])
+@pytest.fixture(params=[*REDISES, "fakeredis", "postgres", "local"])
 def store(
     request: pytest.FixtureRequest,
     window_redis: Callable[[str], RedisServer],
@@ -158,23 +196,25 @@ def store(
     """Each store of windows in turn."""
     if request.param == "local":
         yield LocalStore()
+    elif request.param == "fakeredis":
+        yield RedisStore.of_fakeredis()
     elif request.param == "postgres":
         made = PostgresStore(shared_postgres.url)
         yield made
         made.close()
     else:
         server = window_redis(REDISES[request.param])
-        server.command("FLUSHALL")
-        yield RedisStore("redis", make_gov(redis_url=server.url), server)
+        with RedisStore.of_server(make_gov(redis_url=server.url), server) as made:
+            yield made
 
 
 @pytest.fixture(params=list(REDISES))
 def redis_store(
     request: pytest.FixtureRequest, window_redis: Callable[[str], RedisServer], make_gov: Callable[..., GovRedis]
-) -> RedisStore:
+) -> Iterator[RedisStore]:
     server = window_redis(REDISES[request.param])
-    server.command("FLUSHALL")
-    return RedisStore("redis", make_gov(redis_url=server.url), server)
+    with RedisStore.of_server(make_gov(redis_url=server.url), server) as made:
+        yield made
 
 
 @pytest.fixture

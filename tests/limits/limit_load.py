@@ -22,14 +22,16 @@ KEY = "rate_limit:default:k"
 #: It admits all; it only keeps the logs from being pruned, so that the whole of them can be read.
 UNPRUNED = Limit(1_000_000, 3600)
 
-# Its clock is shifted before anything else can look at it; what a call saw is reported by the true one.
+# Its clock is shifted before anything else can look at it; what a call saw is reported by the true one. No denial is
+# remembered: each answer is to be a decision of a server's.
 _WORKER = """
 import json, sys, threading, time
 settings, rate, shift, threads, pause = json.loads(sys.argv[1])
 true_ns, true = time.time_ns, time.time
 time.time_ns, time.time = (lambda: true_ns() + int(shift * 1e9)), (lambda: true() + shift)
 from govredis import Config, GovRedis, Limit
-gov = GovRedis(Config(**{"socket_timeout": 5, "connect_timeout": 5, "postgres_timeout": 10, **settings}))
+own = {"limit_deny_cache": False, "socket_timeout": 5, "connect_timeout": 5, "postgres_timeout": 10}
+gov = GovRedis(Config(**own, **settings))
 limits, rate = gov.limits, [Limit(*limit) for limit in rate]
 stop, calls = threading.Event(), []
 

@@ -55,7 +55,7 @@ class TestHitMany:
     def test_while_redis_is_away_the_fallback_decides_each(
         self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, postgres_server: PostgresServer
     ) -> None:
-        gov = make_gov(redis_url=mortal_redis.url, database_url=postgres_server.url)
+        gov = make_gov(redis_url=mortal_redis.url, database_url=postgres_server.url, limit_deny_cache=False)
         asked = [("a", "2/hour"), ("b", "1/hour"), ("b", "1/hour")]
         assert [(r.backend, r.allowed) for r in gov.limits.hit_many(asked)] == [
             ("redis", True), ("redis", True), ("redis", False),

@@ -145,6 +145,10 @@ class TestWait:
             local_limiter(Clock()).wait("a", "1/hour", timeout=timeout)
 
 
+async def always(*args: Any) -> bool:
+    return True
+
+
 class TestDecorator:
     def test_limits_by_a_template_and_keeps_the_signature(self, limits: RateLimiter) -> None:
         @limits.rate_limited("2/hour", key="{agent_id}:{kind}", operation="kg_store")
@@ -298,8 +302,8 @@ class TestDecorator:
             {"cost": True},
             {"cost": "1"},
             {"exempt": True},
+            {"exempt": always},
         ],
-        ids=str,
     )
     def test_refuses_at_decoration(self, options: dict[str, Any]) -> None:
         rate = options.pop("rate", "20/hour")
@@ -323,7 +327,9 @@ class TestFallback:
         self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, mortal_postgres: PostgresServer
     ) -> None:
         """At most N per store, whoever dies in the middle of the traffic."""
-        gov = make_gov(redis_url=mortal_redis.url, database_url=mortal_postgres.url, postgres_timeout=10)
+        gov = make_gov(
+            redis_url=mortal_redis.url, database_url=mortal_postgres.url, postgres_timeout=10, limit_deny_cache=False
+        )
         hits = lambda: [gov.limits.hit("a", "20/hour") for _ in range(30)]  # noqa: E731
         results = hits()
         mortal_redis.kill()
@@ -439,6 +445,12 @@ class TestPurge:
             "INSERT INTO govredis_limit_windows SELECT 'old' || n, '{}', 1, 5 FROM generate_series(1, 2500) n"
         )
         assert gov.limits.purge() == 2500
+        gov.limits.hit("now", Limit(1, 3600, algorithm="sliding_window_counter"))
+        gov.postgres.fetch(
+            "INSERT INTO govredis_limit_counters SELECT 'old' || n / 9, 60, n, 1, 5 FROM generate_series(1, 2500) n"
+        )
+        assert gov.limits.purge() == 2500
+        assert gov.postgres.fetch("SELECT key FROM govredis_limit_counters") == [("rate_limit:default:now",)]
         assert gov.postgres.fetch("SELECT key FROM govredis_limit_windows") == [("rate_limit:default:now",)]
         assert not gov.limits.hit("now", "1/hour").allowed
         assert gov.limits.purge() == 0

@@ -12,7 +12,7 @@ from govredis import Limit
 from govredis.testing.servers import PostgresServer, RedisServer
 
 RATE = [Limit(30, 0.25), Limit(80, 1), UNPRUNED]
-SECONDS = 2.0
+SECONDS = 1.5
 
 
 def test_redis(redis_server: RedisServer) -> None:

@@ -97,3 +97,23 @@ def test_a_limit_is_exact_to_the_microsecond_and_says_what_it_is() -> None:
     assert Limit(1, 366 * 86400).window_us == 366 * 86400 * 1_000_000
     assert str(Limit(20, 3600)) == "20 per 3600 s"
     assert {Limit(20, 3600)} == {Limit(20, 3600.0)}
+
+
+class TestCounters:
+    def test_may_be_very_large(self) -> None:
+        limit = Limit(10**12, 3600, algorithm="sliding_window_counter")
+        assert parse_rate(limit) == parse_rate([limit]) == (limit,)
+        assert limit.counted
+        assert not Limit(5, 3600).counted
+        assert Limit(5, 3600) != Limit(5, 3600, "sliding_window_counter")
+        with pytest.raises(ValueError, match=r"limit is .* from 1 to 1000000000000 for a sliding_window_counter"):
+            Limit(10**12 + 1, 3600, algorithm="sliding_window_counter")
+
+    @pytest.mark.parametrize("algorithm", ["", "token_bucket", None, 5, ["sliding_window_log"]])
+    def test_bad_algorithms(self, algorithm: Any) -> None:
+        with pytest.raises(ValueError, match=r'algorithm is .*; it must be "sliding_window_log" or "sliding_window_c'):
+            Limit(1, 1, algorithm=algorithm)
+
+    def test_a_rate_of_both_algorithms_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"rate is .*it must be limits of one algorithm"):
+            parse_rate([Limit(3, 1), Limit(10**9, 3600, algorithm="sliding_window_counter")])

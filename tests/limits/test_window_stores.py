@@ -16,6 +16,7 @@ from govredis.keys import sibling
 from govredis.limits import Limit
 from govredis.limits.local_window import LocalWindow
 from govredis.limits.postgres_window import PostgresWindow
+from govredis.limits.rates import MAX_COUNT
 from govredis.limits.redis_window import RedisWindow
 from govredis.limits.windows import Outcome
 from govredis.postgres import Postgres
@@ -169,6 +170,67 @@ class TestRedis:
         assert window._nonce != before
 
 
+class TestCountersInRedis:
+    COUNTER = sibling("k", "counter")
+
+    @pytest.mark.parametrize("cost", [1, 3])
+    def test_a_hit_that_arrives_twice_counts_once(self, redis_store: Any, cost: int) -> None:
+        script = redis_store.window._counter_script
+        run = lambda member: redis_store.window._client.run(  # noqa: E731
+            script, (self.COUNTER,), "hit", cost, member, "", cost + 20, SECOND
+        )
+        first = run("m1")
+        assert first[:4] == [1, 1, 20, 0]
+        for n in range(12):
+            assert run(f"other{n:0>20}")[0] == (1 if (n + 2) * cost <= cost + 20 else 0)
+        before = redis_store.server.command("HGETALL", self.COUNTER)
+        assert run("m1")[0] == 1, "admitted already, though the limit is used up now"
+        assert run("m")[0] == run("1")[0] == run("m1m1")[0], "the others are not taken for it"
+        if cost == 3:
+            assert redis_store.server.command("HGETALL", self.COUNTER) == before
+
+    def test_a_refund_that_arrives_twice_gives_back_once(self, redis_store: Any) -> None:
+        limits = [Limit(9, 60, "sliding_window_counter")]
+        outcome = redis_store.window.decide("k", limits, 2, "hit")
+        redis_store.window.decide("k", limits, 3, "hit")
+        assert redis_store.window.refund("k", outcome.entries, 2)
+        assert redis_store.window.refund("k", outcome.entries, 2), "the answer of the first"
+        assert redis_store.window.count("k", 60 * SECOND) == 3
+
+    def test_its_memory_does_not_grow_with_what_it_counts(self, redis_store: Any) -> None:
+        for n in range(2000):
+            redis_store.now += 40_000 + n
+            assert redis_store.window.decide("k", [Limit(10**12, 60, "sliding_window_counter")], 10**6, "hit").admitted
+        assert redis_store.server.command("MEMORY", "USAGE", self.COUNTER) < 2000
+        assert redis_store.server.command("KEYS", "*") == [self.COUNTER]
+
+    def test_lives_a_minute_longer_than_what_counts_in_it(self, redis_store: Any) -> None:
+        ttl = lambda: redis_store.server.command("PTTL", self.COUNTER)  # noqa: E731
+        redis_store.window.decide("k", [Limit(9, 6, "sliding_window_counter")], 1, "hit")
+        assert 66_000 - 1000 < ttl() <= 66_100
+        redis_store.window.decide("k", [Limit(9, 600, "sliding_window_counter")], 1, "hit")
+        redis_store.window.decide("k", [Limit(9, 6, "sliding_window_counter")], 1, "hit")
+        assert 660_000 - 1000 < ttl() <= 670_000, "the widest, not the one of this call"
+
+    def test_a_refusal_touches_not_even_the_ttl(self, redis_store: Any) -> None:
+        redis_store.window.decide("k", [Limit(1, 1, "sliding_window_counter")], 1, "hit")
+        redis_store.server.command("PEXPIRE", self.COUNTER, 5000)
+        before = redis_store.server.command("HGETALL", self.COUNTER)
+        assert not redis_store.window.decide("k", [Limit(1, 1, "sliding_window_counter")], 1, "hit").admitted
+        redis_store.window.decide("k", [Limit(9, 99, "sliding_window_counter")], 1, "peek")
+        assert redis_store.server.command("HGETALL", self.COUNTER) == before
+        assert redis_store.server.command("PTTL", self.COUNTER) <= 5000
+
+    def test_a_window_that_is_used_no_more_is_dropped_once_it_has_ended(self, redis_store: Any) -> None:
+        fields = lambda: set(redis_store.server.command("HKEYS", self.COUNTER))  # noqa: E731
+        for window in (1, 2, 600):
+            redis_store.window.decide("k", [Limit(9, window, "sliding_window_counter")], 1, "hit")
+        assert fields() == {"calls", "1000000", "2000000", "600000000"}
+        redis_store.now += 2 * SECOND
+        redis_store.window.decide("k", [Limit(9, 600, "sliding_window_counter")], 1, "hit")
+        assert fields() == {"calls", "2000000", "600000000"}
+
+
 class _Plain:
     """The client without a clock of the test's."""
 
@@ -188,6 +250,11 @@ class TestPostgres:
         assert postgres_store.entries("k") == [start] * 3, "an entry stands at the newest time known"
         refused = postgres_store.window.decide("k", [Limit(3, 1)], 1, "hit")
         assert refused == Outcome(False, 0, 0, 11 * SECOND, 11 * SECOND)
+
+    def test_a_decision_is_one_statement(self, postgres_store: Any) -> None:
+        for mode in ("hit", "hit", "peek", "record"):
+            postgres_store.window.decide("k", [Limit(1, 1), Limit(9, 60)], 1, mode)
+        assert postgres_store.postgres.statements == 4
 
     def test_a_clock_set_back_again_and_again_is_never_looser(self, postgres_store: Any) -> None:
         never_looser_when_set_back(postgres_store)
@@ -302,6 +369,75 @@ class TestPostgres:
         assert found == [("u",)]
 
 
+class TestCountersInPostgres:
+    def test_a_refusal_takes_no_lock_and_an_admission_is_decided_anew(self, postgres_server: PostgresServer) -> None:
+        postgres = Postgres(Config(database_url=postgres_server.url, postgres_timeout=20))
+        window, limits = PostgresWindow(postgres), [Limit(2, 3600, "sliding_window_counter")]
+        window.decide("k", limits, 1, "hit")
+        outcomes: list[Outcome] = []
+        holder = psycopg2.connect(postgres_server.url)
+        watcher = psycopg2.connect(postgres_server.url)
+        watcher.autocommit = True
+        try:
+            with holder.cursor() as cursor, watcher.cursor() as look:
+                cursor.execute("SELECT govredis_counter_admit('k', 1, 'hit', '{9}', '{3600000000}')")
+                assert not window.decide("k", limits, 2, "hit").admitted
+                thread = threading.Thread(target=lambda: outcomes.append(window.decide("k", limits, 1, "hit")))
+                thread.start()
+                deadline = time.monotonic() + 20
+                while True:
+                    look.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")
+                    if look.fetchone() != (0,):
+                        break
+                    assert time.monotonic() < deadline
+            holder.commit()
+            thread.join()
+            assert not outcomes[0].admitted, "it saw one place, and finds it taken when its turn comes"
+            assert window.count("k", 3600 * SECOND) == 2, "and wrote nothing"
+        finally:
+            holder.close()
+            watcher.close()
+            postgres.close()
+
+    def test_what_no_window_needs_is_deleted(self, postgres_store: Any) -> None:
+        limits = [Limit(9, 1, "sliding_window_counter")]
+        rows = "SELECT count(*) FROM govredis_limit_counters"
+        for _ in range(200):
+            postgres_store.window.decide("k", limits, 1, "hit")
+            postgres_store.now += SECOND // 10
+        assert postgres_store.sql(rows)[0][0] <= 11
+        postgres_store.window.decide("wide", [Limit(9, 86400, "sliding_window_counter")], 1, "hit")
+        # By anybody, a little at a time: 3,000 hits miss it once in 10^13 runs.
+        postgres_store.now += 3600 * SECOND
+        for n in range(3000):
+            postgres_store.window.decide("other", limits, 1, "record")
+            gone = postgres_store.sql("SELECT 1 FROM govredis_limit_counters WHERE key = 'k'") == []
+            if n % 20 == 0 and gone:
+                break
+        assert gone
+        assert postgres_store.window.count("wide", 86400 * SECOND) == 1
+
+    def test_the_table_is_unlogged(self, postgres_store: Any) -> None:
+        found = postgres_store.sql("SELECT relpersistence FROM pg_class WHERE relname = 'govredis_limit_counters'")
+        assert found == [("u",)]
+
+
+@pytest.mark.parametrize("algorithm", MAX_COUNT)
+def test_no_store_exceeds_a_limit_under_threads(store: Any, algorithm: Any) -> None:
+    admitted: list[bool] = []
+
+    def hammer() -> None:
+        for _ in range(50):
+            admitted.append(store.window.decide("k", [Limit(100, 3600, algorithm)], 1, "hit").admitted)
+
+    threads = [threading.Thread(target=hammer) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(admitted) == 100
+
+
 class TestLocal:
     def test_forgets_the_identity_used_longest_ago_beyond_its_bound(self) -> None:
         window = LocalWindow(2, clock=lambda: 100.0)
@@ -313,6 +449,27 @@ class TestLocal:
         assert not window.decide("a", one, 1, "hit").admitted
         assert window.decide("b", one, 1, "peek").admitted
         assert len(window._logs) == 2
+
+    def test_forgets_the_counter_used_longest_ago_beyond_its_bound(self) -> None:
+        window = LocalWindow(2, clock=lambda: 100.0)
+        one = [Limit(1, 60, "sliding_window_counter")]
+        window.decide("a", one, 1, "hit")
+        window.decide("b", one, 1, "hit")
+        assert not window.decide("a", one, 1, "hit").admitted, "a refusal is a use: others cannot push it out"
+        window.decide("c", one, 1, "hit")
+        assert not window.decide("a", one, 1, "hit").admitted
+        assert window.decide("b", one, 1, "peek").admitted
+
+    def test_a_counter_keeps_what_counts_only(self) -> None:
+        clock = [100.0]
+        window = LocalWindow(2, clock=lambda: clock[0])
+        window.decide("k", [Limit(1, 0.5, "sliding_window_counter")], 1, "hit")
+        for _ in range(500):
+            clock[0] += 0.01
+            window.decide("k", [Limit(500, 1, "sliding_window_counter")], 1, "hit")
+        (counters,) = window._counters._counters.values()
+        assert list(counters) == [SECOND]
+        assert len(counters[SECOND]._counts) <= 61
 
     def test_threads_do_not_exceed_the_limit(self) -> None:
         window = LocalWindow(10)

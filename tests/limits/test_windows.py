@@ -5,11 +5,12 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from govredis.limits import Limit
-from govredis.limits.windows import Mode, Outcome
+from govredis.limits.windows import Mode, Outcome, Standing
 
 SECOND = 1_000_000
 TWO = [Limit(2, 1)]
@@ -184,3 +185,38 @@ class TestWindow:
             cost = data.draw(st.integers(1, min(limit.count for limit in limits)), "cost")
             assert store.window.decide(key, limits, cost, mode) == oracle.decide(store.now, limits, cost, mode)
             assert sorted(store.entries(key)) == sorted(oracle.entries)
+
+
+class TestStanding:
+    def test_says_what_stands_in_each_window(self, store: Any) -> None:
+        window = store.window
+        assert window.standing("k") == Standing(window.backend)
+        assert not window.standing("k")
+        window.decide("k", [Limit(9, 60), Limit(9, 1)], 2, "hit")
+        store.now += 2 * SECOND
+        window.decide("k", [Limit(9, 1)], 1, "hit")
+        store.now += SECOND // 2
+        window.decide("k", [Limit(9, w, "sliding_window_counter") for w in (60, 0.5)], 4, "hit")
+        found = window.standing("k")
+        assert (found.backend, found.entries, found.window) == (window.backend, 3, 60)
+        assert found.oldest == pytest.approx(2.5, abs=1e-5)
+        assert found.newest == pytest.approx(0.5, abs=1e-5)
+        assert found.counters == {60: 4, 0.5: 4}
+        store.now += 58 * SECOND
+        found = window.standing("k")
+        assert (found.entries, found.counters) == (1, {60: 4})
+        assert found.oldest == found.newest == pytest.approx(58.5, abs=1e-5)
+        store.now += 10 * SECOND
+        found = window.standing("k")
+        assert (found.entries, found.oldest, found.newest, found.counters) == (0, None, None, {})
+        assert not found
+
+    def test_of_a_log_that_only_others_write_all_counts(self, redis_store: Any) -> None:
+        redis_store.server.command("ZADD", "k", redis_store.now // SECOND - 9, "theirs", redis_store.now // SECOND, "b")
+        found = redis_store.window.standing("k")
+        assert (found.entries, found.window) == (2, None)
+        assert found.oldest == pytest.approx(9.123457, abs=1e-5)
+
+    def test_what_is_booked_lies_ahead(self, redis_store: Any) -> None:
+        redis_store.server.command("ZADD", "k", redis_store.now // SECOND + 5, "theirs")
+        assert redis_store.window.standing("k").newest == pytest.approx(-4.876543, abs=1e-5)

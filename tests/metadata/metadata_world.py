@@ -24,7 +24,7 @@ Step = tuple[str, int]
 
 
 #: What a step is to stop before.
-MARKS = {"to fill": cells.FILL.sha, "to confirm": "INSERT INTO govredis_epochs"}
+MARKS = {"to fill": cells.FILL.sha, "to confirm": "govredis_outbox_told"}
 
 
 class Killed(BaseException):
@@ -180,6 +180,7 @@ class World:
         elif what.startswith("to "):
             actor = self.actors[number % len(self.actors)]
             while MARKS[what] not in actor.before:
+                assert not actor.ended, f"it did not come {what[3:]}"
                 self._step(actor)
         elif what == "kill":
             if self.actors:

@@ -14,9 +14,9 @@ NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
 class Memory(LocalSessions):
-    def __init__(self, entries: int = 3, owing: bool = True) -> None:
+    def __init__(self, entries: int = 3, owed_to: str | None = "Redis") -> None:
         self.at = NOW
-        super().__init__(entries, lambda: self.at, owing)
+        super().__init__(entries, lambda: self.at, owed_to)
 
 
 def binding(sid: str, agent: str = "a", ttl: float = 60) -> SessionBinding:
@@ -77,7 +77,7 @@ def test_never_forgets_what_it_owes_and_refuses_what_it_could_not_keep() -> None
 
 
 def test_owes_nothing_where_there_is_nobody_to_tell() -> None:
-    memory = Memory(2, owing=False)
+    memory = Memory(2, owed_to=None)
     for sid in "abc":
         memory.bind(binding(sid))
         memory.unbind("x" + sid)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from govredis import BackendError, GovRedis, SessionAlreadyBound
+from govredis.client import Script
+from govredis.sessions import SessionCache
 from govredis.testing.servers import RedisServer
 
 UTC = timezone.utc
@@ -21,51 +25,124 @@ def sent(plain_redis: Any) -> set[str]:
     return {name for name in names if not name.startswith(("config", "info", "client", "select"))}
 
 
-@pytest.fixture(params=["redis", "disabled"])
-def either(request: pytest.FixtureRequest, make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> GovRedis:
-    """The contract of both stores: Redis, and this process where Redis is disabled."""
-    return make_gov(redis_url=redis_server.url, redis_enabled=request.param == "redis", session_ttl=100)
+AWAY = "redis://127.0.0.1:1/0"
+PG_AWAY = "postgresql://postgres@127.0.0.1:1/postgres"
+HERE = "that of the test"
+
+#: How a GovRedis is set up, and who answers then.
+MODES: dict[str, tuple[dict[str, Any], str]] = {
+    "redis": ({}, "redis"),
+    "durable": ({"database_url": HERE}, "redis"),
+    "durable, hashed": ({"database_url": HERE, "session_hash_ids": True}, "redis"),
+    "durable, redis away": ({"database_url": HERE, "redis_url": AWAY}, "postgres"),
+    "durable, redis disabled": ({"database_url": HERE, "redis_enabled": False}, "postgres"),
+    "disabled": ({"redis_enabled": False}, "local"),
+}
+#: With nobody to ask, what this process does not know is unknown: for the promises that hold then, too.
+AWAY_MODES: dict[str, tuple[dict[str, Any], str]] = {
+    "redis away": ({"redis_url": AWAY}, "local"),
+    "both away": ({"redis_url": AWAY, "database_url": PG_AWAY}, "local"),
+    "postgres away": ({"database_url": PG_AWAY}, "redis"),
+}
+
+
+class Mode(NamedTuple):
+    gov: GovRedis
+    backend: str
+
+    def named(self, *session_ids: str) -> list[str]:
+        """What `for_agent` names them."""
+        if not self.gov.config.session_hash_ids:
+            return sorted(session_ids)
+        return sorted(hashlib.sha256(sid.encode()).hexdigest() for sid in session_ids)
+
+
+@pytest.fixture
+def mode(
+    request: pytest.FixtureRequest,
+    make_gov: Callable[..., GovRedis],
+    redis_server: RedisServer,
+) -> Mode:
+    settings, backend = {**MODES, **AWAY_MODES}[request.param]
+    here = {}
+    if settings.get("database_url") == HERE:
+        here = {"database_url": request.getfixturevalue("postgres_server").url}
+    return Mode(make_gov(**{"redis_url": redis_server.url, "session_ttl": 100, **settings, **here}), backend)
+
+
+everywhere = pytest.mark.parametrize("mode", [*MODES, *AWAY_MODES], indirect=True)
+where_asked = pytest.mark.parametrize("mode", MODES, indirect=True)
+
+
+@pytest.fixture
+def redis_alone(make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> GovRedis:
+    return make_gov(redis_url=redis_server.url)
 
 
 class TestContract:
-    def test_bind_and_get(self, either: GovRedis) -> None:
+    @everywhere
+    def test_bind_and_get(self, mode: Mode) -> None:
+        sessions = mode.gov.sessions
         before = datetime.now(UTC)
-        bound = either.sessions.bind("s", "agent")
+        bound = sessions.bind("s", "agent")
         after = datetime.now(UTC)
         assert (bound.session_id, bound.agent_id, bound.bind_count, bound.data) == ("s", "agent", 1, None)
         assert before <= bound.bound_at <= after
         assert bound.bound_at.utcoffset() == timedelta(0)
         assert bound.expires_at is not None
         assert abs((bound.expires_at - before).total_seconds() - 100) < 30
-        found = either.sessions.get("s")
+        found = sessions.get("s")
         assert found is not None
-        assert (found.agent_id, found.bound_at, found.bind_count) == ("agent", bound.bound_at, 1)
-        assert found.backend == bound.backend == ("redis" if either._redis else "local")
-        assert either.sessions.get_agent_id("s") == "agent"
-        assert either.sessions.get("unknown") is None
-        assert either.sessions.get_agent_id("unknown") is None
+        assert (found.session_id, found.agent_id, found.bound_at, found.bind_count) == ("s", "agent", bound.bound_at, 1)
+        assert found.expires_at is not None
+        assert found.expires_at.utcoffset() == timedelta(0)
+        assert abs((found.expires_at - bound.expires_at).total_seconds()) < 30
+        assert found.backend == mode.backend
+        assert sessions.get_agent_id("s") == "agent"
 
-    def test_rebinding_counts_and_goes_to_the_new_agent(self, either: GovRedis) -> None:
+    @where_asked
+    def test_what_nobody_has_bound(self, mode: Mode) -> None:
+        sessions = mode.gov.sessions
+        assert sessions.get("unknown") is None
+        assert sessions.get_agent_id("unknown") is None
+        assert sessions.touch("unknown") is False
+        assert sessions.get("unknown", touch=True) is None
+        assert sessions.rotate("unknown") is None
+        assert sessions.unbind("unknown") is False
+        assert sessions.for_agent("unknown") == []
+        assert sessions.unbind_agent("unknown") == 0
+
+    @everywhere
+    def test_rebinding_counts_and_goes_to_the_new_agent(self, mode: Mode) -> None:
         for count, agent in enumerate(("a", "a", "b"), 1):
-            assert either.sessions.bind("s", agent).bind_count == count
-        assert either.sessions.get_agent_id("s") == "b"
-        assert (either.sessions.for_agent("a"), either.sessions.for_agent("b")) == ([], ["s"])
-        assert either.sessions.unbind_agent("a") == 0
-        assert either.sessions.get_agent_id("s") == "b"
+            assert mode.gov.sessions.bind("s", agent).bind_count == count
+        assert mode.gov.sessions.get_agent_id("s") == "b"
+        assert mode.gov.sessions.unbind_agent("a") == 0
+        assert mode.gov.sessions.get_agent_id("s") == "b"
 
-    def test_if_absent(self, either: GovRedis) -> None:
-        first = either.sessions.bind("s", "a", if_absent=True, ttl=50, data=1)
-        again = either.sessions.bind("s", "a", if_absent=True, data=2)
+    @where_asked
+    def test_rebinding_moves_it_to_the_new_agents_list(self, mode: Mode) -> None:
+        for agent in ("a", "b"):
+            mode.gov.sessions.bind("s", agent)
+        assert mode.gov.sessions.for_agent("a") == []
+        assert mode.gov.sessions.for_agent("b") == mode.named("s")
+
+    @where_asked
+    def test_if_absent(self, mode: Mode) -> None:
+        sessions = mode.gov.sessions
+        first = sessions.bind("s", "a", if_absent=True, ttl=50, data=1)
+        again = sessions.bind("s", "a", if_absent=True, data=2)
         assert (again.bind_count, again.data, again.bound_at) == (1, 1, first.bound_at)
         with pytest.raises(SessionAlreadyBound, match="'a'") as refused:
-            either.sessions.bind("s", "b", if_absent=True, ttl=70)
+            sessions.bind("s", "b", if_absent=True, ttl=70)
         existing = refused.value.existing
-        assert (existing.agent_id, existing.data) == ("a", 1)
+        assert existing is not None
+        assert (existing.session_id, existing.agent_id, existing.data) == ("s", "a", 1)
         for binding in (again, existing):
             assert binding.expires_at is not None
             left = (binding.expires_at - datetime.now(UTC)).total_seconds()
             assert left <= 50, "when it ends, not when it would have, had it been bound now"
-        assert either.sessions.get_agent_id("s") == "a"
+        assert sessions.get_agent_id("s") == "a"
 
     @pytest.mark.parametrize(
         "data",
@@ -85,48 +162,126 @@ class TestContract:
         ],
         ids=lambda d: repr(d)[:20],
     )
-    def test_data_comes_back_as_it_was(self, either: GovRedis, data: Any) -> None:
-        assert either.sessions.bind("s", "a", data=data).data == data
-        found = either.sessions.get("s")
+    @where_asked
+    def test_data_comes_back_as_it_was(self, mode: Mode, data: Any) -> None:
+        sessions = mode.gov.sessions
+        assert sessions.bind("s", "a", data=data).data == data
+        found = sessions.get("s")
         assert found is not None
         assert found.data == data
-        assert either.sessions.bind("s", "a", if_absent=True).data == data
+        assert sessions.bind("s", "a", if_absent=True).data == data
         with pytest.raises(SessionAlreadyBound):
-            either.sessions.bind("s", "b", if_absent=True)
-        assert either.sessions.for_agent("a") == ["s"]
-        assert either.sessions.unbind_agent("a") == 1
-        assert either.sessions.get("s") is None
+            sessions.bind("s", "b", if_absent=True)
+        assert sessions.for_agent("a") == mode.named("s")
+        assert sessions.unbind_agent("a") == 1
+        assert sessions.get("s") is None
 
-    def test_unbind(self, either: GovRedis) -> None:
-        either.sessions.bind("s", "a")
-        assert either.sessions.unbind("s") is True
-        assert either.sessions.get("s") is None
-        assert either.sessions.unbind("s") is False
-        assert either.sessions.for_agent("a") == []
+    @everywhere
+    def test_unbind(self, mode: Mode) -> None:
+        mode.gov.sessions.bind("s", "a")
+        assert mode.gov.sessions.unbind("s") is True
+        assert mode.gov.sessions.get("s") is None
+        assert mode.gov.sessions.unbind("s") is False
+        assert mode.gov.sessions.touch("s") is False
 
-    def test_for_agent_and_unbind_agent(self, either: GovRedis) -> None:
+    @everywhere
+    def test_a_session_that_was_revoked_can_be_bound_anew(self, mode: Mode) -> None:
+        sessions = mode.gov.sessions
+        for end in (lambda: sessions.unbind("s"), lambda: sessions.unbind_agent("a")):
+            sessions.bind("s", "a")
+            sessions.bind("s", "a")
+            end()
+            assert sessions.get("s") is None
+            again = sessions.bind("s", "a", if_absent=True)
+            assert (again.agent_id, again.bind_count) == ("a", 1)
+            found = sessions.get("s")
+            assert found is not None
+            assert (found.agent_id, found.bind_count) == ("a", 1)
+
+    @where_asked
+    def test_for_agent_and_unbind_agent(self, mode: Mode) -> None:
+        sessions = mode.gov.sessions
         for sid in ("s2", "s1", "s3"):
-            either.sessions.bind(sid, "a")
-        either.sessions.bind("other", "b")
-        either.sessions.unbind("s3")
-        assert either.sessions.for_agent("a") == ["s1", "s2"]
-        assert either.sessions.for_agent("nobody") == []
-        assert either.sessions.unbind_agent("a") == 2
-        assert either.sessions.unbind_agent("a") == 0
-        assert either.sessions.for_agent("a") == []
-        assert either.sessions.get("s1") is None
-        assert either.sessions.get_agent_id("other") == "b"
+            sessions.bind(sid, "a")
+        sessions.bind("other", "b")
+        sessions.unbind("s3")
+        assert sessions.for_agent("a") == mode.named("s1", "s2")
+        assert sessions.for_agent("nobody") == []
+        assert sessions.unbind_agent("a") == 2
+        assert sessions.unbind_agent("a") == 0
+        assert sessions.for_agent("a") == []
+        assert sessions.get("s1") is None
+        assert sessions.get_agent_id("other") == "b"
 
-    def test_touch_of_what_is_not_there(self, either: GovRedis) -> None:
-        assert either.sessions.touch("s") is False
-        assert either.sessions.get("s", touch=True) is None
-        either.sessions.bind("s", "a")
-        assert either.sessions.touch("s") is True
+    @everywhere
+    def test_unbind_agent_ends_what_is_known(self, mode: Mode) -> None:
+        sessions = mode.gov.sessions
+        sessions.bind("s", "a")
+        sessions.bind("t", "a")
+        assert sessions.unbind_agent("a") == 2
+        assert sessions.get("s") is None
+        assert sessions.get("t") is None
 
+    @everywhere
+    def test_rotate(self, mode: Mode) -> None:
+        sessions = mode.gov.sessions
+        old = sessions.bind("s", "a", data={"x": []}, ttl=60)
+        sid = sessions.rotate("s")
+        assert sid is not None
+        assert len(sid) >= 43, "256 bits"
+        assert sessions.get("s") is None
+        found = sessions.get(sid)
+        assert found is not None
+        assert (found.session_id, found.agent_id, found.data) == (sid, "a", {"x": []})
+        assert found.expires_at is not None
+        assert old.expires_at is not None
+        assert abs((found.expires_at - old.expires_at).total_seconds()) < 5, "it ends when it would have"
+        assert sessions.rotate("s") is None
+
+    @everywhere
+    def test_a_session_revoked_while_it_is_rotated_is_under_no_id(
+        self, mode: Mode, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sessions = mode.gov.sessions
+        sessions.bind("s", "a")
+        bind, made = SessionCache.bind, []
+
+        def bind_late(self: SessionCache, sid: str, *args: Any, **options: Any) -> Any:
+            self.unbind("s")
+            made.append(sid)
+            return bind(self, sid, *args, **options)
+
+        monkeypatch.setattr(SessionCache, "bind", bind_late)
+        assert sessions.rotate("s") is None
+        assert sessions.get(made[0]) is None
+
+    @where_asked
+    def test_a_session_ends(self, mode: Mode) -> None:
+        mode.gov.sessions.bind("s", "a", ttl=0.05)
+        time.sleep(0.1)
+        assert mode.gov.sessions.get("s") is None
+        assert mode.gov.sessions.touch("s") is False
+        assert mode.gov.sessions.bind("s", "b", if_absent=True).bind_count == 1
+
+    @everywhere
+    def test_touch(self, mode: Mode) -> None:
+        mode.gov.sessions.bind("s", "a", ttl=50)
+        assert mode.gov.sessions.touch("s") is True
+        found = mode.gov.sessions.get("s")
+        assert found is not None
+        assert found.expires_at is not None
+        assert (found.expires_at - datetime.now(UTC)).total_seconds() > 60
+        mode.gov.sessions.bind("t", "a", ttl=500)
+        touched = mode.gov.sessions.get("t", touch=True)
+        assert touched is not None
+        assert touched.expires_at is not None
+        assert (touched.expires_at - datetime.now(UTC)).total_seconds() > 400, "never less"
+
+    @pytest.mark.parametrize("mode", ["redis", "durable, hashed", "disabled"], indirect=True)
     @pytest.mark.parametrize("bad", ["", "{s}", "a\x00", "a" * 513, b"s", None, 5], ids=repr)
-    def test_bad_ids_are_refused_before_anything_is_sent(self, either: GovRedis, plain_redis: Any, bad: Any) -> None:
+    def test_bad_ids_are_refused_before_anything_is_sent(self, mode: Mode, plain_redis: Any, bad: Any) -> None:
         plain_redis.config_resetstat()
-        sessions = either.sessions
+        sessions = mode.gov.sessions
         for refused in (
             lambda: sessions.bind(bad, "a"),
             lambda: sessions.bind("s", bad),
@@ -136,11 +291,13 @@ class TestContract:
             lambda: sessions.unbind(bad),
             lambda: sessions.for_agent(bad),
             lambda: sessions.unbind_agent(bad),
+            lambda: sessions.rotate(bad),
         ):
             with pytest.raises(ValueError, match="_id is"):
                 refused()
         assert sent(plain_redis) == set()
 
+    @pytest.mark.parametrize("mode", ["redis", "durable", "disabled"], indirect=True)
     @pytest.mark.parametrize(
         "options",
         [
@@ -158,17 +315,17 @@ class TestContract:
         ids=lambda o: repr(o)[:30],
     )
     def test_bad_ttl_and_data_are_refused_before_anything_is_sent(
-        self, either: GovRedis, plain_redis: Any, options: dict[str, Any]
+        self, mode: Mode, plain_redis: Any, options: dict[str, Any]
     ) -> None:
         plain_redis.config_resetstat()
         with pytest.raises(ValueError, match=r"ttl is|data cannot be stored|data is"):
-            either.sessions.bind("s", "a", **options)
+            mode.gov.sessions.bind("s", "a", **options)
         assert sent(plain_redis) == set()
 
 
 class TestOnRedis:
-    def test_the_wire_format(self, gov: GovRedis, plain_redis: Any) -> None:
-        bound = gov.sessions.bind("s", "agent-é", data={"list": []})
+    def test_the_wire_format(self, redis_alone: GovRedis, plain_redis: Any) -> None:
+        bound = redis_alone.sessions.bind("s", "agent-é", data={"list": []})
         record = json.loads(plain_redis.get("session:s"))
         assert record == {
             "agent_id": "agent-é",
@@ -177,44 +334,46 @@ class TestOnRedis:
             "bind_count": 1,
         }
         assert record["bound_at"].endswith("+00:00")
-        gov.sessions.bind("t", "agent-é")
+        redis_alone.sessions.bind("t", "agent-é")
         assert set(json.loads(plain_redis.get("session:t"))) == {"agent_id", "bound_at", "bind_count"}
         assert plain_redis.zrange("agent_sessions:agent-é", 0, -1) == ["s", "t"]
 
-    def test_every_key_ends(self, gov: GovRedis, plain_redis: Any) -> None:
-        gov.sessions.bind("s", "a", ttl=50)
+    def test_every_key_ends(self, redis_alone: GovRedis, plain_redis: Any) -> None:
+        redis_alone.sessions.bind("s", "a", ttl=50)
         assert 49_000 < plain_redis.pttl("session:s") <= 50_000
         assert 109_000 < plain_redis.pttl("agent_sessions:a") <= 110_000
-        gov.sessions.bind("t", "a", ttl=500)
-        gov.sessions.bind("u", "a", ttl=5)
+        redis_alone.sessions.bind("t", "a", ttl=500)
+        redis_alone.sessions.bind("u", "a", ttl=5)
         assert 559_000 < plain_redis.pttl("agent_sessions:a") <= 560_000, "an index lives as long as what it names"
-        gov.sessions.bind("v", "a")
+        redis_alone.sessions.bind("v", "a")
         assert 3_590_000 < plain_redis.pttl("session:v") <= 3_600_000
         assert all(plain_redis.pttl(key) > 0 for key in plain_redis.keys("*"))
 
-    def test_an_index_forgets_sessions_that_have_ended(self, gov: GovRedis, plain_redis: Any) -> None:
+    def test_an_index_forgets_sessions_that_have_ended(self, redis_alone: GovRedis, plain_redis: Any) -> None:
         plain_redis.zadd("agent_sessions:a", {"ended": 1})
-        gov.sessions.bind("s", "a")
+        redis_alone.sessions.bind("s", "a")
         assert plain_redis.zrange("agent_sessions:a", 0, -1) == ["s"]
 
-    def test_an_index_never_names_a_session_for_less_long_than_it_lives(self, gov: GovRedis, plain_redis: Any) -> None:
-        gov.sessions.bind("s", "a", ttl=500)
+    def test_an_index_never_names_a_session_for_less_long_than_it_lives(
+        self, redis_alone: GovRedis, plain_redis: Any
+    ) -> None:
+        redis_alone.sessions.bind("s", "a", ttl=500)
         longest = plain_redis.zscore("agent_sessions:a", "s")
-        gov.sessions.bind("s", "a", ttl=5)
+        redis_alone.sessions.bind("s", "a", ttl=5)
         assert plain_redis.zscore("agent_sessions:a", "s") == longest
 
-    def test_touch_extends_after_a_tenth_and_the_index_with_it(self, gov: GovRedis, plain_redis: Any) -> None:
-        gov.sessions.bind("s", "a")
+    def test_touch_extends_after_a_tenth_and_the_index_with_it(self, redis_alone: GovRedis, plain_redis: Any) -> None:
+        redis_alone.sessions.bind("s", "a")
         plain_redis.pexpire("session:s", 3_300_000)
         plain_redis.config_resetstat()
-        assert gov.sessions.touch("s") is True
+        assert redis_alone.sessions.touch("s") is True
         assert plain_redis.pttl("session:s") <= 3_300_000, "not a tenth has passed"
         assert not any("eval" in name for name in sent(plain_redis))
         plain_redis.pexpire("session:s", 3_200_000)
         plain_redis.pexpire("agent_sessions:a", 5000)
         score = plain_redis.zscore("agent_sessions:a", "s")
         plain_redis.zadd("agent_sessions:a", {"s": score - 3000})
-        found = gov.sessions.get("s", touch=True)
+        found = redis_alone.sessions.get("s", touch=True)
         assert found is not None
         assert found.expires_at is not None
         assert (found.expires_at - datetime.now(UTC)).total_seconds() > 3500
@@ -222,24 +381,26 @@ class TestOnRedis:
         assert plain_redis.pttl("agent_sessions:a") > 3_650_000
         assert plain_redis.zscore("agent_sessions:a", "s") >= score
 
-    def test_touch_never_shortens_and_revives_nothing(self, gov: GovRedis, plain_redis: Any) -> None:
-        gov.sessions.bind("s", "a", ttl=7200)
-        assert gov.sessions.touch("s")
+    def test_touch_never_shortens_and_revives_nothing(self, redis_alone: GovRedis, plain_redis: Any) -> None:
+        redis_alone.sessions.bind("s", "a", ttl=7200)
+        assert redis_alone.sessions.touch("s")
         assert plain_redis.pttl("session:s") > 7_190_000
         plain_redis.set("session:forever", json.dumps({"agent_id": "a"}))
-        assert gov.sessions.touch("forever")
+        assert redis_alone.sessions.touch("forever")
         assert plain_redis.pttl("session:forever") == -1
         # As where the key changes between reading and extending.
-        run = lambda key: gov._redis.run(gov.sessions._touch, (key,), 1000)  # type: ignore[union-attr] # noqa: E731
-        assert (run("session:s"), run("session:forever"), run("session:none")) == (1, 1, 0)
+        assert redis_alone._redis is not None
+        touch = Script("govredis.sessions", "touch.lua")
+        keys = ("session:s", "session:forever", "session:none")
+        assert [redis_alone._redis.run(touch, (key,), "1000") for key in keys] == [1, 1, 0]
         assert plain_redis.pttl("session:s") > 7_190_000
         assert plain_redis.pttl("session:forever") == -1
         assert not plain_redis.exists("session:none")
 
-    def test_get_is_one_round_trip_without_a_write(self, gov: GovRedis, plain_redis: Any) -> None:
-        gov.sessions.bind("s", "a")
+    def test_get_is_one_round_trip_without_a_write(self, redis_alone: GovRedis, plain_redis: Any) -> None:
+        redis_alone.sessions.bind("s", "a")
         plain_redis.config_resetstat()
-        gov.sessions.get("s")
+        redis_alone.sessions.get("s")
         assert sent(plain_redis) == {"get", "pttl"}
 
     @pytest.mark.parametrize(
@@ -254,18 +415,18 @@ class TestOnRedis:
         ],
     )
     def test_records_of_the_async_service(
-        self, gov: GovRedis, plain_redis: Any, record: dict[str, Any], bound_at: datetime
+        self, redis_alone: GovRedis, plain_redis: Any, record: dict[str, Any], bound_at: datetime
     ) -> None:
         plain_redis.set("session:s", json.dumps({**record, "api_key_hash": "x"}))
-        found = gov.sessions.get("s")
+        found = redis_alone.sessions.get("s")
         assert found is not None
         assert (found.agent_id, found.bound_at, found.bind_count, found.data) == ("a", bound_at, 1, None)
         assert found.expires_at is None
         assert found.bound_at.utcoffset() is not None
         with pytest.raises(SessionAlreadyBound):
-            gov.sessions.bind("s", "b", if_absent=True)
-        assert gov.sessions.for_agent("a") == []
-        assert gov.sessions.bind("s", "b").bind_count == 2
+            redis_alone.sessions.bind("s", "b", if_absent=True)
+        assert redis_alone.sessions.for_agent("a") == []
+        assert redis_alone.sessions.bind("s", "b").bind_count == 2
 
     @pytest.mark.parametrize(
         "raw",
@@ -286,41 +447,43 @@ class TestOnRedis:
         ],
         ids=repr,
     )
-    def test_a_corrupt_record_is_an_error_until_bound_over(self, gov: GovRedis, plain_redis: Any, raw: bytes) -> None:
+    def test_a_corrupt_record_is_an_error_until_bound_over(
+        self, redis_alone: GovRedis, plain_redis: Any, raw: bytes
+    ) -> None:
         plain_redis.set("session:s", raw)
         for refused in (
-            lambda: gov.sessions.get("s"),
-            lambda: gov.sessions.touch("s"),
-            lambda: gov.sessions.bind("s", "b", if_absent=True),
+            lambda: redis_alone.sessions.get("s"),
+            lambda: redis_alone.sessions.touch("s"),
+            lambda: redis_alone.sessions.bind("s", "b", if_absent=True),
         ):
             with pytest.raises(BackendError, match="record of session 's'"):
                 refused()
-        assert gov.sessions.bind("s", "a").agent_id == "a"
-        assert gov.sessions.get_agent_id("s") == "a"
+        assert redis_alone.sessions.bind("s", "a").agent_id == "a"
+        assert redis_alone.sessions.get_agent_id("s") == "a"
 
-    def test_unbind_agent_ends_what_nobody_can_read(self, gov: GovRedis, plain_redis: Any) -> None:
-        gov.sessions.bind("s", "a")
+    def test_unbind_agent_ends_what_nobody_can_read(self, redis_alone: GovRedis, plain_redis: Any) -> None:
+        redis_alone.sessions.bind("s", "a")
         deep = '{"agent_id": "a", "data": ' + "[" * 1100 + "]" * 1100 + "}"
         plain_redis.set("session:s", deep, ex=100)
-        assert gov.sessions.unbind_agent("a") == 1
+        assert redis_alone.sessions.unbind_agent("a") == 1
         assert not plain_redis.exists("session:s")
 
-    def test_a_bind_that_arrives_twice_counts_once(self, gov: GovRedis, plain_redis: Any) -> None:
+    def test_a_bind_that_arrives_twice_counts_once(self, redis_alone: GovRedis, plain_redis: Any) -> None:
         head, at = '{"agent_id": "a", "bound_at": "t"', "t"
-        run = lambda: gov._redis.run(  # type: ignore[union-attr] # noqa: E731
-            gov.sessions._bind, ("session:s",), head, "a", at, 5000, 0
-        )
-        first, second = run(), run()
+        assert redis_alone._redis is not None
+        bind = Script("govredis.sessions", "bind.lua")
+        keys = ("session:s", "{session:s}:revoked")
+        first, second = (redis_alone._redis.run(bind, keys, head, "a", at, "5000", "0", "0") for _ in range(2))
         assert json.loads(first[1]) == json.loads(second[1]) == {"agent_id": "a", "bound_at": "t", "bind_count": 1}
         assert 0 < second[2] <= 5000
 
-    def test_counts(self, gov: GovRedis) -> None:
-        gov.sessions.bind("s", "a")
-        gov.sessions.get("s")
-        gov.sessions.get("none")
+    def test_counts(self, redis_alone: GovRedis) -> None:
+        redis_alone.sessions.bind("s", "a")
+        redis_alone.sessions.get("s")
+        redis_alone.sessions.get("none")
         with pytest.raises(SessionAlreadyBound):
-            gov.sessions.bind("s", "b", if_absent=True)
-        counted = gov.counters.read()
+            redis_alone.sessions.bind("s", "b", if_absent=True)
+        counted = redis_alone.counters.read()
         assert (counted["sessions.bound"], counted["sessions.hits"], counted["sessions.misses"]) == (1, 1, 1)
 
     def test_a_prefix_keeps_two_apart(self, make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> None:

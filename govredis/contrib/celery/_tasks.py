@@ -42,7 +42,7 @@ def health_snapshot(self: Task) -> dict[str, Any]:
 def purge(self: Task) -> int:
     """Delete what is over from our tables. Returns the number of rows."""
     gov = gov_of(self.app)
-    return gov.limits.purge() + gov.health.purge()
+    return gov.limits.purge() + gov.sessions.purge() + gov.health.purge()
 
 
 def heartbeat(self: Task, every: float = 15.0) -> bool:

@@ -500,8 +500,14 @@ def test_one_limit_holds_across_threads(app: Flask, ext: FlaskGovRedis) -> None:
         ({"rate": "20/hour", "key": "agent"}, "names no argument; it must name at least one of agent_id"),
         ({"rate": "20/hour", "key": "{agnet_id}"}, "names 'agnet_id'; the function's arguments are agent_id"),
         ({"rate": "20/hour", "key": "{agent_id}", "operation": "a:b"}, "operation is 'a:b'"),
-        ({"rate": "20/hour", "key": lambda agent_id: agent_id}, "key is .*; it must be a callable without arguments"),
-        ({"rate": lambda agent_id: "1/hour", "key": by_header}, "rate is .*; it must be a callable without arguments"),
+        (
+            {"rate": "20/hour", "key": lambda agent_id: agent_id},
+            "key is .*; it must be a plain callable without arguments",
+        ),
+        (
+            {"rate": lambda agent_id: "1/hour", "key": by_header},
+            "rate is .*; it must be a plain callable without arguments",
+        ),
     ],
 )
 def test_a_bad_argument_is_refused_at_decoration(ext: FlaskGovRedis, arguments: dict[str, Any], said: str) -> None:

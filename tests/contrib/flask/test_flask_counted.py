@@ -183,15 +183,20 @@ class TestCountWhen:
             assert client.get("/on", headers=AGENT).headers["RateLimit"] == '"default: 9 per 3600 s";r=9;t=0'
 
 
+async def always() -> bool:
+    return True
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({"cost": 0}, "cost is 0"),
         ({"cost": 6}, "cost is 6; it must be at most 5"),
         ({"cost": "1"}, "cost is '1'"),
-        ({"cost": lambda n: n}, "cost is .* a callable without arguments"),
+        ({"cost": lambda n: n}, "cost is .* a plain callable without arguments"),
         ({"exempt": True}, "exempt is True"),
-        ({"exempt": lambda request: True}, "exempt is .* a callable without arguments"),
+        ({"exempt": lambda request: True}, "exempt is .* a plain callable without arguments"),
+        ({"exempt": always}, "exempt is .* a plain callable"),
         ({"count_when": True}, "count_when is True; it must be a callable of one argument, the response"),
         ({"count_when": lambda: True}, "count_when is .* a callable of one argument"),
     ],

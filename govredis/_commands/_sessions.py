@@ -1,0 +1,53 @@
+"""`govredis sessions`."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from ._invocation import invoked_gov, printable
+
+
+@click.group()
+def sessions() -> None:
+    """Look a session up, and compare those in PostgreSQL with those in Redis."""
+
+
+@sessions.command()
+@click.argument("session_id")
+def show(session_id: str) -> None:
+    """Show whose the session SESSION_ID is. Exits with 1 if it is nobody's."""
+    with invoked_gov() as gov:
+        binding = gov.sessions.get(session_id)
+    if binding is None:
+        click.echo(f"{session_id} is bound to nobody")
+        sys.exit(1)
+    ends = "never" if binding.expires_at is None else binding.expires_at.isoformat(timespec="seconds")
+    for name, value in (
+        ("agent", printable(binding.agent_id)),
+        ("bound", f"{binding.bound_at.isoformat(timespec='seconds')}, {binding.bind_count} times"),
+        ("ends", ends),
+        ("data", json.dumps(binding.data)),
+        ("says", binding.backend),
+    ):
+        click.echo(f"{name:6} {value}")
+
+
+@sessions.command()
+def verify() -> None:
+    """Compare the sessions in PostgreSQL with their copies in Redis. Exits with 1 if any differ.
+
+    A change that Redis has not been told of is told within metadata_staleness: what differs for longer should not.
+    """
+    with invoked_gov() as gov:
+        parity = gov.sessions.verify()
+    click.echo(
+        f"{parity.rows} rows, {parity.bound} of them bound; of these {parity.copied} in Redis,"
+        f" {parity.others} bound there by others; {len(parity.differing)} differ"
+    )
+    for session_id in parity.differing:
+        click.echo(session_id)
+    if parity.differing:
+        sys.exit(1)

@@ -1,0 +1,119 @@
+-- Sessions: the record that Redis caches.
+--
+-- A revoked session's row stays until the session would have ended: no late write gets past it. `version` comes from
+-- the one sequence, with every bind and revocation.
+
+CREATE TABLE govredis_sessions (
+    session text PRIMARY KEY,       -- after GOVREDIS_KEY_PREFIX; its SHA-256 with GOVREDIS_SESSION_HASH_IDS
+    agent text NOT NULL,            -- after GOVREDIS_KEY_PREFIX; '' where one was revoked that no row had
+    bound_at timestamptz NOT NULL,  -- by the clock of the process that bound it
+    changed_at timestamptz NOT NULL,    -- of the bind or the revocation, by the clock here
+    expires_at timestamptz NOT NULL,
+    bind_count integer NOT NULL,
+    data text,                      -- JSON, as the process wrote it
+    revoked boolean NOT NULL,
+    version bigint NOT NULL
+) WITH (fillfactor = 70);
+
+CREATE INDEX govredis_sessions_agent ON govredis_sessions (agent) WHERE NOT revoked;
+CREATE INDEX govredis_sessions_expires_at ON govredis_sessions (expires_at);
+
+-- The generations of agents: the version, and when, all of an agent's sessions were last revoked.
+CREATE TABLE govredis_session_agents (
+    agent text PRIMARY KEY,
+    version bigint NOT NULL,
+    revoked_at timestamptz NOT NULL
+);
+
+-- A bind holds its agent's lock shared, unbind_agent alone: either it sees the bind's row, or the bind its generation.
+CREATE FUNCTION govredis_session_agent_lock(a text) RETURNS bigint LANGUAGE sql IMMUTABLE AS
+    $$ SELECT hashtextextended('govredis_session_agents ' || a, 0) $$;
+
+-- Bind, unless revoked since it began: `started` is a version taken then; NULL for a bind made without us, which is
+-- older than a revocation made after `bound`, and gives way to whoever else has the session.
+-- `counted`: how often somebody without a row has bound it. Returns the row as it now is; `outcome` is 'bound', 'held'
+-- (somebody has it, or it arrived twice: the row says who) or 'overtaken' (revoked since).
+CREATE FUNCTION govredis_session_bind(
+    s text, a text, bound timestamptz, ttl interval, d text, if_absent boolean, started bigint, counted integer,
+    OUT outcome text, OUT held govredis_sessions
+) LANGUAGE plpgsql VOLATILE AS $$
+DECLARE
+    at timestamptz;
+    alive boolean;
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(govredis_session_agent_lock(a));
+    LOOP
+        SELECT * INTO held FROM govredis_sessions WHERE session = s FOR UPDATE;
+        EXIT WHEN FOUND;
+        INSERT INTO govredis_sessions VALUES (s, a, bound, 'epoch', 'epoch', 0, NULL, false, 0)
+            ON CONFLICT DO NOTHING;
+    END LOOP;
+    at := clock_timestamp();
+    alive := NOT held.revoked AND held.expires_at > at;
+    IF alive AND held.agent = a AND held.bound_at = bound OR alive AND if_absent THEN
+        outcome := 'held';
+        RETURN;
+    END IF;
+    IF held.revoked AND (CASE WHEN started IS NULL THEN held.changed_at >= bound ELSE held.version > started END)
+        OR EXISTS (SELECT FROM govredis_session_agents g WHERE g.agent = a
+            AND (CASE WHEN started IS NULL THEN g.revoked_at >= bound ELSE g.version > started END))
+    THEN
+        outcome := 'overtaken';
+        IF held.version = 0 THEN
+            DELETE FROM govredis_sessions WHERE session = s;
+        END IF;
+        RETURN;
+    END IF;
+    outcome := 'bound';
+    UPDATE govredis_sessions SET agent = a, bound_at = bound, changed_at = at, expires_at = at + ttl,
+        bind_count = greatest(CASE WHEN alive THEN bind_count ELSE 0 END, counted) + 1,
+        data = d, revoked = false, version = nextval('govredis_versions')
+        WHERE session = s RETURNING * INTO held;
+    IF alive THEN  -- else no cache has it
+        PERFORM govredis_outbox_add('session', s, held.version);
+    END IF;
+END $$;
+
+-- Revoke a session, known or not. `at`: when it was revoked without us. Returns whether it was alive, and the version.
+CREATE FUNCTION govredis_session_unbind(
+    s text, ttl interval, at timestamptz, OUT alive boolean, OUT revoked_version bigint
+) LANGUAGE plpgsql VOLATILE AS $$
+DECLARE
+    held govredis_sessions;
+    now_at timestamptz;
+BEGIN
+    LOOP
+        SELECT * INTO held FROM govredis_sessions WHERE session = s FOR UPDATE;
+        EXIT WHEN FOUND;
+        INSERT INTO govredis_sessions VALUES (s, '', 'epoch', 'epoch', 'epoch', 0, NULL, true, 0)
+            ON CONFLICT DO NOTHING;
+    END LOOP;
+    now_at := clock_timestamp();
+    alive := NOT held.revoked AND held.expires_at > now_at;
+    UPDATE govredis_sessions SET revoked = true, data = NULL, changed_at = greatest(changed_at, coalesce(at, now_at)),
+        expires_at = greatest(expires_at, now_at + ttl), version = nextval('govredis_versions')
+        WHERE session = s RETURNING version INTO revoked_version;
+    PERFORM govredis_outbox_add('session', s, revoked_version);
+END $$;
+
+-- Revoke sessions of an agent, as many as given at most, and raise its generation. Returns those that were alive.
+CREATE FUNCTION govredis_session_unbind_agent(a text, at timestamptz, at_most integer)
+    RETURNS TABLE (ended text, revoked_version bigint) LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(govredis_session_agent_lock(a));
+    at := coalesce(at, clock_timestamp());
+    INSERT INTO govredis_session_agents AS g VALUES (a, nextval('govredis_versions'), at)
+        ON CONFLICT (agent) DO UPDATE
+        SET version = excluded.version, revoked_at = greatest(g.revoked_at, excluded.revoked_at);
+    FOR ended, revoked_version IN
+        UPDATE govredis_sessions SET revoked = true, data = NULL, changed_at = greatest(changed_at, at),
+            version = nextval('govredis_versions')
+            WHERE session IN (
+                SELECT s.session FROM govredis_sessions s
+                WHERE s.agent = a AND NOT s.revoked AND s.expires_at > clock_timestamp() LIMIT at_most FOR UPDATE)
+            RETURNING session, version
+    LOOP
+        PERFORM govredis_outbox_add('session', ended, revoked_version);
+        RETURN NEXT;
+    END LOOP;
+END $$;

@@ -1,0 +1,240 @@
+"""Who is denied most: counted in the process, told to Redis a second later, bounded in both."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from govredis import BackendUnavailable, GovRedis
+from govredis.keys import Keys
+from govredis.limits.denied import KEPT, Denied, DeniedCounts
+from govredis.testing.servers import RedisServer
+
+HOUR = 3600 * 1_000_000
+
+
+class Waiting:
+    """A sleep that ends when the test says so, and a clock that stands."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.asleep, self.wake = threading.Semaphore(0), threading.Semaphore(0)
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.asleep.release()
+        assert self.wake.acquire(timeout=20)
+
+
+@pytest.fixture
+def threads() -> Callable[[], list[threading.Thread]]:
+    """The threads that tell, of this test: those of the tests before may sleep on for a second."""
+    before = set(threading.enumerate())
+    return lambda: [t for t in threading.enumerate() if t.name == "govredis-denied" and t not in before]
+
+
+@pytest.fixture
+def waiting(threads: Callable[[], list[threading.Thread]]) -> Iterator[Waiting]:
+    waiting = Waiting()
+    yield waiting
+    for _ in range(10):
+        waiting.wake.release()
+    for thread in threads():
+        thread.join(20)
+
+
+class TestLimiter:
+    def test_refused_hits_count_and_nothing_else_does(self, gov: GovRedis, make_gov: Callable[..., GovRedis]) -> None:
+        limits = gov.limits
+        for _ in range(4):
+            limits.hit("agent:1", "1/hour", operation="kg_store")
+        for _ in range(3):
+            limits.hit_many([("b", "1/hour")])
+        limits.peek("b", "1/hour")
+        limits.check("b", 1, 3600)
+        limits.get_count("b", 3600)
+        limits.close()
+        other = make_gov(redis_url=gov.config.redis_url)
+        other.limits.wait("b", "1/hour", timeout=0)
+        other.close()
+        found = [Denied("agent:1", "kg_store", 3), Denied("b", "default", 3)]
+        assert sorted(limits.most_denied()) == found
+        other.limits.hit("b", "1/hour")
+        other.limits.close()
+        assert limits.most_denied(1) == [Denied("b", "default", 4)]
+
+    def test_what_a_fallback_refuses_is_told_once_redis_is_back(
+        self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer
+    ) -> None:
+        gov = make_gov(redis_url=mortal_redis.url)
+        mortal_redis.kill()
+        for _ in range(3):
+            gov.limits.hit("a", "1/hour")
+        gov.limits.close()
+        with pytest.raises(BackendUnavailable):
+            gov.limits.most_denied()
+        mortal_redis.restart(data="empty")
+        while gov.limits.peek("a", "1/hour").degraded:
+            pass
+        gov.limits.close()
+        assert gov.limits.most_denied() == [Denied("a", "default", 2)]
+
+    def test_without_redis_nothing_is_counted(
+        self, make_gov: Callable[..., GovRedis], threads: Callable[[], list[threading.Thread]]
+    ) -> None:
+        gov = make_gov(redis_enabled=False)
+        gov.limits.hit("a", "1/hour")
+        assert not gov.limits.hit("a", "1/hour")
+        assert threads() == []
+        with pytest.raises(BackendUnavailable, match="Redis is disabled"):
+            gov.limits.most_denied()
+
+
+class TestInTheProcess:
+    @pytest.fixture
+    def denied(self, gov: GovRedis, waiting: Waiting) -> DeniedCounts:
+        return DeniedCounts(Keys("p:"), gov._redis, gov.counters, waiting.clock, waiting.sleep)
+
+    def test_a_thread_tells_after_a_second_and_ends(
+        self,
+        denied: DeniedCounts,
+        waiting: Waiting,
+        plain_redis: Any,
+        threads: Callable[[], list[threading.Thread]],
+    ) -> None:
+        for _ in range(5):
+            denied.add("a", "op")
+        assert waiting.asleep.acquire(timeout=20)
+        denied.add("b", "op")
+        assert len(threads()) == 1
+        assert denied.most(9) == [], "no denial waits for Redis"
+        waiting.wake.release()
+        for thread in threads():
+            thread.join(20)
+        assert denied.most(9) == [Denied("a", "op", 5), Denied("b", "op", 1)]
+        waiting.now += 1
+        denied.add("b", "op")
+        assert waiting.asleep.acquire(timeout=20), "the next second has a thread of its own"
+        waiting.wake.release()
+        for thread in threads():
+            thread.join(20)
+        assert denied.most(1) == [Denied("a", "op", 5)]
+        assert denied.most(9)[1] == Denied("b", "op", 2)
+        (key,) = plain_redis.keys("*denied*")
+        assert key.startswith("{p:govredis:denied}:")
+        assert 3_600_000 < plain_redis.pttl(key) <= 7_200_000
+
+    def test_is_bounded(self, denied: DeniedCounts, gov: GovRedis) -> None:
+        for n in range(KEPT + 5):
+            denied.add(f"a{n}", "op")
+        denied.add("a0", "op")
+        assert len(denied._counts) == KEPT
+        assert gov.counters.get("limits.denied_untold") == 5
+        denied.flush()
+        assert denied.most(1) == [Denied("a0", "op", 2)]
+        assert len(denied.most(2 * KEPT)) == KEPT
+
+    def test_what_redis_refuses_is_counted_as_untold(
+        self, denied: DeniedCounts, gov: GovRedis, plain_redis: Any
+    ) -> None:
+        denied.add("a", "op")
+        denied.flush()
+        (key,) = plain_redis.keys("*denied*")
+        plain_redis.set(key, "text")
+        for _ in range(3):
+            denied.add("a", "op")
+        denied.flush()
+        assert gov.counters.get("limits.denied_untold") == 3
+
+    def test_a_child_tells_only_what_it_counts_itself(
+        self, denied: DeniedCounts, threads: Callable[[], list[threading.Thread]]
+    ) -> None:
+        denied.add("a", "op")
+        pid = os.fork()
+        if pid == 0:
+            try:
+                denied._sleep = lambda seconds: None
+                denied.add("a", "op")
+                for thread in threads():
+                    thread.join(20)
+                denied.flush()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert denied.most(9) == [Denied("a", "op", 1)]
+        denied.flush()
+        assert denied.most(9) == [Denied("a", "op", 2)]
+
+    def test_where_no_thread_can_be_started_it_goes_on(
+        self, denied: DeniedCounts, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def start(_: Any) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+        denied.add("a", "op")
+        denied.flush()
+        assert denied.most(9) == [Denied("a", "op", 1)]
+
+
+# The scripts, with less room and by a clock that the test sets.
+
+TAG = "{govredis:denied}"
+
+
+def tell(gov: GovRedis, room: int, now: int, *pairs: tuple[str, int]) -> None:
+    denied: Any = gov.limits._denied_counts
+    assert gov._redis is not None
+    arguments = [str(part) for pair in pairs for part in pair]
+    assert gov._redis.run(denied._script, (TAG,), str(room), str(now), *arguments) == 1
+
+
+def most(gov: GovRedis, now: int) -> dict[bytes, int]:
+    assert gov._redis is not None
+    denied: Any = gov.limits._denied_counts
+    counts: Counter[bytes] = Counter()
+    for flat in gov._redis.run(denied._most, (TAG,), str(now)):
+        counts.update({m: int(n) for m, n in zip(flat[::2], flat[1::2], strict=True)})
+    return dict(counts)
+
+
+def test_this_hour_and_the_one_before(gov: GovRedis) -> None:
+    tell(gov, 9, 10 * HOUR, ("a", 1))
+    tell(gov, 9, 11 * HOUR - 1, ("a", 2), ("b", 5))
+    tell(gov, 9, 11 * HOUR, ("a", 4))
+    assert most(gov, 11 * HOUR) == {b"a": 7, b"b": 5}
+    assert most(gov, 12 * HOUR) == {b"a": 4}
+    assert most(gov, 13 * HOUR) == {}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    denials=st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 9)), min_size=1, max_size=40),
+    room=st.integers(1, 6),
+    at_once=st.integers(1, 5),
+)
+def test_counts_are_bounds_from_above_by_a_share_of_all(
+    gov: GovRedis, denials: list[tuple[str, int]], room: int, at_once: int
+) -> None:
+    assert gov._redis is not None
+    gov._redis.call("DEL", f"{TAG}:10")
+    for i in range(0, len(denials), at_once):
+        tell(gov, room, 10 * HOUR, *denials[i : i + at_once])
+    true: Counter[bytes] = Counter()
+    for member, count in denials:
+        true[member.encode()] += count
+    found, total = most(gov, 10 * HOUR), sum(true.values())
+    assert len(found) <= room
+    for member, count in found.items():
+        assert true[member] <= count <= true[member] + total / room
+    assert {member for member, count in true.items() if count > total / room} <= set(found)
