@@ -282,12 +282,7 @@ class Postgres:
     # -- recovery ------------------------------------------------------------------------------------------------
 
     def on_recovery(self, replay: Callable[[Postgres], None]) -> None:
-        """Have `replay(postgres)` called when PostgreSQL is back, before anybody else in this process uses it again.
-
-        If it goes away meanwhile, or rejects our credentials, the breaker stays open, and `replay` is called again
-        after the next probe. Any other error of `replay` is logged: one feature's mistake must not keep PostgreSQL from
-        all.
-        """
+        """Have `replay(postgres)` called when PostgreSQL is back: see RedisClient.on_recovery."""
         self._recoveries.append(replay)
 
     def replay_soon(self, why: str) -> None:

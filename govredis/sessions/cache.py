@@ -288,7 +288,7 @@ class SessionCache:
         return ended
 
     def purge(self) -> int:
-        """Delete the rows of sessions that have ended. Returns how many.
+        """Delete the rows of sessions that have been over for session_ttl. Returns how many.
 
         Raises BackendUnavailable, ConfigurationError.
         """
