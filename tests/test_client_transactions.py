@@ -24,6 +24,7 @@ def client(redis_server: RedisServer, make_gov: Callable[..., GovRedis]) -> Redi
 class TestTransaction:
     def test_is_one_round_trip_and_one_step(self, client: RedisClient, plain_redis: Any) -> None:
         client.call("PING")
+        plain_redis.config_resetstat()
         trips = []
         round_trip = client._round_trip
         client._round_trip = lambda *a: trips.append(a) or round_trip(*a)  # type: ignore[method-assign]

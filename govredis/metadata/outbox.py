@@ -49,7 +49,7 @@ class Outbox:
         """Have every change of a table, by whomever, invalidate the cached value of its id.
 
         But not where PostgreSQL fires no triggers: with session_replication_role = replica, and for rows that logical
-        replication brings. Twice is harmless. Waits for writers of the table, up to a minute. In migrations of your own:
+        replication brings. Twice is harmless. Waits for writers of the table, up to a minute. In your own migrations:
         `SELECT govredis_outbox_watch('public.agents', 'agent_id', 'agent_meta')`.
 
         Args:

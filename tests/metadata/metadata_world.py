@@ -104,6 +104,7 @@ class World:
         ]
         for gov in self.govs:
             assert gov._redis is not None
+            gov.metadata._loads.patience = 0.0  # whom it would wait for goes on when the schedule says so
             gov._redis._round_trip = stopping(gov._redis._round_trip)  # type: ignore[method-assign]
             gov.postgres._execute = stopping(gov.postgres._execute)  # type: ignore[method-assign]
         self._sql = psycopg2.connect(postgres.url)
@@ -179,6 +180,7 @@ class World:
         elif what.startswith("to "):
             actor = self.actors[number % len(self.actors)]
             while MARKS[what] not in actor.before:
+                assert not actor.ended, f"it did not come {what[3:]}"
                 self._step(actor)
         elif what == "kill":
             if self.actors:
