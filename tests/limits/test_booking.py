@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from govredis import GovRedis, Limit
 from govredis.keys import sibling
+from govredis.limits.booking import hit_or_book
 
 #: A window in Redis, by the clock that it reads; see conftest.py.
 RedisStore: TypeAlias = Any
@@ -342,28 +343,28 @@ def test_the_clock_stepping_back_makes_it_stricter(redis_store: RedisStore) -> N
 
 class TestLimiter:
     def test_who_books_and_who_does_not(self, gov: GovRedis) -> None:
-        first, first_booked = gov.limits.hit_or_book("a", "1/hour", booking="one")
-        refused, refused_booked = gov.limits.hit_or_book("a", "1/hour", booking="two")
+        first, first_booked = hit_or_book(gov.limits, "a", "1/hour", operation="x", booking="one")
+        refused, refused_booked = hit_or_book(gov.limits, "a", "1/hour", operation="x", booking="two")
         assert (first.allowed, first_booked) == (True, False)
         assert (refused.allowed, refused_booked, refused.backend) == (False, True, "redis")
         assert 3590 < refused.retry_after <= 3600
-        assert gov.limits.hit_or_book("a", "1/hour", booking="two")[0].retry_after < refused.retry_after
-        later, booked = gov.limits.hit_or_book("a", "1/hour", booking="three", admit=False)
+        assert hit_or_book(gov.limits, "a", "1/hour", operation="x", booking="two")[0].retry_after < refused.retry_after
+        later, booked = hit_or_book(gov.limits, "a", "1/hour", operation="x", booking="three", admit=False)
         assert (later.allowed, booked) == (False, True)
         assert 7190 < later.retry_after <= 7200
-        now, booked = gov.limits.hit_or_book("b", "1/hour", booking="one", admit=False)
-        assert (now.allowed, booked, gov.limits.peek("b", "1/hour").allowed) == (True, True, False)
+        now, booked = hit_or_book(gov.limits, "b", "1/hour", operation="x", booking="one", admit=False)
+        assert (now.allowed, booked, gov.limits.peek("b", "1/hour", operation="x").allowed) == (True, True, False)
         assert (gov.counters.get("limits.allowed"), gov.counters.get("limits.denied")) == (1, 2)
 
     def test_without_redis_nothing_is_booked(self, make_gov: Any) -> None:
         gov = make_gov(redis_url="redis://127.0.0.1:1/0")
-        assert gov.limits.hit_or_book("a", "1/hour", booking="one", admit=False)[0].allowed
-        first, booked = gov.limits.hit_or_book("a", "1/hour", booking="one")
+        assert hit_or_book(gov.limits, "a", "1/hour", operation="x", booking="one", admit=False)[0].allowed
+        first, booked = hit_or_book(gov.limits, "a", "1/hour", operation="x", booking="one")
         assert (first.allowed, first.degraded, booked) == (True, True, False)
-        refused, booked = gov.limits.hit_or_book("a", "1/hour", booking="two")
+        refused, booked = hit_or_book(gov.limits, "a", "1/hour", operation="x", booking="two")
         assert (refused.allowed, refused.degraded, booked) == (False, True, False)
 
     @pytest.mark.parametrize("bad", [{"cost": 2}, {"operation": "a:b"}])
     def test_bad_arguments(self, gov: GovRedis, bad: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=r"cost|operation"):
-            gov.limits.hit_or_book("a", "1/hour", booking="one", **bad)
+            hit_or_book(gov.limits, "a", "1/hour", booking="one", **{"operation": "x", **bad})

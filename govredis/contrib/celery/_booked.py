@@ -10,6 +10,7 @@ from celery.result import AsyncResult
 from celery.utils import uuid
 
 from ...errors import refuse
+from ...limits.booking import hit_or_book
 from ...limits.parked import Arrival
 from ._gov import gov_of
 from ._parking import HEADER, header_of, limit_of, lot_of, park, run_of
@@ -46,8 +47,8 @@ def apply_booked(signature: Signature) -> AsyncResult:
         return message.apply_async()
     identity, rate, cost = call
     arrival = Arrival(f"{message.id}:{run_of(message.options.get('retries') or 0, 0)}")
-    result, booked = gov.limits.hit_or_book(
-        identity, rate, booking=arrival.run, operation=operation, cost=cost, admit=False
+    result, booked = hit_or_book(
+        gov.limits, identity, rate, booking=arrival.run, operation=operation, cost=cost, admit=False
     )
     if result.allowed or not booked:
         return message.apply_async()

@@ -22,6 +22,7 @@ from kombu.utils import json
 from ...api import GovRedis
 from ...errors import BackendError, BackendUnavailable, RateLimitExceeded
 from ...limits import RateLimitResult
+from ...limits.booking import hit_or_book
 from ...limits.parked import Arrival, ParkingLot
 from ...limits.rates import Limit, Rate, parse_rate
 from ._republish import jittered, republish, signature_of
@@ -50,8 +51,8 @@ def admit_or_park(gov: GovRedis, task: Task, identity: Any, rate: Rate, operatio
             pass  # nobody can tell: it is worked on
     patience = _PATIENCE if arrival.times else 0.0  # a first delivery never waits: there may be many
     while True:
-        result, booked = gov.limits.hit_or_book(
-            identity, rate, booking=arrival.run, operation=operation, cost=cost, patience=patience
+        result, booked = hit_or_book(
+            gov.limits, identity, rate, booking=arrival.run, operation=operation, cost=cost, patience=patience
         )
         if result.allowed:
             return
@@ -192,7 +193,7 @@ def still_to_wait(gov: GovRedis, parked: Mapping[str, Any], patience: float) -> 
     limit = dict(parked["limit"])
     rate = [Limit(*pair) for pair in limit.pop("rate")]
     booking = f"{parked['id']}:{parked['run']}"
-    result, booked = gov.limits.hit_or_book(rate=rate, booking=booking, patience=patience, admit=False, **limit)
+    result, booked = hit_or_book(gov.limits, rate=rate, booking=booking, patience=patience, admit=False, **limit)
     return result.retry_after if booked and result.retry_after > patience else 0.0
 
 

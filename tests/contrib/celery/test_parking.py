@@ -30,6 +30,7 @@ from govredis.contrib.celery import apply_booked, exclusive, init_celery, rate_l
 from govredis.contrib.celery._parking import HEADER, arrival_of, decode, lot_of, still_to_wait, to_publish
 from govredis.contrib.celery._publisher import Publisher
 from govredis.limits import parked as parked_module
+from govredis.limits.booking import hit_or_book
 from govredis.limits.parked import Arrival, ParkingLot
 from govredis.testing.servers import RedisServer
 
@@ -361,7 +362,7 @@ class TestTwice:
         with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
             context.setattr(ParkingLot, "park", killed)
             run(task, id="one")
-        gov.limits.hit_or_book("a", "1/hour", booking="another", operation="parking")
+        hit_or_book(gov.limits, "a", "1/hour", booking="another", operation="parking")
         with pytest.raises(Retry) as retry:
             run(task, id="one", delivery_info={"exchange": "", "routing_key": "celery", "redelivered": True})
         assert retry.value.when <= 3600, "it has kept its place"
