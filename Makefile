@@ -31,7 +31,7 @@ types: $(READY)  ## mypy, strict
 	$(BIN)/mypy
 
 bench: $(READY)  ## cost over a raw socket, beside redis-py and the peers, in one run
-	$(BIN)/python -m pip install -q --disable-pip-version-check limits throttled-py pyrate-limiter python-redis-lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check limits throttled-py pyrate-limiter python-redis-lock dogpile.cache
 	$(BIN)/python -m tests.bench
 
 worker: $(READY)  ## a Celery worker with beat, on REDIS_URL, CELERY_BROKER_URL and GOVREDIS_DATABASE_URL

@@ -9,10 +9,10 @@ from .client import RedisClient
 from .config import Config
 from .errors import ConfigurationError
 from .health import HealthMonitor
-from .keys import Keys
+from .keys import Keys, check_namespace
 from .limits import RateLimiter
 from .locks import DistributedLock
-from .metadata import AgentStore, Guard, MetadataCache
+from .metadata import AgentStore, Generation, Guard, LocalTier, MetadataCache
 from .sessions import SessionCache
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class GovRedis:
                 f"GOVREDIS_LIMIT_MIRROR is {self.config.limit_mirror:g};"
                 " it must be left unset where GOVREDIS_DATABASE_URL is not set"
             )
-        self._caches: dict[tuple[str, float, bool], MetadataCache] = {}
+        self._caches: dict[tuple[str, float, bool, float | None, float], MetadataCache] = {}
+        self._generations: dict[str, Generation] = {}
 
         config, keys, redis = self.config, self._keys, self._redis
         self._guard: Guard | None = None
@@ -58,6 +59,9 @@ class GovRedis:
                 patience=config.postgres_timeout,
                 counters=self.counters,
             )
+        self._local: LocalTier | None = None
+        if redis is not None and config.local_cache:
+            self._local = LocalTier(keys, redis, self._guard, entries=config.local_entries)
         self.sessions = SessionCache(
             keys,
             redis,
@@ -109,39 +113,66 @@ class GovRedis:
             raise ConfigurationError("GOVREDIS_DATABASE_URL is not set; it must be postgresql://[user[:password]@]...")
         return self._postgres
 
-    def cache(self, namespace: str, ttl: float | None = None, *, strict: bool = False) -> MetadataCache:
+    def cache(
+        self,
+        namespace: str,
+        ttl: float | None = None,
+        *,
+        strict: bool = False,
+        negative_ttl: float | None = None,
+        stale: float = 0.0,
+    ) -> MetadataCache:
         """The MetadataCache of a namespace, its keys at `{namespace}:{id}`.
 
         Args:
             namespace: without a colon, and no other key kind's.
             ttl: seconds that a value is kept unless `set` says otherwise; None: metadata_ttl.
             strict: no value while nobody can tell whether it is stale, because PostgreSQL is away: BackendUnavailable.
+            negative_ttl: seconds for which it is remembered that a loader found none; until then, what is created is
+                seen only if it is invalidated, too. None: not at all.
+            stale: seconds after its TTL for which `get_or_load` still uses a value: while one caller loads it anew, and
+                where that fails.
 
         Raises ConfigurationError for a strict one where no PostgreSQL is configured.
         """
         if ttl is None:
             ttl = self.config.metadata_ttl
-        cache = self._caches.get((namespace, ttl, strict))
+        which = namespace, ttl, strict, negative_ttl, stale
+        cache = self._caches.get(which)
         if cache is None:
-            made = MetadataCache(
-                self._keys,
-                self._redis,
-                self._guard,
-                namespace=namespace,
-                ttl=ttl,
-                strict=strict,
-                counters=self.counters,
+            generation = self._generations.get(namespace)
+            if generation is None:
+                made = Generation(self._keys.generation(check_namespace(namespace)))
+                generation = self._generations.setdefault(namespace, made)
+            local = self._local
+            cache = self._caches.setdefault(
+                which,
+                MetadataCache(
+                    self._keys,
+                    self._redis,
+                    self._guard,
+                    namespace=namespace,
+                    ttl=ttl,
+                    strict=strict,
+                    negative_ttl=negative_ttl,
+                    stale=stale,
+                    max_bytes=self.config.metadata_max_bytes,
+                    generation=generation,
+                    local=None if local is None else local.values(self._keys.values(namespace), generation),
+                    counters=self.counters,
+                ),
             )
-            cache = self._caches.setdefault((namespace, ttl, strict), made)
         return cache
 
     def close(self) -> None:
         """Close the connections and end the probe threads.
 
-        Locks still held are not released, and what this process owes Redis (revocations and invalidations made while it
-        was away) is lost: close when Redis is back.
+        Locks still held are not released, and what this process owes Redis or PostgreSQL (revocations and invalidations
+        made while they were away) is lost: close when they are back.
         """
         self.limits.close()
+        if self._local is not None:
+            self._local.close()
         if self._guard is not None:
             self._guard.close()
         if self._redis is not None:

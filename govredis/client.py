@@ -7,6 +7,7 @@ What timed out is never sent again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import itertools
@@ -25,6 +26,7 @@ from redis.retry import Retry
 
 from ._fork import renew_in_child
 from ._pool import Pool
+from ._push import PushStream
 from .breaker import CircuitBreaker, Rejected
 from .config import Config, redact
 from .errors import BackendError, BackendUnavailable, ConfigurationError
@@ -200,6 +202,24 @@ class RedisClient:
                 raise self._unavailable(error, generation) from error
             raise
         return Pending(self, connection, generation)
+
+    def push_stream(self) -> PushStream:
+        """A connection of the caller's own, to close, that speaks RESP3.
+
+        Raises BackendUnavailable, BackendError.
+        """
+        breaker = self.breaker
+        if not breaker.closed:
+            breaker.check()
+        generation = breaker.generation
+        connection = self._connection_class(**{**self._options, "protocol": 3})
+        try:
+            connection.connect()
+        except redis.ResponseError as error:
+            raise self._refused(error) from error
+        except redis.RedisError as error:
+            raise self._unavailable(error, generation) from error
+        return PushStream(self.name, connection._sock, functools.partial(_disconnect, connection))
 
     def pipeline(self, commands: Sequence[Command], scripts: Sequence[Script] = ()) -> list[Any]:
         """Run several commands, in order, in one round trip for each 500 or MB. Others may come between.

@@ -212,7 +212,11 @@ class Config:
     #: Connections of one process, at most; a caller beyond that waits for one, up to its timeout.
     redis_connections: int = _setting(128, "GOVREDIS_REDIS_CONNECTIONS", _count)
     postgres_connections: int = _setting(10, "GOVREDIS_POSTGRES_CONNECTIONS", _count)
-    #: Entries of each in-process fallback store, and of the remembered denials, at most.
+    #: A larger value, as JSON, is not cached.
+    metadata_max_bytes: int = _setting(1_000_000, "GOVREDIS_METADATA_MAX_BYTES", _count)
+    #: True: cached metadata is kept in the process too, coherently (needs CLIENT TRACKING, allowed to our user).
+    local_cache: bool = _setting(False, "GOVREDIS_LOCAL_CACHE", _flag)
+    #: Entries of each in-process store, and of the remembered denials, at most.
     local_entries: int = _setting(10_000, "GOVREDIS_LOCAL_ENTRIES", _count)
 
     # Read so that an async service's environment is understood; a value is refused until the client has them.

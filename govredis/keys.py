@@ -70,6 +70,10 @@ class Keys:
         """`namespace` has passed check_namespace once, when its cache was made."""
         return f"{self.prefix}{namespace}:{check_id(identity)}"
 
+    def values(self, namespace: str) -> str:
+        """What the keys of a namespace's cached values begin with."""
+        return f"{self.prefix}{namespace}:"
+
     def agent_row(self, agent_id: str) -> str:
         """The agent's primary key in PostgreSQL."""
         return f"{self.prefix}{check_id(agent_id, 'agent_id')}"
@@ -80,6 +84,10 @@ class Keys:
 
     def guard(self) -> str:
         return f"{self.prefix}govredis:guard"
+
+    def generation(self, namespace: str) -> str:
+        """Of a namespace's cached values; "": what all of these begin with."""
+        return f"{self.prefix}govredis:generation:{namespace}"
 
     def held_locks(self) -> str:
         return f"{self.prefix}govredis:locks"

@@ -279,15 +279,10 @@ class Postgres:
             done = {name for (name,) in self.fetch("SELECT name FROM govredis_migrations", timeout=timeout)}
         return [name for name, _ in _migrations() if name not in done]
 
-    # -- recovery ------------------------------------------------------------------------------------------------
+    # -- life ----------------------------------------------------------------------------------------------------
 
     def on_recovery(self, replay: Callable[[Postgres], None]) -> None:
-        """Have `replay(postgres)` called when PostgreSQL is back, before anybody else in this process uses it again.
-
-        If it goes away meanwhile, or rejects our credentials, the breaker stays open, and `replay` is called again
-        after the next probe. Any other error of `replay` is logged: one feature's mistake must not keep PostgreSQL from
-        all.
-        """
+        """Have `replay(postgres)` called when PostgreSQL is back: see RedisClient.on_recovery."""
         self._recoveries.append(replay)
 
     def replay_soon(self, why: str) -> None:
@@ -306,8 +301,6 @@ class Postgres:
                     log.exception("a replay on %s failed", self.name)
         finally:
             self._direct.open = False
-
-    # -- life ----------------------------------------------------------------------------------------------------
 
     def _connect(self, deadline: float) -> extensions.connection:
         try:
@@ -386,10 +379,8 @@ def _statement_timeout(seconds: float) -> str:
 
 
 def _disconnect(connection: extensions.connection) -> None:
-    try:
+    with contextlib.suppress(psycopg2.Error):
         connection.close()
-    except psycopg2.Error:
-        pass
 
 
 def _address(dsn: str) -> str | None:

@@ -53,6 +53,7 @@ SETTINGS: dict[str, tuple[str, Any, dict[Any, Any], list[Any], str]] = {
         ["2", "maybe", "none", 2, 0.5],
         "1 or 0",
     ),
+    "GOVREDIS_LOCAL_CACHE": ("local_cache", False, {"0": False, "1": True, True: True}, ["2", 2], "1 or 0"),
     "GOVREDIS_DATABASE_URL": (
         "database_url",
         None,
@@ -120,6 +121,7 @@ SECONDS = {
 COUNTS = {
     "GOVREDIS_REDIS_CONNECTIONS": ("redis_connections", 128),
     "GOVREDIS_POSTGRES_CONNECTIONS": ("postgres_connections", 10),
+    "GOVREDIS_METADATA_MAX_BYTES": ("metadata_max_bytes", 1_000_000),
     "GOVREDIS_LOCAL_ENTRIES": ("local_entries", 10_000),
 }
 for _variable, (_field, _number) in SECONDS.items():

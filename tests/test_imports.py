@@ -16,7 +16,7 @@ LEVELS = [
     {"_version", "errors"},
     {"keys", "_fork", "_templates"},
     {"config", "_counters"},
-    {"_pool", "breaker"},
+    {"_pool", "_push", "breaker"},
     {"client", "postgres"},
     {"sessions", "locks", "limits", "metadata", "events"},
     {"health"},

@@ -2,7 +2,9 @@
 
 from .agents import AgentRecord, AgentStore
 from .cache import MetadataCache
+from .generation import Generation
 from .guard import Guard
+from .local import LocalTier
 from .outbox import Outbox
 
-__all__ = ["AgentRecord", "AgentStore", "Guard", "MetadataCache", "Outbox"]
+__all__ = ["AgentRecord", "AgentStore", "Generation", "Guard", "LocalTier", "MetadataCache", "Outbox"]

@@ -12,11 +12,14 @@ from ..client import RedisClient
 from ..errors import BackendError, BackendUnavailable, ConfigurationError, check_ttl, refuse
 from ..keys import Keys, check_namespace
 from . import cells
+from .cached import Decorator
 from .commit import AfterCommit
-from .flights import Flights
+from .generation import Generation
 from .guard import Guard
+from .loading import Loads, is_due, is_over
+from .local import MISS, LocalValues
 from .shelf import Shelf
-from .values import decode, encode
+from .values import check
 
 __all__ = ["MetadataCache"]
 
@@ -46,6 +49,12 @@ class MetadataCache:
     False, and `invalidate` raises. What another process invalidated, or failed to, while it could not reach Redis may
     be served as said.
 
+    **With `local_cache`** values are also kept in this process, until Redis says that they have changed; local.py says
+    why that is as good. A hit costs half a microsecond and asks nobody. An invalidation is heard of by other processes
+    in about a millisecond, and holds there 1 s later at the latest. What such a cache gives is shared by all who read
+    it, and therefore read-only, hit or miss: dicts and lists that compare as such, refuse changes with a TypeError, and
+    of which `copy.deepcopy` makes plain ones.
+
     Values are anything JSON can hold but None, and come back as JSON gives them back (a tuple as a list), from hit and
     miss alike. Every method raises ValueError for a bad id or value before anything is sent, BackendError where Redis
     answers with an error, and ConfigurationError where PostgreSQL's tables are missing (`govredis migrate`).
@@ -60,6 +69,11 @@ class MetadataCache:
         namespace: str,
         ttl: float,
         strict: bool = False,
+        negative_ttl: float | None = None,
+        stale: float = 0.0,
+        max_bytes: int = 1_000_000,
+        generation: Generation | None = None,
+        local: LocalValues | None = None,
         counters: Counters,
     ) -> None:
         self.namespace = check_namespace(namespace)
@@ -69,8 +83,18 @@ class MetadataCache:
         self._keys = keys
         self._redis = redis
         self._counters = counters
-        self._shelf = Shelf(namespace, redis, guard, strict=strict, counters=counters)
-        self._flights = Flights(namespace)
+        self._local = local
+        self._generation = Generation(keys.generation(namespace)) if generation is None else generation
+        self._shelf = Shelf(
+            redis, guard, self._generation, local, namespace=namespace, strict=strict, counters=counters
+        )
+        self._loads = Loads(
+            self._shelf,
+            namespace=namespace,
+            negative_ttl=None if negative_ttl is None else check_ttl(negative_ttl, "negative_ttl"),
+            stale=check_ttl(stale, "stale") if stale else 0.0,
+            max_bytes=max_bytes,
+        )
         if redis is not None:
             redis.on_recovery(self._replay)
         self.renew_after_fork()
@@ -84,8 +108,10 @@ class MetadataCache:
 
     def get(self, identity: str) -> Any | None:
         """The cached value; None for a miss, which one that cannot be used now is too (Redis away, no guard)."""
-        (record,), _ = self._shelf.read([self._keys.cached(self.namespace, identity)])
-        return None if record is None else record.value
+        if self._local is not None and (value := self._local.get(identity)) is not MISS:
+            return value
+        (record,), _ = self._shelf.read({identity: self._keys.cached(self.namespace, identity)})
+        return None if record is None or is_over(record) else record.value
 
     def set(self, identity: str, value: Any, *, ttl: float | None = None) -> bool:
         """Store a value, unless it was invalidated within the last 10 s (a record of `gov.agents`: for a later write).
@@ -93,37 +119,40 @@ class MetadataCache:
         Args:
             ttl: seconds; None: the cache's.
 
-        Returns whether it was stored: False also when Redis is away, or nothing cached could be used now.
+        Returns whether it was stored: False also when it is too large, Redis is away, or nothing cached could be used
+        now.
         """
         key = self._keys.cached(self.namespace, identity)
-        encode(value)
-        ttl_ms = self._ttl_ms(ttl)
-        return self._shelf.store([(key, value, "")], self._shelf.look(), ttl_ms) == 1
+        check(value)
+        stored = self._loads.store(key, value, self._ttl(ttl))
+        self._drop(identity)
+        return stored
 
     def get_or_load(self, identity: str, loader: Callable[[str], Any], *, ttl: float | None = None) -> Any | None:
         """The cached value, else what `loader(identity)` returns, which is then cached.
 
+        One caller loads, of all threads and processes; the others wait for it, 2 s at most, and then load themselves,
+        ten at once in a process. Shortly before a value's TTL is over one caller loads it anew, the sooner the longer
+        loads take (XFetch: Vattani et al., "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015), and the
+        others go on with the old one; so does that caller if its load fails, which is counted as `degraded.loads`.
+
         Args:
             loader: reads the value from where it is kept, in a snapshot not older than its call; None: there is none,
-                and nothing is cached. Its exceptions reach the caller.
-            ttl: seconds; None: the cache's.
+                which is not cached but by a `negative_ttl`. Its exceptions reach the caller.
+            ttl: seconds, less up to a tenth, so that what was loaded together does not end together; None: the cache's.
         """
+        if self._local is not None and (value := self._local.get(identity)) is not MISS:
+            return value
         key = self._keys.cached(self.namespace, identity)
-        ttl_ms = self._ttl_ms(ttl)
-        (record,), seen = self._shelf.read([key])
-        if record is not None:
+        ttl = self._ttl(ttl)
+        (record,), seen = self._shelf.read({identity: key})
+        if record is not None and not is_due(record):
             return record.value
-        self._count("loads")
-        leases = self._shelf.lease([key], seen)
-        if leases is None:
-            text = self._flights.run(key, lambda: _text(loader(identity)))
-            return None if text is None else _value(text)
-        value = loader(identity)
-        text = _text(value)
-        if text is None:
-            return None
-        self._shelf.store([(key, value, leases[0])], seen, ttl_ms)
-        return _value(text)
+        return self._loads.one(identity, key, loader, ttl, record, seen)
+
+    def reload(self, identity: str, loader: Callable[[str], Any]) -> Any | None:
+        """What `loader(identity)` returns now; cached then, and the old value until then. Private to `cached`."""
+        return self._loads.again(identity, self._keys.cached(self.namespace, identity), loader, self.ttl)
 
     def get_many(
         self, identities: Iterable[str], load_many: Callable[[list[str]], Mapping[str, Any]] | None = None
@@ -131,26 +160,50 @@ class MetadataCache:
         """The values of several ids: one round trip, and one call of `load_many` for the misses, which are then cached.
 
         Args:
-            load_many: gets the ids that missed, returns a mapping of those it found; None: misses stay out.
+            load_many: gets the ids that missed, returns a mapping of those it found; None: misses stay out. It waits
+                for nobody who is loading one of them.
 
         Returns a dict of the ids that have a value, in the order given.
         """
         keys = {i: self._keys.cached(self.namespace, i) for i in identities}
-        if not keys:
-            return {}
-        records, seen = self._shelf.read(list(keys.values()))
-        found = {i: record.value for i, record in zip(keys, records, strict=True) if record is not None}
-        missing = [i for i in keys if i not in found]
-        if missing and load_many is not None:
-            self._count("loads", len(missing))
-            leases = self._shelf.lease([keys[i] for i in missing], seen)
-            loaded = self._flights.alone(lambda: load_many(missing)) if leases is None else load_many(missing)
-            texts = {i: encode(loaded[i]) for i in missing if loaded.get(i) is not None}
-            if leases is not None:
-                fills = [(keys[i], loaded[i], lease) for i, lease in zip(missing, leases, strict=True) if i in texts]
-                self._shelf.store(fills, seen, self._ttl_ms(None))
-            found.update((i, _value(text)) for i, text in texts.items())
-        return {i: found[i] for i in keys if i in found}
+        found: dict[str, Any] = {}
+        if self._local is not None:
+            found = {i: value for i in keys if (value := self._local.get(i)) is not MISS}
+        asked = {i: key for i, key in keys.items() if i not in found}
+        if asked:
+            records, seen = self._shelf.read(asked)
+            found.update(
+                (i, record.value)
+                for i, record in zip(asked, records, strict=True)
+                if record is not None and not is_over(record)
+            )
+            missing = [i for i in asked if i not in found]
+            if missing and load_many is not None:
+                found.update(self._loads.many({i: keys[i] for i in missing}, load_many, self.ttl, seen))
+        return {i: found[i] for i in keys if found.get(i) is not None}
+
+    def cached(self, template: str) -> Decorator:
+        """Decorator: what the function returns is cached, by an id made of its arguments.
+
+            @gov.cache("report", ttl=60).cached("{agent_id}:{month}")
+            def report(agent_id: str, month: str) -> dict: ...
+
+            report("a", "2026-11")             # get_or_load
+            report.invalidate("a", "2026-11")  # as MetadataCache.invalidate
+            report.refresh("a", "2026-11")     # calls the function, caches and returns what it returns
+            report.uncached("a", "2026-11")    # the function itself
+
+        What it returns must be what JSON holds, and comes back as JSON gives it back. None is not cached but by a
+        `negative_ttl`.
+
+        Args:
+            template: names arguments of the function in braces. Every call with the same id shares one value: name all
+                that the result depends on, and give each function a namespace of its own, or a word in the template.
+
+        Raises ValueError for a template that names no argument, or what is none, and for what only begins when it is
+        called (async functions, generators).
+        """
+        return Decorator(self, template)
 
     def invalidate(self, identity: str, *, version: int | None = None) -> None:
         """Drop the value. Call it after the write has been committed; `after_commit` does.
@@ -167,8 +220,25 @@ class MetadataCache:
         key = self._keys.cached(self.namespace, identity)
         if self._redis is None:
             return
+        self._drop(identity)
         cells.invalidate(self._redis, key, version)
-        self._count("invalidated")
+        self._drop(identity)  # again: what was being read meanwhile goes nowhere
+        self._shelf.count("invalidated")
+
+    def invalidate_all(self) -> None:
+        """Drop all values of the namespace, however many: a mark that they carry is no longer the current one.
+
+        Once it has returned, this process uses none of them, nor does any other 1 s later; what is being loaded
+        meanwhile is not used either. Raises BackendUnavailable if it cannot be carried out. Not part of what
+        `metadata_staleness` bounds: a Redis that loses its data may forget it.
+        """
+        if self._redis is None:
+            return
+        self._redis.call(*self._generation.next())
+        self._generation.forget()
+        if self._local is not None:
+            self._local.cells.clear()
+        self._shelf.count("invalidated_all")
 
     def after_commit(self, connection: Any) -> AfterCommit:
         """A transaction of your own psycopg2 connection, and the invalidations that belong to it.
@@ -202,7 +272,7 @@ class MetadataCache:
             if not isinstance(error, BackendUnavailable):
                 self._paid(identity, token)
                 raise
-            self._count("invalidations_owed")
+            self._shelf.count("invalidations_owed")
             self._replay_soon()
         except BaseException:
             self._replay_soon()
@@ -218,15 +288,17 @@ class MetadataCache:
         """Counts of this process for this namespace: hits, misses, loads, fills, fills_refused, invalidated,
         bypassed, degraded.unguarded, ..."""
         mine = f"{self.namespace}."
-        return {name[len(mine) :]: n for name, n in self._counters.read().items() if name.startswith(mine)}
+        counts = {name[len(mine) :]: n for name, n in self._counters.read().items() if name.startswith(mine)}
+        return counts if self._local is None else {**counts, "local_hits": self._local.hits()}
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _ttl_ms(self, ttl: float | None) -> str:
-        return str(int((self.ttl if ttl is None else check_ttl(ttl)) * 1000))
+    def _ttl(self, ttl: float | None) -> float:
+        return self.ttl if ttl is None else check_ttl(ttl)
 
-    def _count(self, what: str, n: int = 1) -> None:
-        self._counters.add(f"{self.namespace}.{what}", n)
+    def _drop(self, identity: str) -> None:
+        if self._local is not None:
+            self._local.drop(identity)
 
     def _replay(self, redis: RedisClient) -> None:
         with self._lock:
@@ -242,13 +314,3 @@ class MetadataCache:
         with self._lock:
             if self._owed.get(identity) is token:
                 del self._owed[identity]
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else encode(value)
-
-
-def _value(text: str) -> Any:
-    """The value as a hit would give it."""
-    record = decode(text)
-    return None if record is None else record.value

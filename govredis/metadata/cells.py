@@ -7,6 +7,7 @@ from ..keys import sibling
 
 LEASE = Script(__package__, "lease.lua")
 FILL = Script(__package__, "fill.lua")
+RELEASE = Script(__package__, "release.lua")
 INVALIDATE = Script(__package__, "invalidate.lua")
 
 #: A load that takes longer than this is not stored.
@@ -21,8 +22,18 @@ def cells(key: str) -> tuple[str, str, str]:
 
 
 def take(key: str, lease: str) -> Command:
-    """Take a lease, or share the one that stands: the reply."""
-    return LEASE.call((sibling(key, "lease"),), (lease, _LEASE_MS))
+    """Take a lease, or share the one that stands. See lease.lua."""
+    return LEASE.call((key, sibling(key, "lease")), (lease, _LEASE_MS))
+
+
+def take_over(key: str, lease: str) -> Command:
+    """Take a lease from whoever has it."""
+    return "SET", sibling(key, "lease"), lease, "PX", _LEASE_MS
+
+
+def give_back(key: str, lease: str) -> Command:
+    """Give a lease back. See release.lua."""
+    return RELEASE.call((sibling(key, "lease"),), (lease,))
 
 
 def fill(key: str, text: str, ttl_ms: str, lease: str, version: str) -> Command:

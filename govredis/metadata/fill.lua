@@ -20,4 +20,5 @@ elseif stone and not compared then
   return 0
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('DEL', KEYS[2])  -- nobody is to wait for it, and what another has loaded meanwhile may be older
 return 1

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._counters import Counters
 from .._fork import renew_in_child
@@ -23,7 +23,7 @@ from ..client import RedisClient, Script
 from ..errors import BackendError, BackendUnavailable, ConfigurationError
 from ..keys import Keys
 from .outbox import Outbox, OutboxLag
-from .tick import GuardRecord, Invalidations, PostgresAway, Ticker
+from .tick import GuardRecord, Invalidations, PostgresAway, Ticker, microseconds
 
 if TYPE_CHECKING:
     from ..postgres import Postgres
@@ -33,7 +33,7 @@ __all__ = ["Guard", "Seen"]
 log = logging.getLogger("govredis")
 
 #: Seconds on a clock that is never set, and that runs on in suspend where there is such a one.
-_clock: Callable[[], float] = (
+clock: Callable[[], float] = (
     functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
 )
 #: What is left of a guard's life when it is renewed in the background.
@@ -81,7 +81,7 @@ class Guard:
         staleness: float,
         patience: float,
         counters: Counters,
-        clock: Callable[[], float] = _clock,
+        clock: Callable[[], float] = clock,
         threads: bool = True,
     ) -> None:
         self.staleness = staleness
@@ -171,6 +171,13 @@ class Guard:
             now_us, raw = self.ticker.read()
             if self._redis.connects == connects:
                 break
+        seen = self._valid(now_us, raw, sent, connects)
+        if seen is not None:
+            self._seen = seen
+            self.blind = False
+        return seen
+
+    def _valid(self, now_us: int, raw: bytes | None, sent: float, connects: int) -> Seen | None:
         held = GuardRecord.parse(raw)
         # At a time later than now, the clock has been set back: nobody knows how long it has been valid.
         if held is None or held.at > now_us:
@@ -178,9 +185,18 @@ class Guard:
         left = self.staleness - (now_us - held.at) / 1_000_000
         if left <= 0:
             return None
-        self._seen = seen = Seen(held.epoch, sent + left, sent + left - self.staleness * _RENEWED_AT, connects)
-        self.blind = False
-        return seen
+        return Seen(held.epoch, sent + left, sent + left - self.staleness * _RENEWED_AT, connects)
+
+    # -- over a connection of the in-process tier's ----------------------------------------------------------------
+
+    def questions(self) -> list[tuple[str, ...]]:
+        """The commands that ask for the guard."""
+        return [("TIME",), ("GET", self.ticker.key)]
+
+    def answered(self, sent: float, replies: list[Any]) -> Seen | None:
+        """The guard that their replies tell of, if it is valid; `sent`: when they were asked, on the guard's clock."""
+        time_now, raw = replies
+        return self._valid(microseconds(time_now), raw, sent, -1)
 
     def _claim(self) -> bool:
         """May this thread tick? Not while another is at it; but one that an exception has struck claims nothing for

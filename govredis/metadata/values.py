@@ -1,7 +1,8 @@
 """A cached value's form in Redis: plain JSON with one reserved member, so that the async service can read it.
 
-The member comes last: its epoch is that of the guard under which the value was loaded, its version that of the write
-which made the value what it is, where that is known. invalidate.lua looks for it there.
+The member comes last: when the value was stored ("at"), for how many seconds it is good from then, how many its load
+took, the generation of its namespace, the epoch of the guard under which it was loaded, and the version of the write
+which made it what it is; each where it is known. invalidate.lua looks for the version at the end.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ class Versioned(dict[str, Any]):
 
 
 class Record(NamedTuple):
-    """A value as it was found in Redis."""
+    """A value as it was found in Redis. None: it is known that there is none."""
 
     value: Any
     epoch: int | None
+    generation: str
+    #: When its TTL is over, on the clock of who stored it; None: only Redis knows.
+    ends_at: float | None
+    #: Seconds that it took to load.
+    cost: float
 
 
 def version_of(value: Any) -> str:
@@ -32,22 +38,36 @@ def version_of(value: Any) -> str:
     return str(value["version"]) if isinstance(value, Versioned) else ""
 
 
-def encode(value: Any, epoch: int | None = None) -> str:
-    """The JSON to store. Raises ValueError for what is None, does not serialise, or uses the reserved member."""
+def check(value: Any) -> str:
+    """Its JSON. Raises ValueError for what is None, does not serialise, or uses the reserved member."""
     if value is None:
         raise ValueError("value is None, which stands for a miss; it must be anything else that JSON can hold")
     if isinstance(value, dict) and MEMBER in value:
         raise ValueError(f"value has a member {MEMBER!r}, which is reserved")
     try:
-        text = json.dumps(value, allow_nan=False)
+        return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"value cannot be stored as JSON: {error}") from None
+
+
+def encode(
+    value: Any, epoch: int | None = None, *, ttl: float | None = None, cost: float = 0.0, generation: str = ""
+) -> str:
+    """The JSON to store; of None, that there is no value. Raises ValueError as `check`, except for None."""
+    text = "null" if value is None else check(value)
     ours = f'"at": {time.time():.6f}'
+    if ttl is not None:
+        ours += f', "ttl": {ttl:.3f}'
+    if cost:
+        ours += f', "cost": {cost:.6f}'
+    if generation:
+        ours += f', "generation": "{generation}"'
     if epoch is not None:
         ours += f', "epoch": {epoch}'
     if isinstance(value, Versioned):
         ours += f', "version": {value["version"]}'
     if not isinstance(value, dict):
+        # govredis 0.2 takes a bare null for a miss.
         return f'{{"value": {text}, "{MEMBER}": {{{ours}, "bare": true}}}}'
     member = f'"{MEMBER}": {{{ours}}}'
     return f"{text[:-1]}, {member}}}" if value else f"{{{member}}}"
@@ -62,5 +82,10 @@ def decode(raw: bytes | str) -> Record | None:
     ours = record.pop(MEMBER, None) if isinstance(record, dict) else None
     if not isinstance(ours, dict):
         return None
-    value = record.get("value") if ours.get("bare") else record
-    return None if value is None else Record(value, ours.get("epoch"))
+    get = ours.get
+    at, ttl = get("at"), get("ttl")
+    ends_at = at + ttl if isinstance(at, float) and isinstance(ttl, float) else None
+    value = record.get("value") if get("bare") else record
+    if value is None and ends_at is None:
+        return None
+    return Record(value, get("epoch"), get("generation", ""), ends_at, get("cost", 0.0))

@@ -40,6 +40,7 @@ CREATE FUNCTION govredis_session_bind(
 DECLARE
     at timestamptz;
     alive boolean;
+    cached boolean;
 BEGIN
     PERFORM pg_advisory_xact_lock_shared(govredis_session_agent_lock(a));
     LOOP
@@ -65,11 +66,12 @@ BEGIN
         RETURN;
     END IF;
     outcome := 'bound';
+    cached := held.version > 0 AND NOT held.revoked;  -- perhaps, also where it has ended here: see SessionRows.touch
     UPDATE govredis_sessions SET agent = a, bound_at = bound, changed_at = at, expires_at = at + ttl,
         bind_count = greatest(CASE WHEN alive THEN bind_count ELSE 0 END, counted) + 1,
         data = d, revoked = false, version = nextval('govredis_versions')
         WHERE session = s RETURNING * INTO held;
-    IF alive THEN  -- else no cache has it
+    IF cached THEN
         PERFORM govredis_outbox_add('session', s, held.version);
     END IF;
 END $$;
@@ -96,22 +98,22 @@ BEGIN
     PERFORM govredis_outbox_add('session', s, revoked_version);
 END $$;
 
--- Revoke sessions of an agent, as many as given at most, and raise its generation. Returns those that were alive.
+-- Revoke sessions of an agent, as many as given at most, and raise its generation. Returns which, and were they alive.
 CREATE FUNCTION govredis_session_unbind_agent(a text, at timestamptz, at_most integer)
-    RETURNS TABLE (ended text, revoked_version bigint) LANGUAGE plpgsql VOLATILE AS $$
+    RETURNS TABLE (ended text, revoked_version bigint, alive boolean) LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(govredis_session_agent_lock(a));
     at := coalesce(at, clock_timestamp());
     INSERT INTO govredis_session_agents AS g VALUES (a, nextval('govredis_versions'), at)
         ON CONFLICT (agent) DO UPDATE
         SET version = excluded.version, revoked_at = greatest(g.revoked_at, excluded.revoked_at);
-    FOR ended, revoked_version IN
+    FOR ended, revoked_version, alive IN
         UPDATE govredis_sessions SET revoked = true, data = NULL, changed_at = greatest(changed_at, at),
             version = nextval('govredis_versions')
             WHERE session IN (
                 SELECT s.session FROM govredis_sessions s
-                WHERE s.agent = a AND NOT s.revoked AND s.expires_at > clock_timestamp() LIMIT at_most FOR UPDATE)
-            RETURNING session, version
+                WHERE s.agent = a AND NOT s.revoked LIMIT at_most FOR UPDATE)
+            RETURNING session, version, expires_at > clock_timestamp()
     LOOP
         PERFORM govredis_outbox_add('session', ended, revoked_version);
         RETURN NEXT;

@@ -77,8 +77,8 @@ class DurableSessions:
             return found
 
     def unbind_agent(self, agent_id: str) -> int:
-        ended = self._rows.unbind_agent(agent_id)
-        return len(ended) + self._drop_of_agent(agent_id, ended)
+        ended, count = self._rows.unbind_agent(agent_id)
+        return count + self._drop_of_agent(agent_id, ended)
 
     def tell_unbound(self, debts: Sequence[Debt]) -> None:
         for session_id, token in debts:
@@ -87,7 +87,8 @@ class DurableSessions:
 
     def tell_agent_unbound(self, debt: Debt) -> None:
         agent_id, token = debt
-        self._drop_of_agent(agent_id, self._rows.unbind_agent(agent_id, token.at))
+        ended, _ = self._rows.unbind_agent(agent_id, token.at)
+        self._drop_of_agent(agent_id, ended)
 
     def tell_bound(self, debts: Sequence[tuple[Debt, Order]]) -> list[SessionBinding | None]:
         return [self._tell_bound(order) for _, order in debts]

@@ -117,17 +117,19 @@ class SessionRows:
         )
         return alive, version
 
-    def unbind_agent(self, agent_id: str, at: datetime | None = None) -> dict[str, int]:
-        """The sessions that have ended by it, with the versions of their revocations."""
+    def unbind_agent(self, agent_id: str, at: datetime | None = None) -> tuple[dict[str, int], int]:
+        """The sessions that are revoked, with the versions of their revocations; and how many of them were alive."""
         ended: dict[str, int] = {}
+        count = 0
         while True:
             rows = self._postgres.fetch(
                 "SELECT * FROM govredis_session_unbind_agent(%s, %s, %s)",
                 (self._keys.agent_row(agent_id), at, _AT_ONCE),
             )
-            ended.update((self._name(session), version) for session, version in rows)
+            ended.update((self._name(session), version) for session, version, _ in rows)
+            count += sum(alive for *_, alive in rows)
             if len(rows) < _AT_ONCE:
-                return ended
+                return ended, count
 
     def for_agent(self, agent_id: str) -> list[str]:
         rows = self._postgres.fetch(
@@ -147,15 +149,15 @@ class SessionRows:
         return {self._name(session): self._row(row) for session, *row in rows}
 
     def purge(self) -> int:
-        """Delete the rows of sessions that are over, a few at a time, and the generations that no bind can be older
-        than. Returns how many."""
+        """Delete the rows of sessions that have been over for a TTL, a few at a time, and the generations that no bind
+        can be older than. Returns how many rows of sessions."""
         deleted = 0
         while True:
             ((some,),) = self._postgres.fetch(
                 "WITH ended AS (DELETE FROM govredis_sessions WHERE session IN ("
-                " SELECT session FROM govredis_sessions WHERE expires_at < clock_timestamp() - interval '1 minute'"
+                " SELECT session FROM govredis_sessions WHERE expires_at < clock_timestamp() - %s"
                 " LIMIT %s FOR UPDATE SKIP LOCKED) RETURNING 1) SELECT count(*) FROM ended",
-                (_AT_ONCE,),
+                (self._ttl, _AT_ONCE),
             )
             deleted += int(some)
             if some < _AT_ONCE:

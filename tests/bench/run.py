@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -216,6 +217,60 @@ def contests(gov: GovRedis, url: str, calls: int) -> Iterator[Contest]:
     )
 
 
+def in_process_hits(url: str, calls: int) -> Table:
+    """A value that the process has: ours, redis-py's client-side cache, dogpile.cache."""
+    from dogpile.cache import make_region
+    from redis.cache import CacheConfig
+    from redis.connection import CacheProxyConnection
+
+    CacheProxyConnection.MIN_ALLOWED_VERSION = "6.0.0"  # it wants 7.4, and works with what there is
+    value = {"team": "search", "tags": ["a", "b"], "n": 1}
+    gov = GovRedis(Config(redis_url=url, local_cache=True))
+    gov.metadata.set("bench", value)
+    caching = redis_py.Redis.from_url(url, protocol=3, cache_config=CacheConfig())
+    memory = make_region().configure("dogpile.cache.memory", expiration_time=300)
+    memory.set("bench", value)
+    contestants: dict[str, Call] = {
+        OURS: lambda: gov.metadata.get("bench"),
+        "redis-py, client-side cache, JSON parsed": lambda: json.loads(caching.get("agent_meta:bench")),  # type: ignore[arg-type]
+        "redis-py, client-side cache, bytes": lambda: caching.get("agent_meta:bench"),
+        "dogpile.cache (memory, of one process, told by nobody)": lambda: memory.get("bench"),
+    }
+    deadline = time.monotonic() + 5
+    while not gov.metadata.stats()["local_hits"] and time.monotonic() < deadline:
+        gov.metadata.get("bench")
+    table = Table(title="Microseconds of a hit in the process, median")
+    for column in ("by", "1 thread", "8 threads"):
+        table.add_column(column, justify="left" if column == "by" else "right", no_wrap=True)
+    one = measure(contestants, calls)
+    eight = {name: _by_threads(call, calls, 8) for name, call in contestants.items()}
+    for name in contestants:
+        table.add_row(name, f"{one[name]:.2f}", f"{eight[name]:.2f}")
+    gov.close()
+    caching.close()
+    return table
+
+
+def _by_threads(call: Call, calls: int, threads: int) -> float:
+    """Median microseconds of a call of one of several threads at it."""
+    times: list[float] = []
+
+    def run() -> None:
+        mine = []
+        for _ in range(calls):
+            began = time.perf_counter_ns()
+            call()
+            mine.append(time.perf_counter_ns() - began)
+        times.extend(mine)
+
+    running = [threading.Thread(target=run) for _ in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    return statistics.median(times) / 1000
+
+
 def hand_overs(url: str, folder: str) -> Table:
     table = Table(title=f"Microseconds from a release to the next of {hand_over.WAITING} waiting processes, median")
     for column in ("Redis", "by", "median", "of a bare wake"):
@@ -286,4 +341,5 @@ def main() -> None:
             table.add_section()
         gov.close()
         Console(width=100).print(table)
+        Console(width=100).print(in_process_hits(server.url, calls))
         Console(width=100).print(hand_overs(server.url, folder))

@@ -173,7 +173,7 @@ def until_grown(entries: Callable[[], list[int]], by: int) -> None:
     until_there(entries, len(entries()) + by)
 
 
-def until_there(entries: Callable[[], list[int]], count: int) -> None:
+def until_there(entries: Callable[[], list[Any]], count: int) -> None:
     """Wait until there are so many."""
     deadline = time.monotonic() + 60
     while len(entries()) < count:

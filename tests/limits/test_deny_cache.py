@@ -171,6 +171,14 @@ class TestAnswers:
         assert server.asked == 2
         assert counters.read() == {"limits.denied": 1, "limits.denied_cached": 1}
 
+    def test_record_is_not_refused(self, limiter: RateLimiter) -> None:
+        """Not even where somebody's limit is the one that it is sent with."""
+        rate = Limit(10_000, 10)
+        limiter.hit("a", rate, cost=10_000)
+        assert not limiter.hit("a", rate)
+        limiter.record("a", 10)
+        assert limiter.get_count("a", 10) == 10_001
+
     def test_an_admission_is_never_remembered(self, limiter: RateLimiter, server: Server) -> None:
         for _ in range(3):
             assert limiter.peek("a", "9/hour")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,8 +81,8 @@ def test_redis_killed_and_restored_with_its_data_and_without(
     assert not list(unjustified(stores["postgres"], refused["postgres"], RATE))
     of_no_store = list(unjustified(stores["lost"], refused["redis"], RATE))
     assert not list(unjustified(stores["redis"], of_no_store, RATE))
-    # Each process went over once at each kill, and back once: nothing flaps.
-    assert [report.opened for report in reports] == [2] * PROCESSES
+    # Each process went over once at each kill, at most, and back once: nothing flaps.
+    assert all(1 <= report.opened <= 2 for report in reports)
 
 
 def test_redis_away_for_some_and_there_for_others(one_redis: RedisServer, postgres_server: PostgresServer) -> None:
@@ -166,9 +167,13 @@ class TestMirror:
             until_there(lambda: in_postgres(postgres_server), 340)
             one_redis.restart("empty")
             until_there(lambda: in_redis(one_redis), 400)
+            until_there(
+                lambda: re.findall("cmd=evalsha", one_redis.command("CLIENT", "LIST", "TYPE", "normal")), PROCESSES
+            )
+            stopped = time.time_ns() // 1000
             reports = load.stop()
         by_redis = [[call for call in report.calls if call.backend == "redis"] for report in reports]
-        last_is_back = max(calls[0].began for calls in by_redis)
+        last_is_back = max(calls[0].began if calls else stopped for calls in by_redis)
         before_that = sum(call.allowed and call.began <= last_is_back for calls in by_redis for call in calls)
         admitted = sum(call.allowed for call in all_calls(reports))
         assert (admitted <= 400 + before_that + PROCESSES) == mirror

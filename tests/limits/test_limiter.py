@@ -189,8 +189,10 @@ class TestDecorator:
         for pages in (0, 6, "2"):
             with pytest.raises(ValueError, match="cost is"):
                 read("b", pages)  # type: ignore[arg-type]
-        limiter.rate_limited("5/hour", key="{who}", cost=4, operation="plain")(read)("c")
-        assert limiter.get_count("c", 3600, operation="plain") == 4
+        for on_limit in ("raise", "wait"):
+            plain = limiter.rate_limited("5/hour", key="{who}", cost=4, operation="plain", on_limit=on_limit)(read)
+            plain(on_limit)
+            assert limiter.get_count(on_limit, 3600, operation="plain") == 4
 
     def test_an_exempt_call_is_not_asked_for_anything(self) -> None:
         limiter = local_limiter(Clock())

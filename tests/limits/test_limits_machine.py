@@ -6,6 +6,7 @@ import itertools
 import uuid
 from typing import Any, Literal
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,6 +25,8 @@ from govredis._counters import Counters
 from govredis.keys import Keys
 from govredis.limits import RateLimiter, RateLimitResult
 from govredis.limits.windows import Outcome
+
+pytestmark = pytest.mark.once
 
 START = 1_750_000_000_123_457
 MS, SECOND = 1000, 1_000_000

@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from govredis.limits import Limit
-from govredis.limits.windows import Mode, Outcome, Standing
+from govredis.limits.windows import Outcome, Standing
 
 SECOND = 1_000_000
 TWO = [Limit(2, 1)]
-
-
-class Deque:
-    """The oracle: all entries, counted one by one."""
-
-    def __init__(self) -> None:
-        self.entries: list[int] = []
-        self.longest = 0
-
-    def used(self, window_us: int, at: int) -> int:
-        return sum(entry > at - window_us for entry in self.entries)
-
-    def decide(self, now: int, limits: list[Limit], cost: int, mode: Mode) -> Outcome:
-        waits = []
-        for limit in limits:
-            moments = [0, *sorted(e + limit.window_us - now for e in self.entries if e + limit.window_us > now)]
-            waits.append(next(w for w in moments if self.used(limit.window_us, now + w) + cost <= limit.count))
-        left = [limit.count - self.used(limit.window_us, now) for limit in limits]
-        if max(waits) == 0 or mode == "record":
-            admitted, retry_after = True, 0
-            deciding = min(range(len(limits)), key=lambda i: left[i])
-            remaining = max(0, left[deciding] - cost)
-        else:
-            admitted, retry_after = False, max(waits)
-            deciding = waits.index(retry_after)
-            remaining = max(0, left[deciding])
-        if admitted and mode != "peek":
-            self.longest = max(self.longest, *(limit.window_us for limit in limits))
-            self.entries = [e for e in self.entries if e > now - self.longest] + [now] * cost
-        ends = [e + limits[deciding].window_us - now for e in self.entries]
-        return Outcome(admitted, deciding, remaining, retry_after, max([0, *ends]))
 
 
 class TestWindow:
@@ -164,27 +130,6 @@ class TestWindow:
         store.window.decide("k", [Limit(9, 60)], 1, "hit")
         assert [store.window.count("k", w * SECOND) for w in (1, 5, 6)] == [1, 1, 3]
         assert store.window.count("unknown", SECOND) == 0
-
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(data=st.data())
-    def test_decides_as_a_plain_deque_does(self, store: Any, data: st.DataObject) -> None:
-        oracle, key = Deque(), uuid.uuid4().hex
-        backward = -3 if store.name == "redis" else 0
-        for _ in range(data.draw(st.integers(1, 12), "steps")):
-            store.now += data.draw(st.integers(backward, 6) | st.sampled_from([999, 1000, 1001, 2000]), "ms") * 1000
-            mode: Mode = data.draw(st.sampled_from(["hit", "hit", "hit", "peek", "record"]), "mode")
-            pairs = data.draw(
-                st.lists(
-                    st.tuples(st.integers(1, 6), st.sampled_from([0.001, 0.005, 0.01, 1.0, 2.0])),
-                    min_size=1,
-                    max_size=1 if mode == "record" else 3,
-                ),
-                "limits",
-            )
-            limits = [Limit(*pair) for pair in pairs]
-            cost = data.draw(st.integers(1, min(limit.count for limit in limits)), "cost")
-            assert store.window.decide(key, limits, cost, mode) == oracle.decide(store.now, limits, cost, mode)
-            assert sorted(store.entries(key)) == sorted(oracle.entries)
 
 
 class TestStanding:

@@ -104,6 +104,7 @@ class World:
         ]
         for gov in self.govs:
             assert gov._redis is not None
+            gov.metadata._loads.patience = 0.0  # whom it would wait for goes on when the schedule says so
             gov._redis._round_trip = stopping(gov._redis._round_trip)  # type: ignore[method-assign]
             gov.postgres._execute = stopping(gov.postgres._execute)  # type: ignore[method-assign]
         self._sql = psycopg2.connect(postgres.url)

@@ -19,7 +19,6 @@ from govredis.metadata import guard as guard_module
 from govredis.metadata.guard import Guard
 from govredis.metadata.shelf import Shelf
 from govredis.metadata.tick import GuardRecord, Ticker
-from govredis.metadata.values import decode
 from govredis.testing.servers import PostgresServer, RedisServer
 
 
@@ -108,7 +107,7 @@ def no_connects(patch: pytest.MonkeyPatch) -> None:
 
 def no_epoch(patch: pytest.MonkeyPatch) -> None:
     """A value of any epoch is used."""
-    patch.setattr(Shelf, "_usable", staticmethod(lambda record, _: record))
+    patch.setattr(Shelf, "_usable", lambda self, record, seen: record)
 
 
 def late_time(patch: pytest.MonkeyPatch) -> None:
@@ -124,13 +123,12 @@ def late_time(patch: pytest.MonkeyPatch) -> None:
 def value_first(patch: pytest.MonkeyPatch) -> None:
     """A value is judged by a guard that was asked for after it was read."""
 
-    def read_all(self: Any, keys: list[str]) -> Any:
-        raws = [self._redis.call("GET", key) for key in keys]
+    def raws(self: Any, keys: list[str]) -> Any:
+        found = [self._redis.call("GET", key) for key in keys]
         self._guard._seen = None
-        seen = self.look()
-        return [None if raw is None else self._usable(decode(raw), seen) for raw in raws], seen
+        return found, self.look(), 0
 
-    patch.setattr(Shelf, "read", read_all)
+    patch.setattr(Shelf, "_raws", raws)
 
 
 def call(what: str, number: int = 0) -> list[Step]:

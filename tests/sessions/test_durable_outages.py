@@ -208,6 +208,25 @@ class TestOldData:
                         worst = time.monotonic() - began
             assert worst < 4, "X is 3 s"
 
+    def test_a_server_restarted_with_old_data_is_not_taken_for_the_one_that_was_guarded(
+        self, make_gov: MakeGov, redis_binary: str, postgres_server: PostgresServer
+    ) -> None:
+        """X after the revocation there is no excuse, though the guard that this process has in mind is still valid."""
+        with RedisServer(binary=redis_binary, persistent=True) as redis:
+            gov = make_gov(redis_url=redis.url, database_url=postgres_server.url, **{**SHORT, "metadata_staleness": 1})
+            gov.sessions.bind("s", "a")
+            cached(gov)
+            redis.kill()
+            redis.snapshot_data()
+            redis.restart("keep")
+            back(gov)
+            gov.sessions.unbind("s")
+            time.sleep(1.1)
+            cached(gov)
+            redis.kill()
+            redis.restart("old")
+            assert gov.sessions.get("s") is None
+
 
 class TestPostgresAway:
     def test_redis_answers_what_it_has(

@@ -177,6 +177,8 @@ class TestHealthy:
         changes = [
             bind("s", "a"),  # not this: no cache has what was bound to nobody
             bind("s", "b"),
+            "UPDATE govredis_sessions SET expires_at = now() - interval '1 minute'",
+            bind("s", "b"),  # it may be alive in a cache: it slid there while PostgreSQL was away
             bind("t", "b"),
             "SELECT govredis_session_unbind('s', '1 hour', NULL)",
             "SELECT govredis_session_unbind_agent('b', NULL, 10)",
@@ -184,7 +186,7 @@ class TestHealthy:
         ]
         # With this seed random() does not have the outbox clean itself.
         noted = query(postgres_server, "DELETE FROM govredis_outbox; SELECT setseed(0.5);" + ";".join(changes))
-        assert [sid for sid, _ in noted] == ["s", "s", "t"]
+        assert [sid for sid, _ in noted] == ["s", "s", "s", "t"]
         versions = [version for _, version in noted]
         assert versions == sorted(set(versions))
 
@@ -496,8 +498,9 @@ class TestTable:
         gov.sessions.unbind_agent("of-revoked")
         query(
             postgres_server,
-            "UPDATE govredis_sessions SET expires_at = now() - interval '2 minutes' WHERE session IN"
+            "UPDATE govredis_sessions SET expires_at = now() - interval '61 minutes' WHERE session IN"
             " ('ended', 'revoked long ago');"
+            "UPDATE govredis_sessions SET expires_at = now() - interval '59 minutes' WHERE session = 'alive';"
             "INSERT INTO govredis_sessions SELECT 'many' || n, 'a', now(), now(), now() - interval '1 day', 1, NULL,"
             " false, 1 FROM generate_series(1, 2500) n;"
             "INSERT INTO govredis_session_agents VALUES ('old', 1, now() - interval '2 days')",
@@ -507,6 +510,16 @@ class TestTable:
         assert left == {"alive", "revoked", "x"}, "a revoked one is remembered until it would have ended"
         assert query(postgres_server, "SELECT agent FROM govredis_session_agents") == [("of-revoked",)]
         assert gov.sessions.purge() == 0
+
+    def test_unbind_agent_revokes_also_what_has_ended_here_and_may_live_in_a_cache(
+        self, gov: GovRedis, postgres_server: PostgresServer
+    ) -> None:
+        for sid in ("alive", "over"):
+            gov.sessions.bind(sid, "a")
+        query(postgres_server, "UPDATE govredis_sessions SET expires_at = now() WHERE session = 'over'")
+        assert gov.sessions.unbind_agent("a") == 1
+        assert query(postgres_server, "SELECT count(*) FROM govredis_sessions WHERE NOT revoked") == [(0,)]
+        assert [gov.sessions.get(sid) for sid in ("alive", "over")] == [None, None]
 
     def test_thousands_of_an_agent_end_in_one_call(self, gov: GovRedis, postgres_server: PostgresServer) -> None:
         query(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,16 +45,20 @@ class Race:
         binding, started = RedisSessions._binding, SessionRows.started
 
         def binding_noted(self: Any, order: Any, *args: Any) -> Any:
-            race.begun[order.session_id] = time.monotonic()
+            race.has_begun(order.session_id)
             return binding(self, order, *args)
 
         def started_noted(self: Any) -> int:
             version = started(self)
-            race.begun[race._session.id] = time.monotonic()
+            race.has_begun(race._session.id)
             return version
 
         monkeypatch.setattr(RedisSessions, "_binding", binding_noted)
         monkeypatch.setattr(SessionRows, "started", started_noted)
+
+    def has_begun(self, session_id: str) -> None:
+        self.begun[session_id] = time.monotonic()
+        time.sleep(random.uniform(0, 0.001))  # so that something comes between
 
     def run(self) -> None:
         threads = [threading.Thread(target=self.bind, args=(n,)) for n in range(BINDERS)]

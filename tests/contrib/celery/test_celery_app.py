@@ -70,6 +70,16 @@ class TestTasks:
         assert app.tasks["govredis.invalidate_metadata"].acks_late
         assert {app.tasks[name].ignore_result for name in PERIODIC} == {True}
 
+    def test_purge_deletes_what_is_over_of_sessions_too(self, gov: GovRedis) -> None:
+        app = make_app()
+        init_celery(app, gov)
+        app.finalize()
+        for sid in ("over", "alive"):
+            gov.sessions.bind(sid, "a")
+        gov.postgres.fetch("UPDATE govredis_sessions SET expires_at = now() - interval '1 day' WHERE session = 'over'")
+        assert app.tasks["govredis.purge"]() == 1
+        assert gov.postgres.fetch("SELECT session FROM govredis_sessions") == [("alive",)]
+
     def test_entries_expire_before_the_next_and_the_heartbeat_knows_its_interval(self) -> None:
         app = make_app(govredis_heartbeat_interval=7)
         init_celery(app)

@@ -123,6 +123,21 @@ class TestCountWhen:
         gov.limits.reset("agent-1")
         assert client.get("/2", headers=AGENT).headers["RateLimit"].startswith('"default: 3 per 60 s";r=1;')
 
+    def test_a_refusal_is_not_asked_about(self, app: Flask, ext: FlaskGovRedis, client: FlaskClient) -> None:
+        asked = []
+
+        def counts(response: Response) -> bool:
+            asked.append(response.status_code)
+            return True
+
+        @app.get("/")
+        @ext.rate_limited("1/minute", key=by_header, count_when=counts)
+        def view() -> str:
+            return ""
+
+        assert [client.get("/", headers=AGENT).status_code for _ in range(2)] == [200, 429]
+        assert asked == [200]
+
     def test_it_counts_until_the_response_is_there(
         self, app: Flask, ext: FlaskGovRedis, client: FlaskClient, gov: GovRedis
     ) -> None:
