@@ -171,4 +171,4 @@ def test_no_read_is_more_than_x_behind(keeping_redis: RedisServer, processes: Pr
         f"{len(reads)} reads, {hits} hits, {sum(map(len, writes.values()))} writes, worst {worst:.2f} s behind;"
         f" {dict(done)}; {counts['guard.epochs']} epochs, {counts['agent_meta.bypassed']} bypassed\n"
     )
-    assert hits > loads > 100
+    assert min(hits, loads) > 100, "there was something to be seen"
