@@ -57,6 +57,7 @@ class Loads:
         """Load, or have somebody else's load; `record` is what there is meanwhile."""
         give_up = time.monotonic() + self.patience
         pause, longest = _LOOKS
+        is_unclear = False
         while True:
             leases = self._shelf.take([key], seen)
             if leases is None:
@@ -66,8 +67,9 @@ class Loads:
             if found is not None and not is_over(found) and (record is None or found.ends_at != record.ends_at):
                 self._shelf.give_back(leases)  # somebody else was sooner
                 return self._value(found)
-            if lease.is_unclear:
+            if lease.is_unclear and not is_unclear:
                 self._shelf.give_back(leases)
+                is_unclear = True  # once: where connections change all the time it is loaded, and written over
             elif lease.is_ours:
                 return self._under(lease, identity, key, loader, ttl, record, seen)
             elif record is not None:
