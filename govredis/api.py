@@ -167,8 +167,8 @@ class GovRedis:
     def close(self) -> None:
         """Close the connections and end the probe threads.
 
-        Locks still held are not released, and what this process owes Redis (revocations and invalidations made while it
-        was away) is lost: close when Redis is back.
+        Locks still held are not released, and what this process owes Redis or PostgreSQL (revocations and invalidations
+        made while they were away) is lost: close when they are back.
         """
         self.limits.close()
         if self._local is not None:

@@ -279,7 +279,7 @@ class Postgres:
             done = {name for (name,) in self.fetch("SELECT name FROM govredis_migrations", timeout=timeout)}
         return [name for name, _ in _migrations() if name not in done]
 
-    # -- recovery ------------------------------------------------------------------------------------------------
+    # -- life ----------------------------------------------------------------------------------------------------
 
     def on_recovery(self, replay: Callable[[Postgres], None]) -> None:
         """Have `replay(postgres)` called when PostgreSQL is back: see RedisClient.on_recovery."""
@@ -301,8 +301,6 @@ class Postgres:
                     log.exception("a replay on %s failed", self.name)
         finally:
             self._direct.open = False
-
-    # -- life ----------------------------------------------------------------------------------------------------
 
     def _connect(self, deadline: float) -> extensions.connection:
         try:
@@ -381,10 +379,8 @@ def _statement_timeout(seconds: float) -> str:
 
 
 def _disconnect(connection: extensions.connection) -> None:
-    try:
+    with contextlib.suppress(psycopg2.Error):
         connection.close()
-    except psycopg2.Error:
-        pass
 
 
 def _address(dsn: str) -> str | None:

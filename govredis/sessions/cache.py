@@ -135,7 +135,7 @@ class SessionCache:
             data: anything JSON can hold, up to 64 KiB.
 
         Returns the SessionBinding. Raises SessionAlreadyBound(existing) for if_absent, ValueError for a bad argument,
-        SessionStoreUnavailable while Redis is away if this process's memory of what it owes Redis is full; with
+        SessionStoreUnavailable with nobody to ask if this process's memory of what it owes is full; with
         if_absent also when this process does not know whether the session is bound.
         """
         order = Order(
@@ -181,7 +181,7 @@ class SessionCache:
         Args:
             touch: also give it its whole TTL again (session_ttl), if a tenth of that has passed.
 
-        Raises SessionStoreUnavailable while Redis is away and this process does not know the session.
+        Raises SessionStoreUnavailable where nobody can be asked and this process does not know the session.
         """
         name = self._name(session_id)
         if self._store is None:
@@ -219,8 +219,8 @@ class SessionCache:
         """End a session. True if it was bound (False also where a first answer was lost with its connection, and the
         session had ended by the time of the second).
 
-        While Redis is away: it is ended in this process and, once Redis is back, everywhere; True if this process knew
-        it. Raises SessionStoreUnavailable if this process's memory of what it owes Redis is full.
+        With nobody to ask: it is ended in this process and, once that is over, everywhere; True if this process knew
+        it. Raises SessionStoreUnavailable if this process's memory of what it owes is full.
         """
         name = self._name(session_id)
         if self._store is not None:

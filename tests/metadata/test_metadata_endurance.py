@@ -172,5 +172,4 @@ def test_no_read_is_more_than_x_behind(keeping_redis: RedisServer, processes: Pr
         f" {sum(map(len, writes.values()))} writes, worst {worst:.2f} s behind;"
         f" {dict(done)}; {counts['guard.epochs']} epochs, {counts['agent_meta.bypassed']} bypassed\n"
     )
-    assert hits > loads > 100
-    assert counts["local_hits"] > 100
+    assert min(hits, loads, counts["local_hits"]) > 100, "there was something to be seen"
