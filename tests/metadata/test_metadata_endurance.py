@@ -24,7 +24,7 @@ pytestmark = pytest.mark.once
 WORKER = Path(__file__).with_name("metadata_worker.py")
 SECONDS = float(os.environ.get("GOVREDIS_TEST_SECONDS", "25"))
 X = 2.0
-ROLES = ["read"] * 4 + ["write"] * 2 + ["psql", "drain"]
+ROLES = ["read"] * 2 + ["local"] * 2 + ["write"] * 2 + ["psql", "drain"]
 
 
 class Processes:
@@ -110,6 +110,7 @@ def mischief(redis: RedisServer, processes: Processes) -> dict[str, Callable[[],
         "the drainer killed": killed("drain"),
         "a writer killed": killed("write"),
         "a reader killed": killed("read"),
+        "a reader with values of its own killed": killed("local"),
         "a process stopped": process_stopped,
     }
 
