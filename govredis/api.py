@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ._counters import Counters
@@ -11,6 +12,7 @@ from .errors import ConfigurationError
 from .health import HealthMonitor
 from .keys import Keys, check_namespace
 from .limits import RateLimiter
+from .limits.parked import Parked
 from .locks import DistributedLock
 from .metadata import AgentStore, Generation, Guard, LocalTier, MetadataCache
 from .sessions import SessionCache
@@ -45,6 +47,11 @@ class GovRedis:
                 f"GOVREDIS_LIMIT_MIRROR is {self.config.limit_mirror:g};"
                 " it must be left unset where GOVREDIS_DATABASE_URL is not set"
             )
+        parking = self._redis
+        if parking is not None and self.config.parking_url is not None:
+            parking = RedisClient(replace(self.config, redis_url=self.config.parking_url))
+        self._parking = parking
+        self._parked = Parked(self._keys, parking) if parking is not None else None
         self._caches: dict[tuple[str, float, bool, float | None, float], MetadataCache] = {}
         self._generations: dict[str, Generation] = {}
 
@@ -94,7 +101,9 @@ class GovRedis:
         uncovered = ["locks"] if config.lock_fallback == "fail" else []
         if config.limit_fallback == "deny" and self._postgres is None:
             uncovered.append("limits")
-        self.health = HealthMonitor(keys, redis, self._postgres, self.counters, guard=self._guard, uncovered=uncovered)
+        self.health = HealthMonitor(
+            keys, redis, self._postgres, self.counters, guard=self._guard, parked=self._parked, uncovered=uncovered
+        )
 
     @classmethod
     def from_env(cls) -> GovRedis:
@@ -175,8 +184,9 @@ class GovRedis:
             self._local.close()
         if self._guard is not None:
             self._guard.close()
-        if self._redis is not None:
-            self._redis.close()
+        for redis in (self._redis, self._parking):
+            if redis is not None:
+                redis.close()
         if self._postgres is not None:
             self._postgres.close()
 

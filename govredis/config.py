@@ -115,6 +115,10 @@ def _redis_url(value: Any) -> str:
     return value
 
 
+def _redis_url_or_none(value: Any) -> str | None:
+    return None if value is None or value == "" else _redis_url(value)
+
+
 def _database_url(value: Any) -> str | None:
     if value is None or value == "":
         return None
@@ -180,6 +184,8 @@ class Config:
     redis_url: str = _setting("redis://localhost:6379/0", "REDIS_URL", _redis_url)
     #: False: never connect; every feature runs on its fallback, and health says "disabled".
     redis_enabled: bool = _setting(True, "REDIS_ENABLED", _flag)
+    #: Where what Celery's rate_limited refuses waits: a Redis that loses no data, as the broker's. None: redis_url.
+    parking_url: str | None = _setting(None, "GOVREDIS_PARKING_URL", _redis_url_or_none)
     #: None: no PostgreSQL. Never read from the app's own DATABASE_URL.
     database_url: str | None = _setting(None, "GOVREDIS_DATABASE_URL", _database_url)
     #: Put before every key, and into every lock file's name and row's key.

@@ -92,6 +92,9 @@ class Keys:
     def held_locks(self) -> str:
         return f"{self.prefix}govredis:locks"
 
+    def parked(self) -> str:
+        return f"{self.prefix}govredis:parked"
+
     def denied(self) -> str:
         return f"{self.prefix}govredis:denied"
 

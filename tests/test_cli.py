@@ -13,6 +13,7 @@ import psycopg2
 import pytest
 
 from govredis import Config, GovRedis, Limit, LockLost
+from govredis.limits.parked import Arrival
 from govredis.testing.servers import PostgresServer, RedisServer
 
 NOWHERE = "redis://127.0.0.1:1/0"
@@ -238,3 +239,24 @@ def test_limits_without_redis(postgres_server: PostgresServer, make_gov: Callabl
     assert refused.stderr.startswith("Error: Redis is disabled")
     denying = govredis("limits", "show", "a", REDIS_ENABLED="0", GOVREDIS_LIMIT_FALLBACK="deny")
     assert (denying.returncode, denying.stdout) == (1, "")
+
+
+def test_parked_tasks_are_listed_and_flushed(redis_server: RedisServer, make_gov: Callable[..., GovRedis]) -> None:
+    where = {"REDIS_URL": redis_server.url}
+    assert govredis("limits", "parked", **where).stdout == "nothing is parked\n"
+    gov = make_gov(redis_url=redis_server.url)
+    assert gov._parked is not None
+    for n, broker in enumerate(("redis://h:6379/0", "amqp://h:5672/", "redis://h:6379/0")):
+        limit = {"identity": f"agent-{n}\u202e", "operation": "kg_store"}
+        message = json.dumps({"id": f"id-{n}", "task": "store", "limit": limit})
+        gov._parked.lot(broker).park(Arrival(f"id-{n}:0.0"), 100 - n, message.encode())
+    title, *lines, more = govredis("limits", "parked", "-n", "2", **where).stdout.splitlines()
+    assert title.split() == ["DUE", "IN", "TASK", "ID", "IDENTITY", "OPERATION", "BROKER"]
+    assert [line.split()[2:] for line in lines] == [
+        ["store", "id-2", "agent-2\\u202e", "kg_store", "redis://h:6379/0"],
+        ["store", "id-1", "agent-1\\u202e", "kg_store", "amqp://h:5672/"],
+    ]
+    assert 90 < float(lines[0].split()[0]) < 99
+    assert more == "and 1 more"
+    assert govredis("limits", "parked", "--flush", **where).stdout == "3 are to be published now\n"
+    assert [due for due, _ in gov._parked.lot("redis://h:6379/0").first(9)] == [0, 0]

@@ -46,6 +46,13 @@ SETTINGS: dict[str, tuple[str, Any, dict[Any, Any], list[Any], str]] = {
         ],
         "redis://[user:password@]host[:port][/db]",
     ),
+    "GOVREDIS_PARKING_URL": (
+        "parking_url",
+        None,
+        {"redis://h:1/15": "redis://h:1/15", "unix:///run/redis.sock": "unix:///run/redis.sock"},
+        ["amqp://h", "redis://", 7],
+        "redis://[user:password@]host[:port][/db]",
+    ),
     "REDIS_ENABLED": (
         "redis_enabled",
         True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import click
@@ -13,7 +14,7 @@ _operation = click.option("--operation", default="default", show_default=True, h
 
 @click.group()
 def limits() -> None:
-    """Show and reset what stands in the windows of rate limits, and whom they refuse most."""
+    """Show and reset what stands in the windows of rate limits, whom they refuse most, and what waits for them."""
 
 
 @limits.command()
@@ -58,6 +59,39 @@ def reset(identity: str, operation: str) -> None:
     with invoked_gov() as gov:
         gov.limits.reset(identity, operation=operation)
     click.echo(f"{identity} is reset")
+
+
+@limits.command()
+@click.option("-n", default=20, show_default=True, type=click.IntRange(1, 10_000), help="How many to show.")
+@click.option("--flush", is_flag=True, help="Publish all of them now, each to be decided anew.")
+def parked(n: int, flush: bool) -> None:
+    """Show the Celery tasks that wait for their limits, those due first.
+
+    With --flush workers publish all of them now, and each is decided anew, by the limits as they are: after a limit was
+    raised, or reset. For which there is no room, waits again, in its place. To drop one, revoke it by its id.
+    """
+    with invoked_gov() as gov:
+        lots = gov._parked.lots() if gov._parked is not None else []
+        if flush:
+            click.echo(f"{sum(lot.flush() for lot in lots)} are to be published now")
+            return
+        count, rows = 0, []
+        for lot in lots:
+            count += lot.count()
+            for due, message in lot.first(n):
+                found = json.loads(message)
+                limit = found["limit"]
+                cells = (found["task"], found["id"], limit["identity"], limit["operation"], lot.broker)
+                rows.append((due, [printable(cell) for cell in cells]))
+    if not count:
+        click.echo("nothing is parked")
+        return
+    shown = sorted(rows)[:n]
+    print_table(
+        ("DUE IN", "TASK", "ID", "IDENTITY", "OPERATION", "BROKER"), [(f"{due:.1f} s", *cells) for due, cells in shown]
+    )
+    if count > len(shown):
+        click.echo(f"and {count - len(shown)} more")
 
 
 def _ago(seconds: float | None) -> str:

@@ -45,6 +45,7 @@ def stage() -> Iterator[Stage]:
         board.phase, board.epoch = STARTING, 1
         config: dict[str, Any] = {
             "redis_url": redis.url,
+            "parking_url": broker.url,  # nor are those that wait for their limits
             "database_url": postgres.url,
             "lock_folder": str(folder / "locks"),
         }

@@ -17,6 +17,7 @@ from ..errors import BackendError, BackendUnavailable, ConfigurationError, check
 from ..keys import Keys
 
 if TYPE_CHECKING:
+    from ..limits.parked import Parked
     from ..metadata import Guard
     from ..postgres import Postgres
 
@@ -29,6 +30,8 @@ _POSTGRES_DEADLINE = 0.5
 _HISTORY_ENTRIES = "10000"
 _HISTORY_DAYS = 30
 _HEARTBEATS_MISSED = 3
+#: Seconds after which a parked task that nobody has published is worth a warning.
+_OVERDUE = 30.0
 _SEVERITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
 #: What redis-cli INFO shows and a person asks for first.
 _INFO = ("redis_version", "uptime_in_seconds", "used_memory", "maxmemory", "connected_clients", "evicted_keys")
@@ -40,7 +43,7 @@ class Check:
 
     Attributes:
         name: "redis", "postgres", "counters"; "beat" where a heartbeat was ever seen; "outbox" where cached values are
-            used with PostgreSQL.
+            used with PostgreSQL; "parked" where tasks wait for their limits.
         status: "pass", "warn" (a fallback covers it) or "fail".
         output: why, in words; "" if it passes.
         data: what was observed. Durations are seconds.
@@ -82,6 +85,7 @@ class HealthMonitor:
 
     Args:
         guard: of cached values, if there is one.
+        parked: tasks that wait for their limits, where Redis is not disabled.
         uncovered: the features that the settings leave without a fallback: with any, Redis away is "fail".
     """
 
@@ -93,12 +97,14 @@ class HealthMonitor:
         counters: Counters,
         *,
         guard: Guard | None = None,
+        parked: Parked | None = None,
         uncovered: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._keys = keys
         self._uncovered = uncovered
         self._guard = guard
+        self._parked = parked
         self._redis = redis
         self._postgres = postgres
         self._counters = counters
@@ -124,6 +130,8 @@ class HealthMonitor:
             checks = [redis, postgres, self._check_counters(), *beat]
             if postgres.status == "pass":
                 checks += self._check_outbox()
+            if redis.status == "pass":
+                checks += self._check_parked()
             status: Status = max((c.status for c in checks), key=_SEVERITY.__getitem__)
             if redis.status == "warn" and (self._postgres is None or postgres.status == "warn"):
                 status = "fail"
@@ -262,6 +270,24 @@ class HealthMonitor:
             " not used: does beat run govredis.drain_outbox?"
         )
         return [Check("outbox", "warn", output, data)]
+
+    def _check_parked(self) -> list[Check]:
+        """How many tasks wait for their limits, and whether they are published when they are due; nothing if none."""
+        if self._parked is None:
+            return []
+        try:
+            waiting = self._parked.waiting()
+        except BackendError as error:
+            return [Check("parked", "warn", str(error), {})]
+        if not waiting:
+            return []
+        longest = min(waiting, key=lambda each: each.due)
+        overdue = max(0.0, -longest.due)
+        data = {"count": sum(each.count for each in waiting), "overdue": round(overdue, 3)}
+        if overdue <= _OVERDUE:
+            return [Check("parked", "pass", "", data)]
+        output = f"parked tasks for {longest.broker} are overdue by {overdue:.0f} s: does a worker run that reaches it?"
+        return [Check("parked", "warn", output, data)]
 
     def _check_counters(self) -> Check:
         """This process's counts, and hit ratios since the check before: one since the start hides a bad hour."""

@@ -77,7 +77,7 @@ class RateLimiter:
         self._denied_counts = DeniedCounts(keys, redis, counters)
         self._windows: list[Window] = []
         self._mirror: Mirror | None = None
-        redis_window = RedisWindow(redis) if redis is not None else None
+        self._redis_window = redis_window = RedisWindow(redis) if redis is not None else None
         if redis_window is not None:
             self._windows.append(redis_window)
         self._postgres_window: PostgresWindow | None = None
@@ -169,6 +169,45 @@ class RateLimiter:
             self._ask(question, "hit", stores) if result is None else result
             for question, result in zip(questions, results, strict=True)
         ]
+
+    def hit_or_book(
+        self,
+        identity: str,
+        rate: Rate,
+        *,
+        booking: str,
+        operation: str = _DEFAULT,
+        cost: int = 1,
+        patience: float = 0.0,
+        admit: bool = True,
+    ) -> tuple[RateLimitResult, bool]:
+        """`hit`, for what comes again by itself: what is refused is booked, and everybody else's hits count it.
+
+        Called again when that time has come, it is admitted; where others were admitted meanwhile later than they were
+        booked for, it may be told a later time, and keeps its place before all that was booked for later. Only Redis
+        books, and only windows that are logs: the others are hit.
+
+        Args:
+            booking: what identifies it: the same at each call.
+            patience: seconds that the caller waits, where that is enough, to call again: meanwhile it keeps its place.
+            admit: False: what there is room for is booked too, for now.
+
+        Returns the result, and whether it is booked, for `retry_after` seconds from now.
+        """
+        question: Question = (identity, rate, operation, cost)
+        key, limits = self._check(question)
+        # What is only booked is neither counted nor mirrored: it is, when it is called for.
+        mode: Literal["hit", "peek"] = "hit" if admit else "peek"
+        store, stores = self._redis_window, self._windows
+        if store is not None and not limits[0].counted:
+            patience_us = int(patience * 1_000_000)
+            try:
+                outcome, at = store.book(key, limits, cost, booking, patience_us=patience_us, admit=admit)
+            except BackendUnavailable:
+                stores = stores[1:]
+            else:
+                return self._result(outcome, store, limits, question, mode, None), at > 0
+        return self._ask(question, mode, stores), False
 
     # -- two steps -----------------------------------------------------------------------------------------------
 

@@ -30,19 +30,40 @@ local function microseconds(score)
   return us
 end
 
--- Are `needed` more within every limit? `limits` has each limit and its window in turn. `spared` entries of the future are
--- not counted; `unasked`: admitted whatever the answer is.
+-- The score of the `nth` entry from the end, of those that are not spared: see look. Never asked for one too many.
+local function nth_from_the_end(nth, spared)
+  local function at(rank)
+    rank = string.format('%d', rank)
+    return redis.call('ZRANGE', KEYS[1], rank, rank, 'WITHSCORES')[2]
+  end
+  if not spared then return at(-nth) end
+  local low, high = 0, redis.call('ZCARD', KEYS[1]) - nth
+  while low < high do
+    local middle = math.ceil((low + high) / 2)
+    local score = at(middle)
+    if redis.call('ZCOUNT', KEYS[1], score, '+inf') - spared(tonumber(score), score) >= nth then
+      low = middle
+    else
+      high = middle - 1
+    end
+  end
+  return at(low)
+end
+
+-- Are `needed` more within every limit? `limits` has each limit and its window in turn. `spared(score, bound)` says how
+-- many entries from a score on are not to count (`bound` is that as ZCOUNT takes it), if any. `unasked`: admitted whatever
+-- the answer is.
 local function look(now, limits, needed, spared, unasked)
   local found = {admitted = true, deciding = 1, wait = 0}
   for i = 1, #limits, 2 do
     local limit, window = tonumber(limits[i]), tonumber(limits[i + 1])
-    local since = '(' .. seconds(now - window)
-    local used = redis.call('ZCOUNT', KEYS[1], since, '+inf') - spared
+    local since = seconds(now - window)
+    local used = redis.call('ZCOUNT', KEYS[1], '(' .. since, '+inf')
+    if spared then used = math.max(0, used - spared(tonumber(since), '(' .. since)) end
     local remaining = limit - used - needed
     if remaining < 0 and not unasked then
       -- Admitted again once the entry that makes it one too many has aged out, if nobody else comes.
-      local blocking = redis.call('ZRANGEBYSCORE', KEYS[1], since, '+inf', 'WITHSCORES', 'LIMIT', -remaining - 1, 1)
-      local wait = microseconds(blocking[2]) + window - now
+      local wait = microseconds(nth_from_the_end(limit - needed + 1, spared)) + window - now
       if found.admitted or wait > found.wait then
         found = {admitted = false, deciding = (i + 1) / 2, least = limit - used, wait = wait}
       end

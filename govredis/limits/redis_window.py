@@ -26,6 +26,7 @@ class RedisWindow:
     def __init__(self, client: RedisClient) -> None:
         self._client = client
         self._script = Script(__package__, "log.lua", "window.lua")
+        self._book = Script(__package__, "log.lua", "book.lua")
         self._counter_script = Script(__package__, "counter.lua", "counter_window.lua")
         self._counter_refund = Script(__package__, "counter.lua", "counter_refund.lua")
         self._count = Script(__package__, "counter.lua", "count.lua")
@@ -66,6 +67,31 @@ class RedisWindow:
         members = [f"{entries}-{i}" for i in range(1, cost + 1)]
         return int(self._client.call("ZREM", key, *members)) > 0
 
+    def book(
+        self,
+        key: str,
+        limits: Sequence[Limit],
+        cost: int,
+        booking: str,
+        *,
+        patience_us: int = 0,
+        admit: bool = True,
+    ) -> tuple[Outcome, int]:
+        """As `decide`; what finds no room is booked for the first time at which there will be, in the order of calls.
+
+        Args:
+            booking: the same at every call for the same thing.
+            patience_us: one whose time has come, and for which there will be room in so many microseconds, keeps its
+                place before all that is booked for later: its caller waits, and calls again. Longer waits are booked.
+            admit: False: what there is room for is booked for now.
+
+        Returns the outcome and the time booked, in microseconds of Redis's clock; 0 where it was admitted.
+        """
+        member = self._member()
+        args = ("hit" if admit else "book", str(cost), member, "", booking, str(patience_us), *_pairs(limits))
+        *reply, at = self._client.run(self._book, (key, *_siblings(key)), *args)
+        return _outcome(reply, limits, member), at
+
     def count(self, key: str, window_us: int) -> int:
         return int(self._client.run(self._count, (key, sibling(key, "counter")), str(window_us), ""))
 
@@ -83,7 +109,7 @@ class RedisWindow:
         )
 
     def reset(self, key: str) -> None:
-        self._client.call("DEL", key, sibling(key, "window"), sibling(key, "counter"))
+        self._client.call("DEL", key, *_siblings(key), sibling(key, "counter"))
 
     def _script_of(self, key: str, limits: Sequence[Limit]) -> tuple[Script, tuple[str, ...]]:
         """What decides over these limits, and its keys."""
@@ -109,11 +135,19 @@ class RedisWindow:
         return f"{time.time_ns() // 1000}-{self._nonce}{next(self._calls)}"
 
 
+def _siblings(key: str) -> tuple[str, ...]:
+    return sibling(key, "window"), sibling(key, "booked"), sibling(key, "moved")
+
+
 def _arguments(limits: Sequence[Limit], cost: int, mode: Mode, member: str) -> list[str]:
-    arguments = [mode, str(cost), member, ""]
+    return [mode, str(cost), member, "", *_pairs(limits)]
+
+
+def _pairs(limits: Sequence[Limit]) -> list[str]:
+    pairs: list[str] = []
     for limit in limits:
-        arguments += (str(limit.count), str(limit.window_us))
-    return arguments
+        pairs += (str(limit.count), str(limit.window_us))
+    return pairs
 
 
 def _outcome(reply: list[int], limits: Sequence[Limit], member: str) -> Outcome:

@@ -15,7 +15,7 @@ local now, limits = clock(ARGV[4]), {unpack(ARGV, 5)}
 
 -- The same call, arriving again: it has been admitted already, whatever has come since.
 local again = mode == 'hit' and redis.call('ZSCORE', KEYS[1], member .. '-1')
-local found = look(now, limits, again and 0 or cost, 0, again or mode == 'record')
+local found = look(now, limits, again and 0 or cost, nil, again or mode == 'record')
 
 if found.admitted and mode ~= 'peek' and not again then write(now, limits, now, cost, member) end
 

@@ -14,6 +14,7 @@ import pytest
 
 from govredis import BackendError, BackendUnavailable, ConfigurationError, GovRedis, HealthReport
 from govredis.health import Check, HealthMonitor
+from govredis.limits.parked import Arrival
 from govredis.testing.servers import PostgresServer, RedisServer
 
 AWAY = "redis://user:hunter2@127.0.0.1:1/0"
@@ -356,3 +357,33 @@ class TestForm:
             assert isinstance(component["output"], str)
         for shown in (text, repr(report)):
             assert "hunter2" not in shown
+
+
+class TestParked:
+    """Celery tasks that wait for their limits."""
+
+    def test_how_many_and_whether_they_are_published_in_time(self, gov: GovRedis, plain_redis: Any) -> None:
+        assert gov._parked is not None
+        assert "parked" not in {check.name for check in gov.health.check().checks}
+        for run, seconds in (("one", 60), ("two", 0)):
+            gov._parked.lot("redis://h:6379/0").park(Arrival(run), seconds, b"{}")
+        gov._parked.lot("amqp://h:5672/").park(Arrival("three"), 60, b"{}")
+        gov.health.renew_after_fork()  # what was seen last is forgotten
+        check = gov.health.check().checks[-1]
+        assert (check.name, check.status, check.output, check.data["count"]) == ("parked", "pass", "", 3)
+        assert 0 <= check.data["overdue"] < 30
+
+        plain_redis.zincrby("{govredis:parked}:due:redis://h:6379/0", -40_000_000, "two:1")
+        gov.health.renew_after_fork()
+        report = gov.health.check()
+        check = report.checks[-1]
+        assert (report.status, check.status) == ("warn", "warn")
+        assert 40 <= check.data["overdue"] < 70
+        assert check.output.startswith("parked tasks for redis://h:6379/0 are overdue by ")
+        assert check.output.endswith("does a worker run that reaches it?")
+
+    def test_where_they_wait_is_away(self, make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> None:
+        gov = make_gov(redis_url=redis_server.url, parking_url="redis://127.0.0.1:1/0")
+        check = gov.health.check().checks[-1]
+        assert (check.name, check.status) == ("parked", "warn")
+        assert "127.0.0.1:1 is away" in check.output

@@ -142,7 +142,7 @@ class Model:
             return redis
         if not self._rule("a fill carries the epoch from before its lease"):
             epoch = redis.epoch
-        return redis._replace(value=version, value_epoch=epoch)
+        return redis._replace(value=version, value_epoch=epoch, lease=NONE)
 
     def _ticked(self, s: State, script: Script, tick: str) -> State:
         redis = s.redis

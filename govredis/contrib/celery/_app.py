@@ -9,6 +9,8 @@ from celery.local import Proxy
 
 from ...api import GovRedis
 from ._gov import gov_of, govs, intervals
+from ._parking import lot_of
+from ._publisher import Publisher
 from ._tasks import TASKS
 
 
@@ -35,7 +37,7 @@ def init_celery(app: Celery, gov: GovRedis | None = None) -> None:
     if isinstance(app, Proxy):  # celery.current_app
         app = app._get_current_object()
     govs[app] = gov or govs.get(app) or ""
-    app.steps["worker"].add(_Settings)
+    app.steps["worker"].add(_Worker)
     if app.finalized:
         _install(app)
     else:
@@ -67,10 +69,29 @@ def _task_of(entry: Any) -> Any:
     return entry.get("task") if isinstance(entry, dict) else getattr(entry, "task", None)
 
 
-class _Settings(bootsteps.Step):  # type: ignore[misc]
-    """Has a worker whose settings are wrong not start, and say why."""
+class _Worker(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Has a worker whose settings are wrong not start, and say why; and has it publish what is parked."""
+
+    # A thread that runs while the processes of the pool are forked is one more to go wrong.
+    requires = ("celery.worker.components:Pool",)
 
     def __init__(self, parent: Any, **kwargs: Any) -> None:
         super().__init__(parent, **kwargs)
-        gov_of(parent.app)
+        self._gov = gov_of(parent.app)
+        self._publisher: Publisher | None = None
         intervals(parent.app)
+
+    def create(self, parent: Any) -> _Worker:
+        return self
+
+    def start(self, parent: Any) -> None:
+        lot = lot_of(parent.app, self._gov)
+        if lot is not None:
+            self._publisher = Publisher(parent.app, self._gov, lot)
+            self._publisher.start()
+
+    def stop(self, parent: Any) -> None:
+        if self._publisher is not None:
+            self._publisher.stop()
+
+    terminate = stop

@@ -15,7 +15,9 @@ from ...errors import LockTimeout, LockUnavailable, RateLimitExceeded, check_ttl
 from ...keys import check_id
 from ...limits.calls import LimitedCalls
 from ...limits.rates import Rate
+from ._booked import LIMIT
 from ._gov import current_gov
+from ._parking import admit_or_park
 from ._republish import can_republish, jittered, republish, runs
 
 P = ParamSpec("P")
@@ -32,6 +34,8 @@ def rate_limited(
     *,
     key: str | Callable[..., str],
     operation: str = ...,
+    cost: int | Callable[..., int] = ...,
+    exempt: Callable[..., bool] | None = ...,
     on_limit: Literal["retry", "raise"] = ...,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 @overload
@@ -40,6 +44,8 @@ def rate_limited(
     *,
     key: str | Callable[..., str],
     operation: str = ...,
+    cost: int | Callable[..., int] = ...,
+    exempt: Callable[..., bool] | None = ...,
     on_limit: Literal["skip"],
 ) -> Callable[[Callable[P, R]], Callable[P, R | None]]: ...
 def rate_limited(
@@ -47,6 +53,8 @@ def rate_limited(
     *,
     key: str | Callable[..., str],
     operation: str = "default",
+    cost: int | Callable[..., int] = 1,
+    exempt: Callable[..., bool] | None = None,
     on_limit: Literal["retry", "raise", "skip"] = "retry",
 ) -> Callable[[Callable[P, R]], Callable[P, R | None]]:
     """Limit the runs of a task, over all workers. Put it between `@app.task` and the function.
@@ -55,21 +63,35 @@ def rate_limited(
         rate: as in `RateLimiter.hit`, or a callable that gets the task's arguments and returns one.
         key: a template of the task's argument names, "{agent_id}", or a callable that gets its arguments.
         operation: what is limited.
-        on_limit: "retry" publishes the message anew, to run when the limit admits it, or up to a quarter later (at most
-            10 minutes at a time, or half of the broker's visibility_timeout; then it may be refused again): its
-            `retries` and `max_retries` do not know of it. "raise" raises RateLimitExceeded. "skip" ends the task with
-            None, and counts it.
+        cost: as in `RateLimiter.hit`, or a callable that gets the task's arguments and returns one.
+        exempt: a callable that gets the task's arguments; a run for which it returns True is let through, unasked and
+            uncounted.
+        on_limit: "retry" books the first time at which there is room, in the order of arrival, and parks the message
+            in Redis until then: its `retries` and `max_retries` do not know of it. "raise" raises RateLimitExceeded.
+            "skip" ends the task with None, and counts it.
 
     Called directly, by another task or eagerly, "retry" raises RateLimitExceeded: there is no message of its own to
     publish anew.
 
+    What is parked, the workers of an app with `init_celery` publish when it is due, whichever comes first: the message
+    as it was, to the exchange and routing key that it came by, in its serializer, with one header more,
+    "govredis_parked". So a task is delivered twice, however many wait, unless it came early because others were late.
+    While no worker runs, it waits. It is published at least once, and run once, but for what holds of every task: with
+    acks_late, a killed worker's runs again, and without it is lost. Where the message waits is a Redis too,
+    GOVREDIS_PARKING_URL or else REDIS_URL; what that loses is lost.
+
+    Nothing is booked while Redis is away, nor of limits whose windows are counters: what is refused then is published
+    anew with a countdown, to run when the limit said, or up to a quarter later (at most 10 minutes at a time, or half
+    of the broker's visibility_timeout; then it may be refused again).
+
     Raises ValueError at decoration for a bad argument, and where it stands above `@app.task` or on an async function or
     a generator. What each run may raise or promises when Redis is away is as for `RateLimiter.hit`. A run that was
-    admitted and then ends early (a killed worker, a conflict in `exclusive` below it) has used its place.
+    admitted and then ends early (a killed worker, a conflict in `exclusive` below it) has used its place; so has, when
+    its time comes, one that was booked and does not come any more (revoked, expired).
     """
     if on_limit not in ("retry", "raise", "skip"):
         raise refuse("on_limit", on_limit, '"retry", "raise" or "skip"')
-    calls = LimitedCalls(rate, key, operation)
+    calls = LimitedCalls(rate, key, operation, cost, exempt)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R | None]:
         _refuse_tasks(function, "rate_limited")
@@ -82,17 +104,19 @@ def rate_limited(
             if found is None:
                 return function(*args, **kwargs)
             identity, now, cost = found
+            if on_limit == "retry" and can_republish(current_task) and runs(current_task, function):
+                admit_or_park(gov, current_task, identity, now, operation, cost)
+                return function(*args, **kwargs)
             result = gov.limits.hit(identity, now, operation=operation, cost=cost)
             if result.allowed:
                 return function(*args, **kwargs)
             gov.counters.add(f"celery.limited.{on_limit}")
             if on_limit == "skip":
                 return None
-            exceeded = RateLimitExceeded(result)
-            if on_limit == "retry" and can_republish(current_task) and runs(current_task, function):
-                republish(current_task, exceeded, jittered(result.retry_after))
-            raise exceeded
+            raise RateLimitExceeded(result)
 
+        if on_limit == "retry":
+            setattr(limited, LIMIT, (look, operation))
         return limited
 
     return decorate

@@ -9,8 +9,12 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from celery import Task
+from celery.canvas import Signature
 from celery.exceptions import Reject, Retry
+from celery.signals import task_received
+from celery.worker.request import Request
 from kombu.exceptions import EncodeError
+from kombu.serialization import registry
 
 #: Seconds. A message that waits is one that its broker has not got back: RabbitMQ closes the channel after 30 minutes,
 #: the Redis transport delivers it a second time after its visibility_timeout. Half of that at most, and never more
@@ -42,6 +46,34 @@ def runs(task: Task, function: Callable[..., Any]) -> bool:
     return wanted is inspect.unwrap(task.run) or any(getattr(run, "__func__", run) is wanted for run in mine)
 
 
+def signature_of(task: Task, headers: dict[str, object] | None = None, **options: Any) -> Signature:
+    """What publishes the running task's message anew, as it was, its serializer included.
+
+    Args:
+        headers: put over those of the message.
+        options: of `apply_async`.
+    """
+    request = task.request
+    if headers:
+        options["headers"] = {**(request.headers or {}), **headers}
+    if getattr(request, "ignore_result", None) is not None:  # which Celery before 5.7 forgets
+        options["ignore_result"] = request.ignore_result
+    serializer = registry.type_to_name.get((request.properties or {}).get("content_type"))
+    if serializer is not None:
+        options["serializer"] = serializer
+    return task.signature_from_request(request, **options)
+
+
+def _keep_content_type(request: Request, **_: Any) -> None:
+    """Tell the process that runs a task how its message was encoded. AMQP has it among the properties, and so we do."""
+    kept = request.request_dict
+    if request.content_type:  # of messages of Celery 3's protocol it is not known any more
+        kept["properties"] = {**(kept["properties"] or {}), "content_type": request.content_type}
+
+
+task_received.connect(_keep_content_type)
+
+
 def republish(task: Task, why: Exception, countdown: float, headers: dict[str, object] | None = None) -> NoReturn:
     """End the running task, to be run again by any worker in `countdown` seconds. Its `retries` stay as they are.
 
@@ -49,21 +81,17 @@ def republish(task: Task, why: Exception, countdown: float, headers: dict[str, o
         task: that is running. Where it was called directly or eagerly, `why` is raised.
         headers: put over those of the message.
 
-    It is encoded by the task's serializer, whatever that of the call was. What cannot be published (the broker is away)
+    What cannot be published (the broker is away)
     is not lost: a task with acks_late is handed back to the broker, after a second at most; any other raises what the
     broker raised, and fails. What cannot be encoded fails.
     """
-    request = task.request
     if not can_republish(task):
         raise why
     visible = (task.app.conf.broker_transport_options or {}).get("visibility_timeout")
     if not isinstance(visible, int | float) or visible <= 0:  # of other transports than Redis's it may be anything
         visible = _VISIBLE
     countdown = min(countdown, _LONGEST, visible / 2)
-    options: dict[str, Any] = {"headers": {**(request.headers or {}), **headers}} if headers else {}
-    if getattr(request, "ignore_result", None) is not None:  # which Celery before 5.7 forgets
-        options["ignore_result"] = request.ignore_result
-    message = task.signature_from_request(request, countdown=countdown, **options)
+    message = signature_of(task, headers, countdown=countdown)
     try:
         message.apply_async()
     except EncodeError:

@@ -7,6 +7,7 @@ app's settings), and `warm`: use everything here, in the parent, before there ar
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from celery.signals import task_retry, worker_process_init, worker_ready
 from govredis import Config, GovRedis
 from govredis.contrib.celery import exclusive, init_celery, rate_limited
 from govredis.contrib.celery._gov import gov_of
+from govredis.contrib.celery._parking import HEADER
 
 SETTINGS: dict[str, Any] = json.loads(os.environ["GOVREDIS_TEST_APP"])
 
@@ -72,7 +74,7 @@ def deliveries() -> int:
 
 
 #: Of what a delivery is described by: when it may run, and what its own delivery was like.
-CHANGES = {"eta", "delivery_info", "properties", "hostname", "_children", "argsrepr", "kwargsrepr"}
+CHANGES = {"eta", "delivery_info", "properties", "hostname", "_children", "argsrepr", "kwargsrepr", HEADER}
 
 
 def used_up_at_first(rate: str) -> Any:
@@ -101,6 +103,18 @@ def flood(self: Task, agent: str, n: int) -> int:
         max_retries=self.max_retries,
         override=getattr(self, "override_max_retries", None),
     )
+    return n
+
+
+def counted(self: Task, agent: str, n: int, rate: str) -> str:
+    deliveries()
+    return agent
+
+
+@app.task(bind=True, name="queued", max_retries=0, acks_late=True)
+@rate_limited(lambda self, agent, n, rate: rate, key=counted, operation="queued")
+def queued(self: Task, agent: str, n: int, rate: str) -> int:
+    note("queued", n=n)
     return n
 
 
@@ -164,13 +178,17 @@ def skipping(agent: str) -> str:
     return agent
 
 
-def gate(self: Task, identity: str) -> str:
-    """As used_up_at_first, and waits for the test there."""
-    if deliveries() == 1:
-        note(f"gate:{self.request.id}")
-        wait_for("gate-open")
-        gov_of(app).limits.hit(identity, "1/2 seconds", operation=self.name)
-    return identity
+def gated(function: Any) -> Any:
+    """It waits for the test, on its first delivery, before it is asked whether it may run."""
+
+    @functools.wraps(function)
+    def waits(self: Task, key: str) -> None:
+        if deliveries() == 1:
+            note(f"gate:{self.request.id}")
+            wait_for("gate-open")
+        function(self, key)
+
+    return waits
 
 
 def wait_for(key: str) -> None:
@@ -181,14 +199,16 @@ def wait_for(key: str) -> None:
 
 
 @app.task(bind=True, name="gated_late", acks_late=True)
-@rate_limited("1/2 seconds", key=gate, operation="gated_late")
-def gated_late(self: Task, identity: str) -> None:
+@gated
+@exclusive("gated:{key}")
+def gated_late(self: Task, key: str) -> None:
     note(f"ran:{self.request.id}")
 
 
 @app.task(bind=True, name="gated_early")
-@rate_limited("1/2 seconds", key=gate, operation="gated_early")
-def gated_early(self: Task, identity: str) -> None:
+@gated
+@exclusive("gated:{key}")
+def gated_early(self: Task, key: str) -> None:
     note(f"ran:{self.request.id}")
 
 

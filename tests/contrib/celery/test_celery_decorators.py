@@ -345,22 +345,30 @@ class TestWithoutAWorker:
         other_gov.close()
 
 
-class TestWithAMessage:
-    """As within a worker, on a broker in memory: what becomes of the running task's message."""
+def run(task: Any, *args: Any, **request: Any) -> Any:
+    """As a worker runs it, whose broker is in memory."""
+    info = {"exchange": "", "routing_key": "celery"}
+    task.push_request(
+        **{"id": "one", "args": args, "kwargs": {}, "called_directly": False, "delivery_info": info, **request}
+    )
+    _task_stack.push(task)
+    try:
+        return task.run(*args)
+    finally:
+        _task_stack.pop()
+        task.pop_request()
+
+
+class TestPublishedAnew:
+    """What becomes of the running task's message where Redis is away."""
+
+    @pytest.fixture
+    def gov(self, make_gov: Callable[..., GovRedis]) -> GovRedis:
+        return make_gov(redis_url="redis://127.0.0.1:1/0")
 
     @pytest.fixture(autouse=True)
     def serializers(self, app: Celery) -> None:
         app.conf.accept_content = ["json"]
-
-    def run(self, task: Any, *args: Any, **request: Any) -> Any:
-        info = {"exchange": "", "routing_key": "celery"}
-        task.push_request(id="one", args=args, kwargs={}, called_directly=False, delivery_info=info, **request)
-        _task_stack.push(task)
-        try:
-            return task.run(*args)
-        finally:
-            _task_stack.pop()
-            task.pop_request()
 
     @pytest.mark.parametrize("visible", [None, "1200", 0, -1, 10_000], ids=repr)
     def test_a_visibility_timeout_that_is_none_bounds_nothing(self, app: Celery, visible: Any) -> None:
@@ -370,9 +378,9 @@ class TestWithAMessage:
         @limited("1/minute")
         def task(agent: str) -> None: ...
 
-        self.run(task, "a")
+        run(task, "a")
         with pytest.raises(Retry) as retry:
-            self.run(task, "a")
+            run(task, "a")
         assert 59 <= retry.value.when <= 75
 
     @pytest.mark.parametrize("late", [True, False])
@@ -381,9 +389,9 @@ class TestWithAMessage:
         @limited("1/minute", key=lambda thing: "a")
         def task(thing: object) -> None: ...
 
-        self.run(task, object())
+        run(task, object())
         with pytest.raises(EncodeError):
-            self.run(task, object())
+            run(task, object())
 
     @pytest.mark.parametrize("late", [True, False])
     def test_what_a_broker_refuses_comes_back_no_sooner_than_a_second(
@@ -399,9 +407,9 @@ class TestWithAMessage:
         @limited("1/minute")
         def task(agent: str) -> None: ...
 
-        self.run(task, "a")
+        run(task, "a")
         with pytest.raises(Reject if late else OperationalError) as caught:
-            self.run(task, "a")
+            run(task, "a")
         if late:
             assert caught.value.requeue
             assert waited[-1:] == [1.0]
@@ -414,11 +422,42 @@ class TestWithAMessage:
         @limited("1/minute")
         def task(agent: str) -> None: ...
 
-        self.run(task, "a")
+        run(task, "a")
         with pytest.raises(Retry) as retry:
-            self.run(task, "a", ignore_result=ignored)
+            run(task, "a", ignore_result=ignored)
         assert retry.value.sig.options["ignore_result"] is ignored
 
+    def test_it_waits_as_long_as_the_limit_says_or_up_to_a_quarter_longer(self, app: Celery) -> None:
+        @app.task(shared=False)
+        @limited("1/minute")
+        def task(agent: str) -> None: ...
+
+        run(task, "a")
+        waits = set()
+        for _ in range(8):
+            with pytest.raises(Retry) as retry:
+                run(task, "a")
+            retry_after = retry.value.exc.result.retry_after
+            assert 59 < retry_after <= retry.value.when <= retry_after * 1.25
+            assert retry.value.exc.result.degraded
+            waits.add(retry.value.when)
+        assert len(waits) == 8, "not all at the same time"
+
+    @pytest.mark.parametrize(("visible", "most"), [(None, 600), (4, 2)])
+    def test_it_waits_no_longer_than_its_broker_can_bear(self, app: Celery, visible: Any, most: float) -> None:
+        app.conf.broker_transport_options = {"visibility_timeout": visible}
+
+        @app.task(shared=False)
+        @limited("1/hour")
+        def task(agent: str) -> None: ...
+
+        run(task, "a")
+        with pytest.raises(Retry) as retry:
+            run(task, "a")
+        assert retry.value.when == most
+
+
+class TestWithAMessage:
     def test_one_that_it_calls_does_not_begin_it_anew(self, app: Celery, gov: GovRedis) -> None:
         @app.task(shared=False)
         @exclusive("x:{agent}")
@@ -432,13 +471,13 @@ class TestWithAMessage:
 
         gov.limits.hit("a", "1/minute", operation="inner")
         with pytest.raises(RateLimitExceeded):
-            self.run(outer, "a")
+            run(outer, "a")
         with gov.locks.acquire("x:b"), pytest.raises(LockTimeout):
-            self.run(outer, "b")
+            run(outer, "b")
         for _ in range(9):
             gov.limits.hit("c", "9/minute", operation="outer")
         with pytest.raises(Retry):
-            self.run(outer, "c")
+            run(outer, "c")
 
     def test_a_class_and_the_one_that_it_extends_are_one_task(self, app: Celery) -> None:
         class Base(app.Task):  # type: ignore[misc,name-defined]
@@ -453,6 +492,6 @@ class TestWithAMessage:
                 return str(super().run(agent))
 
         task = app.register_task(Extended())
-        assert self.run(task, "a") == "a"
+        assert run(task, "a") == "a"
         with pytest.raises(Retry):
-            self.run(task, "a")
+            run(task, "a")
