@@ -110,6 +110,7 @@ def mischief(redis: RedisServer, processes: Processes) -> dict[str, Callable[[],
         "the drainer killed": killed("drain"),
         "a writer killed": killed("write"),
         "a reader killed": killed("read"),
+        "a reader with values of its own killed": killed("local"),
         "a process stopped": process_stopped,
     }
 
