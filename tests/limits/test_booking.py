@@ -115,6 +115,41 @@ class TestBooking:
             at(redis_store, moment)
             assert [book(redis_store, f"{n}")[0] for n in names] == [True, True]
 
+    def test_who_waits_a_moment_keeps_its_place(self, redis_store: RedisStore) -> None:
+        limit = Limit(1, 10)
+        book(redis_store, "a", limit)
+        assert [book(redis_store, name, limit)[1] // SECOND for name in "bcd"] == [10, 20, 30]
+        at(redis_store, 10.3)
+        assert book(redis_store, "b", limit) == (True, 0)
+        at(redis_store, 20)
+        assert book(redis_store, "c", limit, patience_us=SECOND) == (False, 20 * SECOND)
+        assert booked(redis_store) == [20 * SECOND, 30 * SECOND]
+        assert book(redis_store, "c", limit, patience_us=299_999) == (False, 20.3 * SECOND), "no longer than it can"
+        assert booked(redis_store) == [30 * SECOND]
+
+    def test_who_was_moved_comes_before_all_that_nobody_has_called_for(self, redis_store: RedisStore) -> None:
+        for n in range(6):
+            book(redis_store, f"{n}")
+        at(redis_store, 15)
+        assert [book(redis_store, f"{n}")[0] for n in (2, 3)] == [True, True]
+        at(redis_store, 20)
+        assert [book(redis_store, f"{n}")[1] // SECOND for n in (4, 5)] == [25, 25]
+        book(redis_store, "6")
+        redis_store.server.command("ZADD", KEY, f"{(START + 24 * SECOND) / SECOND:.6f}", "6-1")
+        redis_store.server.command("ZADD", sibling(KEY, "booked"), f"{(START + 24 * SECOND) / SECOND:.6f}", "6-1")
+        at(redis_store, 25)
+        assert [book(redis_store, f"{n}")[0] for n in (4, 5)] == [True, True], "one booked for 24 has not come yet"
+
+    def test_places_are_kept_longer_than_the_log_keeps_entries(self, redis_store: RedisStore) -> None:
+        """Nobody worked for a while: who comes then is not put last."""
+        limit = Limit(1, 10)
+        assert [book(redis_store, name, limit)[1] // SECOND for name in "abc"] == [0, 10, 20]
+        at(redis_store, 60)
+        assert book(redis_store, "d", limit) == (True, 0), "and what was not called for makes no room in vain"
+        assert booked(redis_store) == [10 * SECOND, 20 * SECOND]
+        assert book(redis_store, "e", limit)[1] // SECOND == 70
+        assert book(redis_store, "b", limit)[1] // SECOND == 70, "before one that was booked for later"
+
     def test_what_never_comes_counts_at_its_time(self, redis_store: RedisStore) -> None:
         for name in "abcd":
             book(redis_store, name)

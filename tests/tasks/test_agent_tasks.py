@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from uuid import uuid4
 
 import pytest
@@ -63,9 +64,12 @@ def test_the_21st_discovery_in_an_hour_waits(worker: Worker, gov: GovRedis) -> N
     late = worker.send(STORE, agent, 20)
     worker.wait_ended(late)
     assert sorted(stored(gov, agent)) == [*range(20)]
-    (waiting,) = until("it is with the worker", lambda: [m for m in worker.messages() if m["headers"]["id"] == late])
-    assert waiting["headers"]["eta"] is not None
-    assert waiting["headers"]["retries"] == 0
+    assert gov._parked is not None
+    (lot,) = gov._parked.lots()
+    ((due, message),) = lot.first(9)
+    headers = json.loads(message)["options"]["headers"]
+    assert 3000 < due <= 3600
+    assert (headers["id"], headers["eta"], headers["retries"]) == (late, None, 0)
 
 
 def test_a_message_delivered_twice_is_stored_once(worker: Worker, gov: GovRedis) -> None:

@@ -22,6 +22,8 @@ def init_celery(app: Celery, gov: GovRedis | None = None) -> None:
     outbox, that is, with PostgreSQL. Nothing of the app's own is replaced: a task of the same name stays, and what its
     `beat_schedule` has already, by name or by task, is not scheduled again.
 
+    A worker of the app publishes what `rate_limited` has parked, in a thread that looks ten times a second.
+
     Settings, in the app's configuration: `govredis_` and the name of a field of Config, put over the environment's;
     `govredis_drain_interval` (1), `govredis_heartbeat_interval` (15), `govredis_snapshot_interval` (60) and
     `govredis_purge_interval` (3600): seconds, or None, which schedules it not at all.

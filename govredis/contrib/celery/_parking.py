@@ -196,14 +196,14 @@ def still_to_wait(gov: GovRedis, parked: Mapping[str, Any], patience: float) -> 
     return result.retry_after if booked and result.retry_after > patience else 0.0
 
 
-def publish(app: Celery, producer: Producer, parked: Mapping[str, Any]) -> None:
-    """Publish what was parked, as another publication of it. Raises what the broker does."""
-    options = parked["options"]
+def to_publish(app: Celery, parked: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """Another publication of what was parked: what a Producer is to publish. Raises KeyError for an unknown queue."""
+    options = dict(parked["options"])
     queues = app.amqp.queues
     declare = [queues[name] for name in options["declare"]]
     if options["exchange"]:
         # Transports that are none of AMQP know of an exchange what this process has declared.
         declare += [queue for queue in queues.values() if queue.exchange.name == options["exchange"]]
     options["declare"] = declare
-    options["headers"][HEADER] = _header(parked["times"], parked["run"])
-    producer.publish(base64.b64decode(parked["body"]), **options)
+    options["headers"] = {**options["headers"], HEADER: _header(parked["times"], parked["run"])}
+    return base64.b64decode(parked["body"]), options

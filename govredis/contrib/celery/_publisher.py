@@ -12,7 +12,7 @@ from ...api import GovRedis
 from ...config import redact
 from ...errors import BackendError
 from ...limits.parked import ParkingLot
-from ._parking import decode, publish, still_to_wait
+from ._parking import decode, still_to_wait, to_publish
 
 log = logging.getLogger("govredis")
 
@@ -71,7 +71,13 @@ class Publisher(threading.Thread):
                     if wait:
                         self._lot.postpone(taken.entry, wait)
                         continue
-                    publish(self._app, producer, parked)
+                    try:
+                        body, options = to_publish(self._app, parked)
+                    except KeyError as error:
+                        # It stays where it is, to be seen: another worker may know the queue.
+                        log.error("%s[%s] is parked, and its queue unknown: %s", parked["task"], parked["id"], error)
+                        continue
+                    producer.publish(body, **options)
                     self._lot.remove(taken.entry)
                     self._gov.counters.add("celery.published")
                     if self._away:

@@ -27,7 +27,7 @@ from govredis import GovRedis, Limit, RateLimitExceeded
 from govredis.contrib.celery import _parking as parking_module
 from govredis.contrib.celery import _publisher as publisher_module
 from govredis.contrib.celery import apply_booked, exclusive, init_celery, rate_limited
-from govredis.contrib.celery._parking import HEADER, arrival_of, decode, lot_of, publish, still_to_wait
+from govredis.contrib.celery._parking import HEADER, arrival_of, decode, lot_of, still_to_wait, to_publish
 from govredis.contrib.celery._publisher import Publisher
 from govredis.limits import parked as parked_module
 from govredis.limits.parked import Arrival, ParkingLot
@@ -334,7 +334,8 @@ class TestTwice:
         (taken,) = until("it is due", lambda: lot(app, gov).take()[0], PATIENCE)
         with app.connection_for_write() as connection:
             for _ in range(2):
-                publish(app, app.amqp.Producer(connection), decode(taken.message))
+                body, options = to_publish(app, decode(taken.message))
+                app.amqp.Producer(connection).publish(body, **options)
         lot(app, gov).flush()  # its lease is over
         with working(app):
             until("all three have come", lambda: gov.counters.get("celery.duplicates") == 2, PATIENCE)
@@ -442,6 +443,26 @@ class TestAway:
             assert caplog.text.count("cannot be published") == 1
             with redis.Redis.from_url(app.conf.broker_url) as client:
                 assert client.llen(app.conf.task_default_queue) == 1
+
+    def test_one_that_cannot_be_published_holds_nobody_up(
+        self, app: Celery, gov: GovRedis, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        task, _ = limited_task(app, "1/minute")
+        use_up(gov, "1/minute")
+        for task_id, queue in (("one", "unknown"), ("two", app.conf.task_default_queue)):
+            with pytest.raises(Retry):
+                run(task, id=task_id, delivery_info={"exchange": "", "routing_key": queue})
+        lot(app, gov).flush()
+        # As of an app that has queues of its own, and makes no others.
+        app.amqp.queues.pop("unknown")
+        app.amqp.queues.create_missing = False
+        publisher = Publisher(app, gov, lot(app, gov))
+        publisher.start()
+        until("the other one is published", lambda: gov.counters.get("celery.published"), PATIENCE)
+        publisher.stop()
+        assert "limited[one] is parked, and its queue unknown: 'unknown'" in caplog.text
+        ((_, message),) = lot(app, gov).first(9)
+        assert json.loads(message)["id"] == "one"
 
     def test_redis_while_something_is_parked(
         self, celery_broker: RedisServer, make_gov: Callable[..., GovRedis], monkeypatch: pytest.MonkeyPatch
@@ -596,6 +617,25 @@ class TestLag:
         gov.limits.record("a", 9, operation="parking", cost=1)
         assert 0.5 < still_to_wait(gov, decode(found[0].message), 0.1) <= 1
         assert still_to_wait(gov, decode(found[0].message), 2) == 0, "so long its worker may wait"
+
+    def test_it_stays_parked_until_it_has_its_turn(
+        self, app: Celery, gov: GovRedis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        task, _ = limited_task(app, "1/2 seconds")
+        use_up(gov, "1/2 seconds")
+        with pytest.raises(Retry):
+            run(task, 1, **delivered(app))
+        until("it is nearly due", lambda: lot(app, gov).first(1)[0][0] < 1, PATIENCE)
+        gov.limits.record("a", 9, operation="parking")  # somebody was late
+        publisher = Publisher(app, gov, lot(app, gov))
+        publisher.start()
+        until("it is published", lambda: lot(app, gov).count() == 0, PATIENCE)
+        publisher.stop()
+        slept: list[float] = []
+        monkeypatch.setattr(parking_module.time, "sleep", slept.append)
+        run(task, 1, headers={HEADER: "1:abc:0.0"})
+        assert sum(slept) <= 0.1, "it need not wait again"
+        assert gov.counters.get("celery.published") == 1
 
     def test_flushed_it_is_published_and_decided_anew(self, app: Celery, gov: GovRedis) -> None:
         """By the limits as they are when it comes."""

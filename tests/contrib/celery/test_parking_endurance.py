@@ -15,6 +15,8 @@ from govredis import Config, GovRedis
 from govredis.keys import sibling
 from govredis.testing.servers import RedisServer
 
+pytestmark = pytest.mark.once
+
 PATIENCE = 240.0
 
 
