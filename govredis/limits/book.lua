@@ -1,5 +1,5 @@
 -- Admit, or book the first time at which there is room, if nobody else comes: its entries stand in the log from now on, so
--- that everybody else stays within the limits. Called again when that time has come. After log.lua.
+-- that everybody else stays within the limits. Called again when that time has come. After clock.lua and log.lua.
 --
 -- KEYS[1]  the log
 -- KEYS[2]  its sibling "window"

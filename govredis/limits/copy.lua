@@ -1,4 +1,4 @@
--- Write what another store has admitted, at the times at which it did. After log.lua.
+-- Write what another store has admitted, at the times at which it did. After clock.lua and log.lua.
 --
 -- KEYS[1]  the log; log.lua has the others
 -- ARGV[1]  now in microseconds, or "" for the server's clock (tests only pass one)

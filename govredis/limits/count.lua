@@ -1,5 +1,5 @@
 -- How many entries there are within a window: in the log, or in the counter of just that window; the larger number, if
--- there are both. After counter.lua.
+-- there are both. After clock.lua and counter.lua.
 --
 -- KEYS[1]  the ZSET of window.lua
 -- KEYS[2]  the HASH of counter_window.lua

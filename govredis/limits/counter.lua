@@ -10,13 +10,6 @@ local BUCKETS = 60
 -- The widest window, twice, as for a log.
 local LONGEST_KEPT_MS = 2 * 366 * 86400 * 1000 + 60000
 
-local function clock(given)
-  local now = tonumber(given)
-  if now then return now end
-  local time = redis.call('TIME')
-  return tonumber(time[1]) * 1000000 + tonumber(time[2])
-end
-
 -- What is held, without the buckets that lie before the window. Counts stay text until one is changed: most are written
 -- back as they were.
 local function unfold(held, window, now)

@@ -1,4 +1,4 @@
--- Give back what a hit added to counters, where its buckets are still there. After counter.lua.
+-- Give back what a hit added to counters, where its buckets are still there. After clock.lua and counter.lua.
 --
 -- KEYS[1]  the HASH of counter_window.lua
 -- ARGV[1]  cost

@@ -1,4 +1,4 @@
--- Decide and count over several limits at once, or only look: window.lua, for counters. After counter.lua.
+-- Decide and count over several limits at once, or only look: window.lua, for counters. After clock.lua and counter.lua.
 --
 -- KEYS[1]  a HASH: what is held for each window, in microseconds; and the latest calls, under "calls"
 -- ARGV[1]  mode: "hit" (decide, count if admitted), "peek" (decide, write nothing), "record" (count, unasked)

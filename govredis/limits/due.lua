@@ -1,4 +1,4 @@
--- Take what is due, for a while: who takes it publishes it and removes it, or it is due again when the while is over.
+-- Take what is due, for a while: who takes it publishes it and removes it, or it is due again then. After clock.lua.
 --
 -- KEYS[1]  the ZSET of what is parked for a broker; see park.lua
 -- KEYS[2]  the hash of the messages
@@ -12,11 +12,7 @@
 -- Bytes of messages, after which no other is taken.
 local ENOUGH = 1000000
 
-local now = tonumber(ARGV[3])
-if not now then
-  local time = redis.call('TIME')
-  now = tonumber(time[1]) * 1000000 + tonumber(time[2])
-end
+local now = clock(ARGV[3])
 local reply, bytes = {-1}, 0
 local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%d', now), 'WITHSCORES', 'LIMIT', 0, ARGV[2])
 for i = 1, #due, 2 do

@@ -9,13 +9,6 @@
 -- The widest window, twice: one that starts at the end of another.
 local LONGEST_KEPT_MS = 2 * 366 * 86400 * 1000 + 60000
 
-local function clock(given)
-  local now = tonumber(given)
-  if now then return now end
-  local time = redis.call('TIME')
-  return tonumber(time[1]) * 1000000 + tonumber(time[2])
-end
-
 -- Microseconds as decimal seconds. Both sides of every comparison go through here, so rounding to a double cannot
 -- reorder them.
 local function seconds(us)

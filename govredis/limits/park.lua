@@ -1,4 +1,4 @@
--- Park a message, once for each time that its run is parked.
+-- Park a message, once for each time that its run is parked. After clock.lua.
 --
 -- KEYS[1]  the set of the brokers for which something was ever parked
 -- KEYS[2]  its sibling "due:{broker}": a ZSET of entries, scored by the microsecond they are due at, an even one; of what
@@ -19,11 +19,7 @@ local times = tonumber(ARGV[3])
 local parked = tonumber(string.match(redis.call('GET', KEYS[4]) or '', '^%d+')) or 0
 if parked >= times then return 0 end
 
-local now = tonumber(ARGV[7])
-if not now then
-  local time = redis.call('TIME')
-  now = tonumber(time[1]) * 1000000 + tonumber(time[2])
-end
+local now = clock(ARGV[7])
 local wait = tonumber(ARGV[4])
 redis.call('SET', KEYS[4], ARGV[3] .. ':', 'PX', string.format('%d', wait / 1000 + tonumber(ARGV[6])))
 redis.call('SADD', KEYS[1], ARGV[1])

@@ -96,9 +96,9 @@ class ParkingLot:
     Every method raises BackendUnavailable while that Redis is away, BackendError.
     """
 
-    _park = Script(__package__, "park.lua")
+    _park = Script(__package__, "clock.lua", "park.lua")
     _arrive = Script(__package__, "arrive.lua")
-    _due = Script(__package__, "due.lua")
+    _due = Script(__package__, "clock.lua", "due.lua")
 
     def __init__(self, redis: RedisClient, key: str, broker: str) -> None:
         self.broker = broker

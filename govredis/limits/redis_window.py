@@ -25,13 +25,13 @@ class RedisWindow:
 
     def __init__(self, client: RedisClient) -> None:
         self._client = client
-        self._script = Script(__package__, "log.lua", "window.lua")
-        self._book = Script(__package__, "log.lua", "book.lua")
-        self._counter_script = Script(__package__, "counter.lua", "counter_window.lua")
-        self._counter_refund = Script(__package__, "counter.lua", "counter_refund.lua")
-        self._count = Script(__package__, "counter.lua", "count.lua")
-        self._standing = Script(__package__, "counter.lua", "standing.lua")
-        self._copy = Script(__package__, "log.lua", "copy.lua")
+        self._script = Script(__package__, "clock.lua", "log.lua", "window.lua")
+        self._book = Script(__package__, "clock.lua", "log.lua", "book.lua")
+        self._counter_script = Script(__package__, "clock.lua", "counter.lua", "counter_window.lua")
+        self._counter_refund = Script(__package__, "clock.lua", "counter.lua", "counter_refund.lua")
+        self._count = Script(__package__, "clock.lua", "counter.lua", "count.lua")
+        self._standing = Script(__package__, "clock.lua", "counter.lua", "standing.lua")
+        self._copy = Script(__package__, "clock.lua", "log.lua", "copy.lua")
         self.renew_after_fork()
         renew_in_child(self)
 

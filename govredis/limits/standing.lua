@@ -1,4 +1,4 @@
--- What stands in an identity's windows. After counter.lua.
+-- What stands in an identity's windows. After clock.lua and counter.lua.
 --
 -- KEYS[1]  the ZSET of window.lua
 -- KEYS[2]  its sibling: the longest window ever used on it, in microseconds; without, all of it counts

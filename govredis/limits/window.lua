@@ -1,4 +1,4 @@
--- Decide and record over several limits at once, or only look. After log.lua.
+-- Decide and record over several limits at once, or only look. After clock.lua and log.lua.
 --
 -- KEYS[1]  the log; log.lua has the others
 -- ARGV[1]  mode: "hit" (decide, record if admitted), "peek" (decide, write nothing), "record" (record, unasked)

@@ -66,7 +66,7 @@ class Loads:
             if found is not None and not is_over(found) and (record is None or found.ends_at != record.ends_at):
                 self._shelf.give_back(leases)  # somebody else was sooner
                 return self._value(found)
-            if lease.is_unclear:
+            if lease.is_unclear and time.monotonic() < give_up:  # then it is loaded, and written over
                 self._shelf.give_back(leases)
             elif lease.is_ours:
                 return self._under(lease, identity, key, loader, ttl, record, seen)

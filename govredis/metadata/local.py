@@ -65,7 +65,7 @@ class LocalValues:
     def __init__(self, tier: LocalTier, generation: Generation, entries: int) -> None:
         self._tier = tier
         self.generation = generation
-        #: The client's, when the connection was begun that tracks this values; -1: none does.
+        #: The client's, when the connection was begun that tracks them; -1: none does.
         self.connects = -1
         self._entries = entries
         self.cells: OrderedDict[str, Cell] = OrderedDict()

@@ -689,6 +689,17 @@ class TestPostgresAway:
         assert away._guard.blind is False  # type: ignore[union-attr]
         assert away.metadata.get_many(["b", "c"]) == {}, "nobody watched over these"
 
+    def test_postgres_is_asked_once_a_second(self, away: GovRedis) -> None:
+        assert away._guard is not None
+        now = [away._guard._clock() + X]
+        away._guard._clock = lambda: now[0]
+        away._redis.call("DEL", "govredis:guard")  # type: ignore[union-attr]
+        for tries in (1, 1, 1, 2, 2):
+            if tries > counted(away, "guard.degraded.postgres"):
+                now[0] += 1
+            cached(away)
+            assert counted(away, "guard.degraded.postgres") == tries
+
     def test_a_strict_cache_raises(self, away: GovRedis, clock: Clock) -> None:
         strict = away.cache("agent_meta", strict=True)
         assert strict.get("a") is not None

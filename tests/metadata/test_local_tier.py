@@ -18,6 +18,7 @@ import pytest
 
 from govredis import GovRedis
 from govredis.metadata import local
+from govredis.metadata.guard import Seen
 from govredis.metadata.local import MISS
 from govredis.testing.servers import PostgresServer, RedisServer
 
@@ -467,6 +468,46 @@ class TestFork:
         os.waitpid(child, 0)
         until(lambda: held(one) is MISS)
         assert keep(one) == 2
+
+
+class TestRules:
+    """What no test can bring about when it wants to."""
+
+    def test_a_value_is_kept_only_from_the_server_that_is_tracked_under_the_same_guard_and_for_its_ttl(
+        self, one: GovRedis
+    ) -> None:
+        tier, kept = one._local, one.metadata._local
+        assert tier is not None
+        assert kept is not None
+        one.metadata.set("a", 1)
+        keep(one)
+        epoch = -1 if tier.epoch is None else tier.epoch
+        under = Seen(epoch, local.clock() + 60, local.clock() + 60, kept.connects)
+        for connects, seen in (
+            (kept.connects + 1, under),
+            *([(kept.connects, Seen(epoch + 1, under.until, under.until, 0))] if tier.guard else []),
+        ):
+            cell = kept.reserve("x")
+            kept.fill(cell, 5, seen, connects, 60)
+            assert cell.until == 0.0
+        cell = kept.reserve("x")
+        kept.fill(cell, 5, under, kept.connects, 60)
+        assert local.clock() + 50 < cell.until <= local.clock() + 60
+
+    def test_all_is_valid_for_a_second_from_the_question_and_no_longer_than_the_guard(
+        self, make_gov: Callable[..., GovRedis], redis_server: RedisServer, postgres_server: PostgresServer
+    ) -> None:
+        unguarded = make_gov(redis_url=redis_server.url, local_cache=True)._local
+        guarded = make_gov(redis_url=redis_server.url, database_url=postgres_server.url, local_cache=True)._local
+        assert unguarded is not None
+        assert guarded is not None
+        unguarded.extend(100.0, None)
+        assert unguarded.until == 101.0
+        for until_, valid in ((200.0, 101.0), (100.5, 100.5)):
+            guarded.extend(100.0, Seen(7, until_, until_, -1))
+            assert (guarded.until, guarded.epoch) == (valid, 7)
+        guarded.extend(100.0, None)
+        assert guarded.until == 0.0
 
 
 class TestThreads:

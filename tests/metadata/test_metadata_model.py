@@ -2,7 +2,8 @@
 
 Two writes of PostgreSQL's row; a reader, whose hits are judged, and a second one, which loads and fills beside it; a
 ticker; Redis, which loses its data, or is replaced by a server with older data, once. Any step may be the last of who
-takes it: that is a crash, or an invalidation that is lost. Time passes in units; X is one of them.
+takes it: that is a crash, or an invalidation that is lost. Time passes in units; X is one of them. (tick.py is
+stricter: a guard is valid only once PostgreSQL knows of it, and what a ticker that died has told is not lost data.)
 
 Checked in every state that can be reached: no hit is older than the last invalidation completed before the read began
 (on the server that keeps its data), and none older than any write committed X before that. Each rule is taken away in
@@ -142,7 +143,7 @@ class Model:
             return redis
         if not self._rule("a fill carries the epoch from before its lease"):
             epoch = redis.epoch
-        return redis._replace(value=version, value_epoch=epoch)
+        return redis._replace(value=version, value_epoch=epoch, lease=NONE)
 
     def _ticked(self, s: State, script: Script, tick: str) -> State:
         redis = s.redis

@@ -1,0 +1,10 @@
+-- What time it is, in microseconds: the beginning of the scripts that ask. Given "" it is the server's; tests give one.
+--
+-- Reply: none.
+
+local function clock(given)
+  local now = tonumber(given)
+  if now then return now end
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * 1000000 + tonumber(time[2])
+end
