@@ -288,7 +288,8 @@ def test_never_more_than_the_limit_whoever_calls_when(
             real += [elapsed] * cost
     for limit in limits:
         assert most_within(real, limit.window_us) <= limit.count
-        assert most_within(admitted, limit.window_us) <= limit.count
+        if back >= len(steps):  # else its clock has read a time twice, and one that has aged out may come before it
+            assert most_within(admitted, limit.window_us) <= limit.count
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
