@@ -106,7 +106,7 @@ def deliveries() -> Iterator[list[Any]]:
     task_received.disconnect(note)
 
 
-def limited_task(app: Celery, rate: str = "1/1 second", **options: Any) -> tuple[Any, list[Any]]:
+def limited_task(app: Celery, rate: str = "1/3 seconds", **options: Any) -> tuple[Any, list[Any]]:
     """A task, and what it was run with."""
     ran: list[Any] = []
 
@@ -124,7 +124,7 @@ def delivered(app: Celery) -> dict[str, Any]:
     return {"delivery_info": {"exchange": "", "routing_key": app.conf.task_default_queue}}
 
 
-def use_up(gov: GovRedis, rate: str = "1/1 second") -> None:
+def use_up(gov: GovRedis, rate: str = "1/3 seconds") -> None:
     assert gov.limits.hit("a", rate, operation="parking")
 
 
@@ -190,7 +190,7 @@ class TestTheMessage:
             assert json.loads(message)["id"] == result.id
             assert not ran
             assert result.get(PATIENCE) == 1
-        assert lot(app, gov).count() == 0
+            until("nothing is parked any more", lambda: lot(app, gov).count() == 0, PATIENCE)
         assert task.max_retries == 0
         assert not hasattr(task, "override_max_retries")
 
@@ -205,7 +205,7 @@ class TestTheMessage:
             autoretry_for=(KeyError,),
             retry_kwargs={"max_retries": 1, "countdown": 0},
         )
-        @rate_limited("1/1 second", key=lambda self: "a", operation="parking")
+        @rate_limited("1/3 seconds", key=lambda self: "a", operation="parking")
         def failing(self: Any) -> int:
             ran.append(self.request.retries)
             if not self.request.retries:
@@ -227,12 +227,12 @@ class TestTheMessage:
         task, ran = limited_task(app)
 
         @app.task(shared=False, name="replaced", bind=True)
-        @rate_limited("1/1 second", key=lambda self: "b", operation="parking")
+        @rate_limited("1/3 seconds", key=lambda self: "b", operation="parking")
         def replaced(self: Any) -> None:
             self.replace(task.s(3))
 
         use_up(gov)
-        gov.limits.hit("b", "1/1 second", operation="parking")
+        gov.limits.hit("b", "1/3 seconds", operation="parking")
         with working(app):
             assert replaced.delay().get(PATIENCE) == 1
         assert ran == [((3,), {})]
@@ -246,19 +246,19 @@ class TestTheMessage:
         ran: list[str] = []
 
         @app.task(shared=False, name="below")
-        @rate_limited("1/1 second", key="{agent}", operation="parking")
+        @rate_limited("1/3 seconds", key="{agent}", operation="parking")
         @exclusive("x:{agent}")
         def below(agent: str) -> None:
             ran.append(agent)
 
         @app.task(shared=False, name="above")
         @exclusive("x:{agent}")
-        @rate_limited("1/1 second", key="{agent}", operation="parking")
+        @rate_limited("1/3 seconds", key="{agent}", operation="parking")
         def above(agent: str) -> None:
             ran.append(agent)
 
         for agent in ("b", "c"):
-            gov.limits.hit(agent, "1/1 second", operation="parking")
+            gov.limits.hit(agent, "1/3 seconds", operation="parking")
         with gov.locks.acquire("x:b"), working(app):
             below.delay("b"), above.delay("c")
             until("the one above ran", lambda: ran, PATIENCE)
@@ -297,12 +297,12 @@ class TestNotRun:
             until("it waits", lambda: result.state == "RETRY", PATIENCE)
             until("it is revoked", lambda: app.control.revoke(result.id, reply=True), PATIENCE)
             until("it is known as such", lambda: result.state == "REVOKED", PATIENCE)
+            until("nothing is parked any more", lambda: lot(app, gov).count() == 0, PATIENCE)
         assert not ran
-        assert lot(app, gov).count() == 0
 
     def test_expired_while_it_is_parked(self, app: Celery, gov: GovRedis) -> None:
-        task, ran = limited_task(app, "1/2 seconds")
-        use_up(gov, "1/2 seconds")
+        task, ran = limited_task(app, "1/3 seconds")
+        use_up(gov, "1/3 seconds")
         with working(app):
             result = task.apply_async(expires=1)
             until("it is known as such", lambda: result.state == "REVOKED", PATIENCE)
@@ -396,11 +396,12 @@ class TestWaiting:
             real(seconds)
 
         monkeypatch.setattr(parking_module.time, "sleep", sleep)
-        task, ran = limited_task(app, "1/0.3 seconds")
-        use_up(gov, "1/0.3 seconds")
+        monkeypatch.setattr(parking_module, "_PATIENCE", 4.0)  # by which a busy machine comes in time
+        task, ran = limited_task(app, "1/3 seconds")
+        use_up(gov)
         run(task, headers={HEADER: "1:abc:0.0"})
         assert len(ran) == 1
-        assert sum(slept) <= 0.5
+        assert 0 < sum(slept) <= 4
         slept.clear()
         with pytest.raises(Retry):
             run(task, id="two")
@@ -474,8 +475,8 @@ class TestAway:
             app = Celery("mine", broker=celery_broker.url, set_as_current=False)
             app.conf.task_default_queue = uuid.uuid4().hex
             init_celery(app, gov)
-            task, ran = limited_task(app, "1/2 seconds")
-            use_up(gov, "1/2 seconds")
+            task, ran = limited_task(app, "1/3 seconds")
+            use_up(gov, "1/3 seconds")
             with pytest.raises(Retry):
                 run(task, 1, **delivered(app))
             publisher = Publisher(app, gov, lot(app, gov))
@@ -538,12 +539,12 @@ class TestBookedAsItIsPublished:
     def test_it_is_what_the_signature_says(self, app: Celery, gov: GovRedis) -> None:
         @app.task(shared=False, name="bound", bind=True)
         @exclusive("x:{agent}")
-        @rate_limited("1/1 second", key="{agent}", operation="parking")
+        @rate_limited("1/3 seconds", key="{agent}", operation="parking")
         def bound(self: Any, agent: str, n: int = 0) -> list[Any]:
             return [agent, n, self.request.headers["x-tenant"]]
 
         signature = bound.s("b", n=3).set(task_id=uuid.uuid4().hex, headers={"x-tenant": "acme"}, priority=3)
-        gov.limits.hit("b", "1/1 second", operation="parking")
+        gov.limits.hit("b", "1/3 seconds", operation="parking")
         result = apply_booked(signature)
         assert result.id == signature.id
         with deliveries() as seen, working(app):
@@ -609,21 +610,21 @@ class TestBookedAsItIsPublished:
 class TestLag:
     def test_who_would_come_in_vain_is_not_published(self, app: Celery, gov: GovRedis) -> None:
         """Others were late: it is due later than it was booked for."""
-        task, _ = limited_task(app, "1/1 second")
+        task, _ = limited_task(app, "1/3 seconds")
         use_up(gov)
         with pytest.raises(Retry):
             run(task, 1, id="one", **delivered(app))
         gov.limits.record("a", 9, operation="parking", cost=1)
         found = until("it is due", lambda: lot(app, gov).take()[0], PATIENCE)
         gov.limits.record("a", 9, operation="parking", cost=1)
-        assert 0.5 < still_to_wait(gov, decode(found[0].message), 0.1) <= 1
-        assert still_to_wait(gov, decode(found[0].message), 2) == 0, "so long its worker may wait"
+        assert 0.1 < still_to_wait(gov, decode(found[0].message), 0.1) <= 3
+        assert still_to_wait(gov, decode(found[0].message), 4) == 0, "so long its worker may wait"
 
     def test_it_stays_parked_until_it_has_its_turn(
         self, app: Celery, gov: GovRedis, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        task, _ = limited_task(app, "1/2 seconds")
-        use_up(gov, "1/2 seconds")
+        task, _ = limited_task(app, "1/3 seconds")
+        use_up(gov, "1/3 seconds")
         with pytest.raises(Retry):
             run(task, 1, **delivered(app))
         until("it is nearly due", lambda: lot(app, gov).first(1)[0][0] < 1, PATIENCE)
