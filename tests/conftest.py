@@ -31,11 +31,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--redis", choices=["path", "wheel"], help="one redis-server only: that on PATH, or the wheel's")
 
 
+#: Files that take long by waiting, or in few tests.
+LONG = ("contrib/celery/", "tasks/", "demo/", "test_cli")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first: else the last of several workers ends long after the others."""
+    here = Path(__file__).parent
+
+    def is_quick(item: pytest.Item) -> bool:
+        path = item.path.relative_to(here).as_posix()
+        return item.get_closest_marker("once") is None and not path.startswith(LONG)
+
+    items.sort(key=is_quick)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "redis_binary" in metafunc.fixturenames:
         found = redis_binaries()
         only = metafunc.config.getoption("--redis")
         binaries = {only: found.get(only, "")} if only else found or {"none": ""}
+        if metafunc.definition.get_closest_marker("one_redis"):
+            binaries = dict([*binaries.items()][:1])
         metafunc.parametrize("redis_binary", binaries.values(), ids=binaries.keys(), indirect=True, scope="session")
 
 

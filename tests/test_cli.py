@@ -16,6 +16,8 @@ from govredis import Config, GovRedis, Limit, LockLost
 from govredis.limits.parked import Arrival
 from govredis.testing.servers import PostgresServer, RedisServer
 
+pytestmark = [pytest.mark.once, pytest.mark.one_redis]
+
 NOWHERE = "redis://127.0.0.1:1/0"
 #: A busy machine is no outage.
 PATIENT = {"GOVREDIS_SOCKET_TIMEOUT": "10", "GOVREDIS_CONNECT_TIMEOUT": "10"}

@@ -8,7 +8,11 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import govredis
+
+pytestmark = pytest.mark.once
 
 ROOT = Path(govredis.__file__).parents[1]
 

@@ -13,6 +13,8 @@ from govredis import GovRedis, Limit
 from govredis.keys import sibling
 from govredis.limits.booking import hit_or_book
 
+pytestmark = pytest.mark.once
+
 #: A window in Redis, by the clock that it reads; see conftest.py.
 RedisStore: TypeAlias = Any
 

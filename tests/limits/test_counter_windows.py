@@ -13,6 +13,8 @@ from govredis.limits import Limit, RateLimiter
 from govredis.limits.rates import BUCKETS
 from govredis.limits.windows import Mode, Outcome
 
+pytestmark = pytest.mark.once
+
 SECOND = 1_000_000
 
 

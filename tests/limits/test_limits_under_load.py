@@ -11,6 +11,8 @@ from limit_load import UNPRUNED, Call, Load, all_calls, in_postgres, in_redis, u
 from govredis import Limit
 from govredis.testing.servers import PostgresServer, RedisServer
 
+pytestmark = [pytest.mark.once, pytest.mark.one_redis]
+
 RATE = [Limit(30, 0.25), Limit(80, 1), UNPRUNED]
 SECONDS = 1.5
 

@@ -19,6 +19,8 @@ from govredis.limits.postgres_window import PostgresWindow
 from govredis.limits.redis_window import RedisWindow
 from govredis.testing.servers import PostgresServer, RedisServer
 
+pytestmark = pytest.mark.once
+
 AWAY = "redis://127.0.0.1:1/0"
 SECOND = 1_000_000
 #: An interval that no test lives to see: what is told, it tells itself.

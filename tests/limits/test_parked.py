@@ -15,6 +15,8 @@ from govredis.limits import parked as module
 from govredis.limits.parked import LEASE, Arrival, Parked, ParkingLot
 from govredis.testing.servers import RedisServer
 
+pytestmark = pytest.mark.once
+
 KEY = "govredis:parked"
 BROKER = "redis://h:6379/0"
 

@@ -22,6 +22,8 @@ from govredis.limits.windows import Outcome
 from govredis.postgres import Postgres
 from govredis.testing.servers import PostgresServer
 
+pytestmark = pytest.mark.once
+
 SECOND = 1_000_000
 
 

@@ -9,6 +9,8 @@ import pytest
 from govredis.limits import Limit
 from govredis.limits.windows import Outcome, Standing
 
+pytestmark = pytest.mark.once
+
 SECOND = 1_000_000
 TWO = [Limit(2, 1)]
 

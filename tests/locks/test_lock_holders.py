@@ -19,6 +19,8 @@ from govredis.locks import lease as lease_module
 from govredis.locks.guard import clock
 from govredis.testing.servers import RedisServer
 
+pytestmark = pytest.mark.once
+
 KEY = "lock:x"
 FENCE, QUEUE = sibling(KEY, "fence"), sibling(KEY, "queue")
 LIST = "govredis:locks"

@@ -15,6 +15,8 @@ from govredis.keys import sibling
 from govredis.locks import DistributedLock, attempt
 from govredis.testing.servers import RedisServer
 
+pytestmark = pytest.mark.once
+
 KEY = "lock:x"
 
 

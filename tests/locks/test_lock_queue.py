@@ -16,6 +16,8 @@ from govredis.keys import sibling
 from govredis.locks import DistributedLock
 from govredis.testing.servers import RedisServer
 
+pytestmark = pytest.mark.once
+
 KEY = "lock:x"
 FENCE, QUEUE, WAITERS = (sibling(KEY, name) for name in ("fence", "queue", "waiters"))
 CELLS = KEY, FENCE, QUEUE, WAITERS

@@ -24,6 +24,8 @@ from govredis.locks.shared import cells
 from govredis.locks.shared_guard import ReaderGuard
 from govredis.testing.servers import RedisServer
 
+pytestmark = pytest.mark.once
+
 RW, SEM = cells("lock:x", "rwlock"), cells("lock:x", "semaphore")
 KINDS = ["read", "write", "semaphore"]
 Take = Callable[..., HeldLock]

@@ -20,6 +20,8 @@ from govredis.locks.guard import HostGuard, clock
 from govredis.locks.renewal import renewer
 from govredis.testing.servers import RedisServer
 
+pytestmark = pytest.mark.once
+
 KEY = "lock:x"
 FENCE, QUEUE = sibling(KEY, "fence"), sibling(KEY, "queue")
 

@@ -17,6 +17,8 @@ from govredis.metadata.guard import Guard
 from govredis.metadata.tick import GuardRecord, Ticker
 from govredis.testing.servers import PostgresServer, RedisServer
 
+pytestmark = pytest.mark.once
+
 Pair = tuple[GovRedis, GovRedis]
 INSERT = "INSERT INTO govredis_agents (agent_id, metadata) VALUES ('{}', '{{\"name\": \"{}\"}}')"
 UPDATE = "UPDATE govredis_agents SET metadata = '{{\"name\": \"{1}\"}}' WHERE agent_id = '{0}'"

@@ -21,6 +21,8 @@ from govredis.metadata.shelf import Shelf
 from govredis.metadata.tick import GuardRecord, Ticker
 from govredis.testing.servers import PostgresServer, RedisServer
 
+pytestmark = [pytest.mark.once, pytest.mark.one_redis]
+
 
 @pytest.fixture
 def world(

@@ -13,6 +13,8 @@ import pytest
 from govredis import BackendUnavailable, GovRedis
 from govredis.testing.servers import RedisServer
 
+pytestmark = pytest.mark.once
+
 
 def until(condition: Callable[[], Any], within: float = 20.0) -> None:
     deadline = time.monotonic() + within

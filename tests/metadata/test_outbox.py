@@ -19,6 +19,8 @@ from govredis.metadata import Outbox
 from govredis.metadata.audit import Audit, audit
 from govredis.testing.servers import PostgresServer, RedisServer
 
+pytestmark = [pytest.mark.once, pytest.mark.one_redis]
+
 Pair = tuple[GovRedis, GovRedis]
 
 

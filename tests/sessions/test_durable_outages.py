@@ -15,6 +15,8 @@ import pytest
 from govredis import Config, GovRedis, SessionAlreadyBound, SessionStoreUnavailable
 from govredis.testing.servers import PostgresServer, RedisServer
 
+pytestmark = pytest.mark.once
+
 MakeGov = Callable[..., GovRedis]
 
 

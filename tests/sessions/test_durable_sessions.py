@@ -19,6 +19,8 @@ from govredis.sessions.copies import Copies
 from govredis.sessions.postgres_store import SessionRows
 from govredis.testing.servers import PostgresServer, RedisServer
 
+pytestmark = pytest.mark.once
+
 MakeGov = Callable[..., GovRedis]
 
 

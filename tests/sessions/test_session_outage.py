@@ -17,6 +17,8 @@ from govredis.keys import Keys
 from govredis.sessions import SessionCache
 from govredis.testing.servers import RedisServer
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def keeping_redis(redis_binary: str) -> Iterator[RedisServer]:

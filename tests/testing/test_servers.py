@@ -35,6 +35,8 @@ from govredis.testing.servers import (
     redis_binaries,
 )
 
+pytestmark = pytest.mark.once
+
 BINARIES = redis_binaries()
 
 

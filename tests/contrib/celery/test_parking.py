@@ -35,7 +35,7 @@ from govredis.limits.parked import Arrival, ParkingLot
 from govredis.testing.servers import RedisServer
 
 # Of Celery's use of redis-py, in a worker that is otherwise a process of its own.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 #: Takes long only when something is broken.
 PATIENCE = 60.0
