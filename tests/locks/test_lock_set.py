@@ -23,7 +23,7 @@ from govredis import GovRedis, LockTimeout
 from govredis.keys import sibling
 from govredis.testing.servers import RedisServer
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.one_redis]
 
 #: Not how long it takes: that it did not hang. On a machine that is busy with other things.
 HUNG = 60.0

@@ -10,7 +10,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -88,9 +88,17 @@ def lot(app: Celery, gov: GovRedis) -> ParkingLot:
     return found
 
 
-def working(app: Celery, **options: Any) -> AbstractContextManager[Any]:
-    """A worker in this process."""
-    return start_worker(app, perform_ping_check=False, shutdown_timeout=30, **options)
+@contextmanager
+def working(app: Celery, **options: Any) -> Iterator[None]:
+    """A worker in this process. What it makes of the logging is undone: other tests look at that."""
+    root = logging.getLogger()
+    level, handlers = root.level, [*root.handlers]
+    try:
+        with start_worker(app, perform_ping_check=False, shutdown_timeout=30, **options):
+            yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 @contextmanager
@@ -271,7 +279,7 @@ class TestTheMessage:
 
     @pytest.mark.parametrize("pool", ["solo", "threads"])
     def test_pools(self, app: Celery, gov: GovRedis, pool: str) -> None:
-        task, ran = limited_task(app, "2/1 second")
+        task, ran = limited_task(app, "2/3 seconds")
         with deliveries() as seen, working(app, pool=pool, concurrency=2):
             results = [task.delay(n) for n in range(5)]
             assert sorted(result.get(PATIENCE) for result in results) == [1, 2, 3, 4, 5]
@@ -370,7 +378,7 @@ class TestTwice:
 
     def test_a_worker_that_was_killed_while_it_ran(self, app: Celery, gov: GovRedis) -> None:
         """Its message is delivered again, and takes another place."""
-        task, ran = limited_task(app, "2/1 second")
+        task, ran = limited_task(app, "2/3 seconds")
         header = {HEADER: "1:abc:0.0"}
         for _ in range(2):
             run(task, id="one", headers=header)
@@ -526,7 +534,7 @@ class TestAway:
 
 class TestBookedAsItIsPublished:
     def test_one_delivery_each_at_its_time(self, app: Celery, gov: GovRedis) -> None:
-        task, ran = limited_task(app, "2/1 second")
+        task, ran = limited_task(app, "2/3 seconds")
         results = [apply_booked(task.s(n)) for n in range(5)]
         assert gov.limits.get_count("a", 3600, operation="parking") == 5
         assert lot(app, gov).count() == 3
