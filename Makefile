@@ -21,7 +21,7 @@ demo: $(READY)  ## start Redis, PostgreSQL, Celery and Flask, drive them, take R
 	@$(BIN)/govredis demo
 
 test: $(READY)  ## the tests, on every redis-server found and on PostgreSQL
-	$(BIN)/python -m pytest -n 6 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .

@@ -17,6 +17,8 @@ from govredis import Config, ConfigurationError, GovRedis, api, configure
 from govredis.config import redact
 from govredis.testing.servers import PostgresServer, RedisServer
 
+pytestmark = pytest.mark.one_redis
+
 MakeGov = Callable[..., GovRedis]
 VARIABLES = [f.metadata["variable"] for f in Config.__dataclass_fields__.values()]
 

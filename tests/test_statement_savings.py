@@ -12,7 +12,7 @@ import pytest
 from govredis import GovRedis
 from govredis.testing.servers import PostgresServer, RedisServer
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.one_redis]
 
 OPERATIONS = 1000
 

@@ -17,6 +17,8 @@ from govredis.health import Check, HealthMonitor
 from govredis.limits.parked import Arrival
 from govredis.testing.servers import PostgresServer, RedisServer
 
+pytestmark = pytest.mark.one_redis
+
 AWAY = "redis://user:hunter2@127.0.0.1:1/0"
 PG_AWAY = "postgresql://postgres:hunter2@127.0.0.1:1/postgres"
 

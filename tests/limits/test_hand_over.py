@@ -26,7 +26,7 @@ from limit_load import (
 from govredis import GovRedis, Limit
 from govredis.testing.servers import PostgresServer, RedisServer
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.one_redis]
 
 AWAY = "redis://127.0.0.1:1/0"
 N = 40

@@ -19,7 +19,7 @@ from govredis.limits.postgres_window import PostgresWindow
 from govredis.limits.redis_window import RedisWindow
 from govredis.testing.servers import PostgresServer, RedisServer
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.one_redis]
 
 AWAY = "redis://127.0.0.1:1/0"
 SECOND = 1_000_000
@@ -253,8 +253,12 @@ class TestToRedis:
         mortal_redis.kill()
         mortal.limits.hit("text", "9/hour")
         mortal.limits.hit("k", "9/hour")
+        assert mortal._redis is not None
+        set_there = threading.Event()
+        mortal._redis._recoveries.insert(0, lambda _: set_there.wait(20) and None)
         mortal_redis.restart("empty")
         mortal_redis.command("SET", "rate_limit:default:text", "text")
+        set_there.set()
         back(mortal)
         assert mortal.counters.get("limits.mirror_lost.redis") == 2
         assert len(in_redis(mortal_redis)) == 1, "the others were told all the same"

@@ -14,7 +14,7 @@ from govredis import GovRedis
 from govredis.keys import sibling
 from govredis.testing.servers import RedisServer
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.one_redis]
 
 KEY = "lock:x"
 #: Not how long it takes: that it did not hang.

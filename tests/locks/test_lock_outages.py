@@ -15,7 +15,7 @@ from govredis.keys import sibling
 from govredis.locks import DistributedLock, attempt
 from govredis.testing.servers import RedisServer
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.one_redis]
 
 KEY = "lock:x"
 

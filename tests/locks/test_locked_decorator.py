@@ -17,6 +17,8 @@ from govredis.locks import DistributedLock
 from govredis.locks.renewal import renewer
 from govredis.testing.servers import RedisServer
 
+pytestmark = pytest.mark.one_redis
+
 
 @pytest.fixture
 def locks(make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> DistributedLock:

@@ -12,6 +12,8 @@ from metadata_clock import Clock, X
 from govredis import GovRedis
 from govredis.testing.servers import PostgresServer, RedisServer
 
+pytestmark = pytest.mark.one_redis
+
 
 @pytest.fixture
 def users(sql: Callable[..., Any]) -> Iterator[None]:

@@ -12,6 +12,8 @@ from govredis import BackendError, BackendUnavailable, ConfigurationError, GovRe
 from govredis.keys import sibling
 from govredis.testing.servers import PostgresServer, RedisServer
 
+pytestmark = pytest.mark.one_redis
+
 TOMBSTONE = sibling("agent_meta:a", "tombstone")
 
 

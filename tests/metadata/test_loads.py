@@ -18,6 +18,8 @@ from govredis.keys import sibling
 from govredis.metadata import MetadataCache, loading, values
 from govredis.testing.servers import RedisServer
 
+pytestmark = pytest.mark.one_redis
+
 KEY = "agent_meta:a"
 
 

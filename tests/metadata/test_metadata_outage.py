@@ -13,7 +13,7 @@ import pytest
 from govredis import BackendUnavailable, GovRedis
 from govredis.testing.servers import RedisServer
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.one_redis]
 
 
 def until(condition: Callable[[], Any], within: float = 20.0) -> None:

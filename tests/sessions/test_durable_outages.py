@@ -15,7 +15,7 @@ import pytest
 from govredis import Config, GovRedis, SessionAlreadyBound, SessionStoreUnavailable
 from govredis.testing.servers import PostgresServer, RedisServer
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.one_redis]
 
 MakeGov = Callable[..., GovRedis]
 

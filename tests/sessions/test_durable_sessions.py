@@ -19,7 +19,7 @@ from govredis.sessions.copies import Copies
 from govredis.sessions.postgres_store import SessionRows
 from govredis.testing.servers import PostgresServer, RedisServer
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.one_redis]
 
 MakeGov = Callable[..., GovRedis]
 

@@ -17,7 +17,7 @@ from govredis.keys import Keys
 from govredis.sessions import SessionCache
 from govredis.testing.servers import RedisServer
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.one_redis]
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ from govredis import (
 from govredis.contrib.flask import FlaskGovRedis
 from govredis.testing.servers import PostgresServer, RedisServer
 
+pytestmark = pytest.mark.one_redis
+
 NOWHERE = "redis://127.0.0.1:1/0"
 AGENT = {"X-Agent": "agent-1"}
 

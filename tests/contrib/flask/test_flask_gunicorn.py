@@ -45,7 +45,7 @@ def test_one_limit_holds_across_all_workers(
     gunicorn = serve(*options, redis_url=one_redis.url, socket_timeout=10, connect_timeout=10, limit_fallback="deny")
     gunicorn.ask("/govredis/live", all_workers)
     answers = assert_limit_holds(gunicorn, "agent-1")
-    assert len({answer.worker for answer in answers if answer.status == 200}) > 1
+    assert len({answer.worker for answer in answers}) > 1
 
 
 @each_kind
