@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -215,6 +216,7 @@ def test_no_thread_or_descriptor_leaks(
     make_gov: MakeGov, redis_server: RedisServer, postgres_server: PostgresServer
 ) -> None:
     def descriptors() -> int:
+        gc.collect()  # what other tests have left
         return len(list(Path("/proc/self/fd").iterdir()))
 
     def use() -> None:
@@ -232,7 +234,7 @@ def test_no_thread_or_descriptor_leaks(
     running, before = threads(), descriptors()
     for _ in range(5):
         use()
-    assert descriptors() == before
+    assert descriptors() <= before
     assert threads() <= running
 
 
