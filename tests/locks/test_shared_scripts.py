@@ -397,7 +397,7 @@ def test_they_do_what_the_oracle_does_in_any_order_of_steps(arbiter: Arbiter, pl
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         On,
         settings=settings(
-            max_examples=60,
+            max_examples=120,
             stateful_step_count=50,
             derandomize=True,
             deadline=None,
