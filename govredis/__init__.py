@@ -23,6 +23,7 @@ from .errors import (
     LockUnavailable,
     RateLimitExceeded,
     SessionAlreadyBound,
+    SessionChanged,
     SessionStoreUnavailable,
 )
 from .health import HealthReport
@@ -59,6 +60,7 @@ __all__ = [
     "LockUnavailable",
     "RateLimitExceeded",
     "SessionAlreadyBound",
+    "SessionChanged",
     "SessionStoreUnavailable",
     "__version__",
 ]

@@ -1,108 +1,107 @@
-"""GovRedis: one object that wires the features to one Redis and one PostgreSQL, and the process-wide one."""
+"""GovRedis: wires the features to one Redis and one PostgreSQL. And the process-wide GovRedis."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import finalize
 
+from ._clock import Clock
+from ._context import Context
 from ._counters import Counters
+from ._fork import notice_fork
+from ._uncopied import Uncopied
 from .client import RedisClient
+from .client.in_memory import InMemoryRedisClient
 from .config import Config
 from .errors import ConfigurationError
 from .health import HealthMonitor
-from .keys import Keys, check_namespace
+from .health.heartbeat import Heartbeat
 from .limits import RateLimiter
 from .limits.parked import Parked
 from .locks import DistributedLock
-from .metadata import AgentStore, Generation, Guard, LocalTier, MetadataCache
+from .metadata import AgentStore, CachedValues, CacheOptions, MetadataCache, MetadataCaches
+from .outbox import FreshnessLease
 from .sessions import SessionCache
+from .sessions.cache import utc_now
 
 if TYPE_CHECKING:
     from .postgres import Postgres
 
 
-class GovRedis:
+@dataclass(frozen=True, slots=True)
+class Internals:
+    """Parts of a GovRedis for govredis's own commands and integrations; not public.
+
+    Attributes:
+        freshness: what cached values stand under, where there are Redis and PostgreSQL.
+        heartbeat: Celery's beat and its workers, as health sees them.
+        parked: Celery's tasks that wait for their limits, where Redis is enabled.
+        caches: all that `cache` has made, and the parts that they share.
+    """
+
+    context: Context
+    freshness: FreshnessLease | None
+    heartbeat: Heartbeat
+    parked: Parked | None
+    caches: MetadataCaches
+
+
+class GovRedis(Uncopied):
     """Sessions, locks, limits, metadata, agents and health over one Redis and, if configured, one PostgreSQL.
 
     Connects on first use. Safe to share between threads, and to create before a fork; several may live side by side.
 
     Args:
-        config: the settings; None: the defaults. `GovRedis.from_env()` reads the environment.
+        config: the settings; None: the defaults. `GovRedis.from_env()` reads the environment's.
 
     Raises ConfigurationError where an extra that the settings need is not installed.
     """
 
     def __init__(self, config: Config | None = None) -> None:
-        self.config = config if config is not None else Config()
-        self.counters = Counters()
-        self._keys = Keys(self.config.key_prefix)
-        self._redis = RedisClient(self.config) if self.config.redis_enabled else None
-        self._postgres: Postgres | None = None
-        if self.config.database_url is not None:
-            from .postgres import Postgres  # loads psycopg2, which is an extra
+        self._wire(Context.of(config if config is not None else Config()), time)
 
-            self._postgres = Postgres(self.config)
-        elif self.config.limit_mirror is not None:
-            raise ConfigurationError(
-                f"GOVREDIS_LIMIT_MIRROR is {self.config.limit_mirror:g};"
-                " it must be left unset where GOVREDIS_DATABASE_URL is not set"
-            )
-        parking = self._redis
-        if parking is not None and self.config.parking_url is not None:
-            parking = RedisClient(replace(self.config, redis_url=self.config.parking_url))
-        self._parking = parking
-        self._parked = Parked(self._keys, parking) if parking is not None else None
-        self._caches: dict[tuple[str, float, bool, float | None, float], MetadataCache] = {}
-        self._generations: dict[str, Generation] = {}
+    #: Removes the lock folder that `in_memory` has made.
+    _remove_folder: Callable[[], object] | None = None
 
-        config, keys, redis = self.config, self._keys, self._redis
-        self._guard: Guard | None = None
-        if redis is not None and self._postgres is not None:
-            self._guard = Guard(
-                keys,
-                redis,
-                self._postgres,
-                staleness=config.metadata_staleness,
-                patience=config.postgres_timeout,
-                counters=self.counters,
-            )
-        self._local: LocalTier | None = None
-        if redis is not None and config.local_cache:
-            self._local = LocalTier(keys, redis, self._guard, entries=config.local_entries)
-        self.sessions = SessionCache(
-            keys,
-            redis,
-            self._postgres,
-            self._guard,
-            ttl=config.session_ttl,
-            local_entries=config.local_entries,
-            counters=self.counters,
-            hash_ids=config.session_hash_ids,
+    def _wire(self, context: Context, clock: Clock) -> None:
+        self.config = config = context.config
+        self.counters: Counters = context.counters
+        keys, redis, postgres = context.keys, context.redis, context.postgres
+        self._parking = redis
+        if redis is not None and config.parking_url is not None:
+            self._parking = RedisClient(replace(config, redis_url=config.parking_url, credential_provider=None))
+        freshness = None
+        if redis is not None and postgres is not None:
+            freshness = FreshnessLease(context, CachedValues(keys))
+        self.internal = Internals(
+            context,
+            freshness,
+            Heartbeat(context),
+            None if self._parking is None else Parked(keys, self._parking),
+            MetadataCaches(context, freshness),
         )
-        self.locks = DistributedLock(
-            keys,
-            redis,
-            ttl=config.lock_ttl,
-            fallback=config.lock_fallback,
-            folder=config.lock_folder,
-            counters=self.counters,
-        )
-        self.limits = RateLimiter(
-            keys,
-            redis,
-            self._postgres,
-            fallback=config.limit_fallback,
-            local_entries=config.local_entries,
-            deny_cache=config.limit_deny_cache,
-            counters=self.counters,
-            mirror=config.limit_mirror,
-        )
+
+        now = utc_now if clock is time else partial(_utc_of, clock)
+        self.sessions = SessionCache(context, freshness=freshness, now=now)
+        self.locks = DistributedLock(context)
+        self.limits = RateLimiter(context, sleep=clock.sleep, clock=clock.monotonic)
         self.metadata = self.cache("agent_meta")
-        uncovered = ["locks"] if config.lock_fallback == "fail" else []
-        if config.limit_fallback == "deny" and self._postgres is None:
-            uncovered.append("limits")
         self.health = HealthMonitor(
-            keys, redis, self._postgres, self.counters, guard=self._guard, parked=self._parked, uncovered=uncovered
+            context,
+            self.internal.heartbeat,
+            freshness=freshness,
+            parked=self.internal.parked,
+            lock_folder=self.locks.check_folder,
+            locks_held=self.locks.count_held,
+            clock=clock.monotonic,
         )
 
     @classmethod
@@ -110,17 +109,44 @@ class GovRedis:
         """A GovRedis with the settings of this process's environment. Raises ConfigurationError."""
         return cls(Config.from_env())
 
+    @classmethod
+    def in_memory(cls, config: Config | None = None, *, clock: Clock = time) -> GovRedis:
+        """A GovRedis for tests, with a Redis of its own in this process: fakeredis, of the extra `testing`.
+
+        Each one begins empty, and nobody else sees its data: no other GovRedis, no other process, and of a forked child
+        only the child's copy. Lock files lie in a folder of its own, unless `config` names one; `close` removes it.
+
+        Args:
+            config: the settings; None: the defaults. It needs no URL of Redis. PostgreSQL is used if it is configured.
+                `local_cache` is off, as fakeredis does not say what has changed, and so is `limit_deny_cache`.
+            clock: what limits, sessions and Redis's TTLs go by, with the functions of the module `time`. The pytest
+                fixture `gov_clock` is one, and sees to locks and cached values too.
+
+        Raises ConfigurationError where the extra is not installed.
+        """
+        config = config if config is not None else Config()
+        gov = cls.__new__(cls)
+        config = replace(config, redis_enabled=True, parking_url=None, local_cache=False, limit_deny_cache=False)
+        client = InMemoryRedisClient(config, clock)
+        if config.lock_folder is None:
+            folder = tempfile.mkdtemp(prefix="govredis-")
+            gov._remove_folder = finalize(gov, _remove, folder, os.getpid())
+            config = replace(config, lock_folder=folder)
+        gov._wire(Context.of(config, client), clock)
+        return gov
+
     @property
     def agents(self) -> AgentStore:
         """The AgentStore. Raises ConfigurationError where no PostgreSQL is configured."""
-        return AgentStore(self._keys, self.postgres, self.metadata)
+        return AgentStore(self.internal.context.keys, self.postgres, self.metadata)
 
     @property
     def postgres(self) -> Postgres:
-        """The PostgreSQL of GOVREDIS_DATABASE_URL. Raises ConfigurationError where none is configured."""
-        if self._postgres is None:
+        """The PostgreSQL of GOVREDIS_DATABASE_URL. Raises ConfigurationError where that is not set."""
+        postgres = self.internal.context.postgres
+        if postgres is None:
             raise ConfigurationError("GOVREDIS_DATABASE_URL is not set; it must be postgresql://[user[:password]@]...")
-        return self._postgres
+        return postgres
 
     def cache(
         self,
@@ -130,65 +156,54 @@ class GovRedis:
         strict: bool = False,
         negative_ttl: float | None = None,
         stale: float = 0.0,
+        foreign: Literal["use"] | None = None,
+        default: Callable[[Any], Any] | None = None,
+        object_hook: Callable[[dict[str, Any]], Any] | None = None,
     ) -> MetadataCache:
         """The MetadataCache of a namespace, its keys at `{namespace}:{id}`.
 
         Args:
-            namespace: without a colon, and no other key kind's.
+            namespace: a name without a colon that no other kind of key has.
             ttl: seconds that a value is kept unless `set` says otherwise; None: metadata_ttl.
-            strict: no value while nobody can tell whether it is stale, because PostgreSQL is away: BackendUnavailable.
-            negative_ttl: seconds for which it is remembered that a loader found none; until then, what is created is
-                seen only if it is invalidated, too. None: not at all.
-            stale: seconds after its TTL for which `get_or_load` still uses a value: while one caller loads it anew, and
-                where that fails.
+            strict: while PostgreSQL is away, and a value may be stale, raise BackendUnavailable instead of using it.
+            negative_ttl: seconds for which the cache remembers that a loader found nothing. Meanwhile a value that is
+                created must be invalidated too, or it is not seen. None: not at all.
+            stale: seconds after its TTL for which `get_or_load` still uses a value: while a caller loads it anew, and
+                where that fails. Such a cache keeps each value twice.
+            foreign: "use": with PostgreSQL, use values that others have set, such as an async service, though their age
+                is unknown. None: load them anew. Without PostgreSQL they are used.
+            default: turns a value without a JSON form into one that has a form, or raises TypeError; see `json.dumps`.
+                None: datetime, date and time in ISO 8601, Decimal and UUID as their str, bytes as base64.
+            object_hook: turns each dict of the JSON into an object; see `json.loads`. A local cache shares that object
+                between callers, so it must be immutable. A value of others for which it raises ValueError or the like
+                is a miss.
 
-        Raises ConfigurationError for a strict one where no PostgreSQL is configured.
+        There is one cache for each namespace and settings: give the same functions each time, not new lambdas.
+
+        Raises ConfigurationError for a strict cache where no PostgreSQL is configured, and ValueError for settings that
+        exclude each other.
         """
-        if ttl is None:
-            ttl = self.config.metadata_ttl
-        which = namespace, ttl, strict, negative_ttl, stale
-        cache = self._caches.get(which)
-        if cache is None:
-            generation = self._generations.get(namespace)
-            if generation is None:
-                made = Generation(self._keys.generation(check_namespace(namespace)))
-                generation = self._generations.setdefault(namespace, made)
-            local = self._local
-            cache = self._caches.setdefault(
-                which,
-                MetadataCache(
-                    self._keys,
-                    self._redis,
-                    self._guard,
-                    namespace=namespace,
-                    ttl=ttl,
-                    strict=strict,
-                    negative_ttl=negative_ttl,
-                    stale=stale,
-                    max_bytes=self.config.metadata_max_bytes,
-                    generation=generation,
-                    local=None if local is None else local.values(self._keys.values(namespace), generation),
-                    counters=self.counters,
-                ),
-            )
-        return cache
+        notice_fork()
+        ttl = self.config.metadata_ttl if ttl is None else ttl
+        options = CacheOptions(namespace, ttl, strict, negative_ttl, stale, foreign, default, object_hook)
+        return self.internal.caches.get(options)
 
     def close(self) -> None:
         """Close the connections and end the probe threads.
 
-        Locks still held are not released, and what this process owes Redis or PostgreSQL (revocations and invalidations
-        made while they were away) is lost: close when they are back.
+        A process that ends without it still tells its last denials and admissions, within a second, unless it is
+        killed. Locks that are held are not released. Pending writes (revocations and invalidations made while Redis or
+        PostgreSQL was away) are lost: close when the servers are back.
         """
+        notice_fork()
+        internal, context = self.internal, self.internal.context
         self.limits.close()
-        if self._local is not None:
-            self._local.close()
-        if self._guard is not None:
-            self._guard.close()
-        for redis in (self._redis, self._parking):
-            if redis is not None:
-                redis.close()
-        if self._postgres is not None:
-            self._postgres.close()
+        parts = internal.caches, internal.freshness, context.redis, self._parking, context.postgres
+        for part in parts:
+            if part is not None:
+                part.close()
+        if self._remove_folder is not None:
+            self._remove_folder()
 
     def __enter__(self) -> GovRedis:
         return self
@@ -200,7 +215,16 @@ class GovRedis:
         return f"GovRedis({self.config!r})"
 
 
-#: Empty, or the process-wide GovRedis under "gov". No mutex: one that is held during a fork stays held in the child.
+def _remove(folder: str, pid: int) -> None:
+    if os.getpid() == pid:  # a forked child leaves it to its parent
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _utc_of(clock: Clock) -> datetime:
+    return datetime.fromtimestamp(clock.time(), timezone.utc)
+
+
+#: Empty, or the process-wide GovRedis under "gov". No mutex: held during a fork, it would stay held in the child.
 _process_wide: dict[str, GovRedis] = {}
 
 
@@ -213,10 +237,10 @@ def configure(gov: GovRedis | None) -> None:
 
 
 def get_gov() -> GovRedis:
-    """The process-wide GovRedis: what `configure` set, else one made from the environment on first use."""
+    """The process-wide GovRedis: the one that `configure` set, or one made from the environment on first use."""
     gov = _process_wide.get("gov")
     if gov is None:
-        # Two threads may make one each; one of the two, which has not connected yet, is forgotten.
+        # Two threads may make one each. One of the two is forgotten, before it has connected.
         gov = _process_wide.setdefault("gov", GovRedis.from_env())
     return gov
 

@@ -23,10 +23,13 @@ for command in COMMANDS:
 
 
 @main.command()
-@click.option("--seconds", type=click.FloatRange(10, 600), default=24, show_default=True, help="Of traffic.")
-@click.option("--serve", is_flag=True, help="Leave it all running, with the URL of its site printed, until Ctrl-C.")
+@click.option("--seconds", type=click.FloatRange(10, 600), default=24, show_default=True, help="Seconds of traffic.")
+@click.option("--serve", is_flag=True, help="Print the URL of the site, and leave everything running until Ctrl-C.")
 def demo(seconds: float, serve: bool) -> None:
-    """Start real servers, a Celery worker and a site, drive them, take Redis away, and say what held."""
+    """Show on real servers which promises hold.
+
+    Starts them, a Celery worker and a site, sends traffic, takes Redis away, and reports which promises held.
+    """
     from . import demo
 
     try:

@@ -6,171 +6,36 @@ included, shows a password.
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
-from . import keys
+from . import _parsers
+from ._parsers import BadValue
+from ._redact import redact, shown_dsn
 from .errors import ConfigurationError
 
 __all__ = ["Config"]
 
-# user:PASSWORD@host; PASSWORD@host, where the colon was forgotten; user:PASSWORD, where the host was.
-_PASSWORD_IN_URL = re.compile(r"(//[^:@]*:).*(@)|(//)[^:@/?#]*(@)|(//[^:@/?#\[]*:)(?!\d*(?:[/?#]|$)).*$", re.DOTALL)
-# The same of what is no URL at all, for want of its //.
-_PASSWORD_WITHOUT_SCHEME = re.compile(r"(?:\A|(?<=\s))([^\s:/@]+:)(?!//|\s).*(@)", re.DOTALL)
-_PASSWORD_BY_NAME = re.compile(r"""(pass\w*['"]?\s*[=:]\s*)('(?:[^'\\]|\\.)*'|[^&\s'"]*)""", re.IGNORECASE | re.DOTALL)
+log = logging.getLogger("govredis")
+
+#: How our own variables begin, and how those that other software has too.
+_OURS, _SHARED = "GOVREDIS_", "REDIS_"
+#: Kubernetes puts such variables into the environment for a service whose name begins with "govredis" or "redis".
+_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?$")
+#: Settings that redis_url may have as parameters, by redis-py's names.
+_TIMEOUTS_IN_URL = {"socket_timeout": "socket_timeout", "connect_timeout": "socket_connect_timeout"}
+#: Names of variables that a warning has named: once in a process is enough.
+_warned: set[str] = set()
 
 
-def redact(text: str) -> str:
-    """`text` with every password of a URL or of a libpq string replaced by ***."""
-    shown = _PASSWORD_IN_URL.sub(lambda m: f"{m[1] or m[3] or m[5]}***{m[2] or m[4] or ''}", text)
-    shown = _PASSWORD_WITHOUT_SCHEME.sub(r"\1***\2", shown)
-    return _PASSWORD_BY_NAME.sub(r"\1***", shown)
-
-
-class _Bad(Exception):
-    """What a setting must be; the caller knows its name and what it held."""
-
-
-def _seconds(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = -1.0
-    if isinstance(value, bool) or not 0.001 <= number < 1e9:
-        raise _Bad("a number of seconds, at least 0.001 and less than 1e9")
-    return number
-
-
-def _seconds_or_none(value: Any) -> float | None:
-    if value is None or value == "":
-        return None
-    try:
-        return _seconds(value)
-    except _Bad as wanted:
-        raise _Bad(f"{wanted}, or left unset") from None
-
-
-def _count(value: Any) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError, OverflowError):
-        number = 0
-    if isinstance(value, bool) or number < 1 or (isinstance(value, float) and value != number):
-        raise _Bad("a whole number of at least 1")
-    return number
-
-
-def _flag(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    word = str(value).strip().lower()
-    if word in {"1", "true", "yes", "on"}:
-        return True
-    if word in {"0", "false", "no", "off"}:
-        return False
-    raise _Bad("1 or 0 (also true/false, yes/no, on/off)")
-
-
-def _one_of(*choices: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        if value not in choices:
-            raise _Bad("one of " + ", ".join(choices))
-        return str(value)
-
-    return parse
-
-
-def _split(url: str) -> SplitResult | None:
-    """The parts of a URL; None for what is none. What urlsplit raises may quote a password: it ends here."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises ValueError when it is no port
-        (parts.hostname or "").encode("idna")  # and this when it is no host
-    except ValueError:
-        return None
-    # Of an unescaped @ in a password, what follows it would pass for the host, and be shown.
-    return parts if parts.netloc.count("@") <= 1 else None
-
-
-def _redis_url(value: Any) -> str:
-    wanted = (
-        "redis://[user:password@]host[:port][/db], rediss://... or unix:///path/to/socket[?db=0],"
-        " with @ : / ? # in a password written as %40 %3A %2F %3F %23"
-    )
-    if not isinstance(value, str):
-        raise _Bad(wanted)
-    parts = _split(value)
-    if parts is None:
-        raise _Bad(wanted)
-    if parts.scheme == "unix":
-        if not parts.path:
-            raise _Bad(wanted)
-    elif parts.scheme not in {"redis", "rediss"} or not parts.hostname or not re.fullmatch(r"(/\d*)?", parts.path):
-        raise _Bad(wanted)
-    return value
-
-
-def _redis_url_or_none(value: Any) -> str | None:
-    return None if value is None or value == "" else _redis_url(value)
-
-
-def _database_url(value: Any) -> str | None:
-    if value is None or value == "":
-        return None
-    wanted = (
-        "postgresql://[user[:password]@][host][:port]/database,"
-        " with @ : / ? # in a password written as %40 %3A %2F %3F %23"
-    )
-    if not isinstance(value, str):
-        raise _Bad(wanted)
-    parts = _split(value)
-    if parts is None or parts.scheme not in {"postgresql", "postgres"} or not parts.netloc + parts.path.strip("/"):
-        raise _Bad(wanted)
-    return value
-
-
-def _prefix(value: Any) -> str:
-    if value == "":
-        return ""
-    try:
-        return keys.check_id(value, "prefix")
-    except ValueError:
-        raise _Bad("a str without '{', '}' or control characters") from None
-
-
-def _folder(value: Any) -> str | None:
-    if value is None or value == "":
-        return None
-    if not isinstance(value, str | os.PathLike) or not os.path.isabs(value):
-        raise _Bad("an absolute path")
-    return os.fspath(value)
-
-
-def _text_or_none(value: Any) -> str | None:
-    if value is None or value == "":
-        return None
-    if not isinstance(value, str):
-        raise _Bad("a str")
-    return value
-
-
-def _not_yet(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def refuse(value: Any) -> Any:
-        parsed = parse(value)
-        if parsed:
-            raise _Bad("left unset: this version of govredis connects to a standalone Redis only")
-        return parsed
-
-    return refuse
-
-
-def _setting(default: Any, variable: str, parse: Callable[[Any], Any], secret: bool = False) -> Any:
-    return field(default=default, repr=not secret, metadata={"variable": variable, "parse": parse})
+def _setting(default: Any, variable: str, parse: Callable[[Any], Any]) -> Any:
+    return field(default=default, metadata={"variable": variable, "parse": parse})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,105 +46,222 @@ class Config:
     ConfigurationError on a bad value, before anything is connected.
     """
 
-    redis_url: str = _setting("redis://localhost:6379/0", "REDIS_URL", _redis_url)
+    redis_url: str = _setting("redis://localhost:6379/0", "REDIS_URL", _parsers.redis_url)
     #: False: never connect; every feature runs on its fallback, and health says "disabled".
-    redis_enabled: bool = _setting(True, "REDIS_ENABLED", _flag)
-    #: Where what Celery's rate_limited refuses waits: a Redis that loses no data, as the broker's. None: redis_url.
-    parking_url: str | None = _setting(None, "GOVREDIS_PARKING_URL", _redis_url_or_none)
+    redis_enabled: bool = _setting(True, "REDIS_ENABLED", _parsers.flag)
+    #: redis-py asks this object for user and password at each connect to redis_url: for tokens that expire, such as
+    #: IAM's. In code only: a variable cannot hold an object.
+    credential_provider: Any = field(
+        default=None, repr=False, metadata={"variable": None, "parse": _parsers.credential_provider}
+    )
+    #: The Redis in which tasks wait that Celery's rate_limited refuses. It must lose no data, like the broker's. None:
+    #: redis_url.
+    parking_url: str | None = _setting(None, "GOVREDIS_PARKING_URL", _parsers.redis_url_or_none)
     #: None: no PostgreSQL. Never read from the app's own DATABASE_URL.
-    database_url: str | None = _setting(None, "GOVREDIS_DATABASE_URL", _database_url)
-    #: Put before every key, and into every lock file's name and row's key.
-    key_prefix: str = _setting("", "GOVREDIS_KEY_PREFIX", _prefix)
+    database_url: str | None = _setting(None, "GOVREDIS_DATABASE_URL", _parsers.database_url)
+    #: The schema of our tables and functions in that database; `govredis migrate` makes it.
+    schema: str = _setting("public", "GOVREDIS_SCHEMA", _parsers.schema)
+    #: The beginning of every key, and a part of every lock file's name and every row's key.
+    key_prefix: str = _setting("", "GOVREDIS_KEY_PREFIX", _parsers.prefix)
 
-    session_ttl: float = _setting(3600.0, "REDIS_SESSION_TTL", _seconds)
+    session_ttl: float = _setting(3600.0, "REDIS_SESSION_TTL", _parsers.seconds)
     #: Keep a SHA-256 of each session id, in keys, index and rows, instead of the id.
-    session_hash_ids: bool = _setting(False, "GOVREDIS_SESSION_HASH_IDS", _flag)
-    metadata_ttl: float = _setting(300.0, "REDIS_METADATA_TTL", _seconds)
-    lock_ttl: float = _setting(30.0, "REDIS_LOCK_TIMEOUT", _seconds)
+    session_hash_ids: bool = _setting(False, "GOVREDIS_SESSION_HASH_IDS", _parsers.flag)
+    metadata_ttl: float = _setting(300.0, "REDIS_METADATA_TTL", _parsers.seconds)
+    lock_ttl: float = _setting(30.0, "REDIS_LOCK_TIMEOUT", _parsers.seconds)
     #: With PostgreSQL: how old a cached value may be at most, whatever failed.
-    metadata_staleness: float = _setting(5.0, "GOVREDIS_METADATA_STALENESS", _seconds)
+    metadata_staleness: float = _setting(5.0, "GOVREDIS_METADATA_STALENESS", _parsers.seconds)
 
     #: When Redis is away: "file" = flock, one holder per host, degraded; "fail" = LockUnavailable.
-    lock_fallback: str = _setting("file", "GOVREDIS_LOCK_FALLBACK", _one_of("file", "fail"))
+    lock_fallback: str = _setting("file", "GOVREDIS_LOCK_FALLBACK", _parsers.one_of("file", "fail"))
     #: When Redis and PostgreSQL are away: an in-process window, or refuse all, or let all through.
-    limit_fallback: str = _setting("local", "GOVREDIS_LIMIT_FALLBACK", _one_of("local", "deny", "allow"))
+    limit_fallback: str = _setting("local", "GOVREDIS_LIMIT_FALLBACK", _parsers.one_of("local", "deny", "allow"))
     #: A denial is remembered in the process, for a second at most, and answers the same call again.
-    limit_deny_cache: bool = _setting(True, "GOVREDIS_LIMIT_DENY_CACHE", _flag)
-    #: How often each process tells PostgreSQL what Redis admitted, and the other way round. None: never.
-    limit_mirror: float | None = _setting(None, "GOVREDIS_LIMIT_MIRROR", _seconds_or_none)
+    limit_deny_cache: bool = _setting(True, "GOVREDIS_LIMIT_DENY_CACHE", _parsers.flag)
+    #: Seconds between two replications, by each process, of admissions from Redis to PostgreSQL and back. None: never.
+    limit_mirror: float | None = _setting(None, "GOVREDIS_LIMIT_MIRROR", _parsers.seconds_or_none)
     #: Folder of the lock files; all processes that share a lock on a host must share it. None: /tmp/govredis-locks-UID.
-    lock_folder: str | None = _setting(None, "GOVREDIS_LOCK_FOLDER", _folder)
+    lock_folder: str | None = _setting(None, "GOVREDIS_LOCK_FOLDER", _parsers.folder)
 
-    #: One read from, or write to, Redis.
-    socket_timeout: float = _setting(0.2, "GOVREDIS_SOCKET_TIMEOUT", _seconds)
-    connect_timeout: float = _setting(0.1, "GOVREDIS_CONNECT_TIMEOUT", _seconds)
-    #: One PostgreSQL call, connecting included.
-    postgres_timeout: float = _setting(2.0, "GOVREDIS_POSTGRES_TIMEOUT", _seconds)
+    #: For one read from Redis or one write. `socket_timeout` and `socket_connect_timeout` in redis_url say the same.
+    socket_timeout: float = _setting(0.2, "GOVREDIS_SOCKET_TIMEOUT", _parsers.seconds)
+    connect_timeout: float = _setting(0.1, "GOVREDIS_CONNECT_TIMEOUT", _parsers.seconds)
+    #: For one call of PostgreSQL, connecting included.
+    postgres_timeout: float = _setting(2.0, "GOVREDIS_POSTGRES_TIMEOUT", _parsers.seconds)
     #: Connections of one process, at most; a caller beyond that waits for one, up to its timeout.
-    redis_connections: int = _setting(128, "GOVREDIS_REDIS_CONNECTIONS", _count)
-    postgres_connections: int = _setting(10, "GOVREDIS_POSTGRES_CONNECTIONS", _count)
+    redis_connections: int = _setting(128, "GOVREDIS_REDIS_CONNECTIONS", _parsers.count)
+    postgres_connections: int = _setting(10, "GOVREDIS_POSTGRES_CONNECTIONS", _parsers.count)
     #: A larger value, as JSON, is not cached.
-    metadata_max_bytes: int = _setting(1_000_000, "GOVREDIS_METADATA_MAX_BYTES", _count)
-    #: True: cached metadata is kept in the process too, coherently (needs CLIENT TRACKING, allowed to our user).
-    local_cache: bool = _setting(False, "GOVREDIS_LOCAL_CACHE", _flag)
-    #: Entries of each in-process store, and of the remembered denials, at most.
-    local_entries: int = _setting(10_000, "GOVREDIS_LOCAL_ENTRIES", _count)
+    metadata_max_bytes: int = _setting(1_000_000, "GOVREDIS_METADATA_MAX_BYTES", _parsers.count)
+    #: True: cached metadata is kept in the process too, coherently. Our user of Redis needs CLIENT TRACKING.
+    local_cache: bool = _setting(False, "GOVREDIS_LOCAL_CACHE", _parsers.flag)
+    #: Entries of each memory backend, and of the remembered denials, at most.
+    local_entries: int = _setting(10_000, "GOVREDIS_LOCAL_ENTRIES", _parsers.count)
 
-    # Read so that an async service's environment is understood; a value is refused until the client has them.
-    sentinel_hosts: str | None = _setting(None, "REDIS_SENTINEL_HOSTS", _not_yet(_text_or_none))
-    sentinel_master: str | None = _setting(None, "REDIS_SENTINEL_MASTER", _not_yet(_text_or_none))
-    cluster: bool = _setting(False, "REDIS_CLUSTER", _not_yet(_flag))
+    # An async service's environment may have these. The client cannot use them yet, so a value is refused.
+    sentinel_hosts: str | None = _setting(None, "REDIS_SENTINEL_HOSTS", _parsers.not_yet(_parsers.text_or_none))
+    sentinel_master: str | None = _setting(None, "REDIS_SENTINEL_MASTER", _parsers.not_yet(_parsers.text_or_none))
+    cluster: bool = _setting(False, "REDIS_CLUSTER", _parsers.not_yet(_parsers.flag))
 
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, _parse(f, getattr(self, f.name), f.name))
+        if self.credential_provider is not None and "@" in urlsplit(self.redis_url).netloc:
+            raise ConfigurationError("redis_url has a user or a password; with a credential_provider it must have none")
+        if self.limit_mirror is not None and self.database_url is None:
+            raise ConfigurationError(
+                f"GOVREDIS_LIMIT_MIRROR is {self.limit_mirror:g};"
+                " it must be left unset where GOVREDIS_DATABASE_URL is not set"
+            )
+        self._compare_timeouts()
+
+    def _compare_timeouts(self) -> None:
+        """Refuse a timeout that differs between a URL and the setting: it would hold for only one of the two."""
+        settings = {f.name: f for f in fields(self)}
+        for where in ("redis_url", "parking_url"):
+            told = parse_qs(urlsplit(getattr(self, where) or "").query)
+            for name, parameter in _TIMEOUTS_IN_URL.items():
+                if parameter not in told:
+                    continue
+                f, what = settings[name], f"{parameter} in {settings[where].metadata['variable']}"
+                in_url, held = _parse(f, told[parameter][-1], what), getattr(self, name)
+                if held not in (f.default, in_url):
+                    raise ConfigurationError(
+                        f"{what} is {in_url:g} and {f.metadata['variable']} is {held:g};"
+                        " they must be the same, or one of them left out"
+                    )
 
     @classmethod
     def from_env(cls) -> Config:
-        """The settings of this process's environment. Raises ConfigurationError naming the variable."""
+        """The settings of this process's environment. Raises ConfigurationError naming the variable.
+
+        A variable that begins with GOVREDIS_ and whose name is nearly a setting's is refused, with the right name. A
+        warning, once a process, names others that begin so, and those that are nearly one of our REDIS_* (other
+        software has such names too). Variables that Kubernetes makes for a service called "govredis..." or "redis..."
+        are ignored.
+        """
         return cls.from_mapping(os.environ)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Config:
         """The settings of a mapping whose keys are the variables' names (os.environ).
 
-        Values may be strings or already typed; a name that is not a setting is ignored; an absent or empty one is the
-        default. Raises ConfigurationError naming the variable.
+        Values may be strings, with blanks around them, or already typed. The default stands for an absent or empty
+        value. Other names are treated as `from_env` does. Raises ConfigurationError naming the variable.
         """
-        values = {}
-        for f in fields(cls):
-            variable = f.metadata["variable"]
-            held = mapping.get(variable)
-            if held is not None and held != "":
-                values[f.name] = _parse(f, held, variable)
-        return cls(**values)
+        return cls(**_read(mapping))
 
     @classmethod
-    def from_app(cls, settings: Mapping[str, Any], prefix: str) -> Config:
-        """The environment's settings, with those of an application's own configuration put over them.
+    def from_app(
+        cls, settings: Mapping[str, Any], names: Mapping[str, str], also: Collection[str] = ()
+    ) -> Config | None:
+        """The environment's settings, overridden by an application's own configuration.
 
-        An application names a setting by its field: `prefix` + "redis_url"; in capitals if the prefix is. Raises
-        ConfigurationError as `from_mapping`.
+        Args:
+            settings: the application's configuration. A setting that is None there stays as the environment has it; an
+                empty or blank value is the default.
+            names: the names of the settings there, by the names of our fields.
+            also: names there that are ours, but no settings of Config.
+
+        Returns None where the application has no setting of Config. Raises ConfigurationError as `from_mapping`, and
+        for any other name that begins as ours do.
         """
-        values = {}
+        _check_names(settings, names, also)
+        values: dict[str, Any] = {}
         for f in fields(cls):
-            name = prefix + (f.name.upper() if prefix.isupper() else f.name)
-            if settings.get(name) is not None:
-                values[f.name] = _parse(f, settings[name], name)
-        return replace(cls.from_env(), **values)
+            held = _held(settings, name := names.get(f.name))
+            if held is not None:
+                values[f.name] = f.default if held == "" else _parse(f, held, name)
+        return cls(**_read(os.environ) | values) if values else None
 
     def __repr__(self) -> str:
         shown = []
         for f in fields(self):
             value = getattr(self, f.name)
+            if not f.repr:
+                value = f.default if value is None else Ellipsis
             if f.default is MISSING or value != f.default:
-                shown.append(f"{f.name}={redact(value) if isinstance(value, str) else value!r}")
+                shown.append(f"{f.name}={_redacted(f, value) if isinstance(value, str) else value!r}")
         return f"Config({', '.join(shown)})"
 
 
-def _parse(f: Field[Any], held: Any, name: str) -> Any:
+def variables() -> dict[str, str]:
+    """The names of the variables, by the names of our fields. Fields that only code can give are left out."""
+    return {f.name: f.metadata["variable"] for f in fields(Config) if f.metadata["variable"] is not None}
+
+
+def _read(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a mapping holds under the variables' names, by the names of our fields."""
+    _check_names(mapping, names := variables())
+    _warn_of_near_names(mapping)
+    values = {}
+    for f in fields(Config):
+        held = _held(mapping, name := names.get(f.name))
+        if held is not None and held != "":
+            values[f.name] = _parse(f, held, name)
+    return values
+
+
+def _check_names(held: Iterable[str], names: Mapping[str, str], also: Collection[str] | None = None) -> None:
+    """Refuse a name that is nearly a setting's: its value would be ignored in silence.
+
+    Args:
+        held: the names that are there.
+        names: the names of the settings, by the names of our fields.
+        also: further names of ours in an application's configuration, where no other name may begin as ours do. None:
+            the names are the environment's, where others may.
+    """
+    prefix = names["key_prefix"][: len(_OURS)]
+    known = {*names.values(), *(also or ())}
+    strangers = [name for name in held if name.startswith(prefix) and name not in known]
+    if not strangers:
+        return
+    meant = {name.removeprefix(prefix).lower(): name for name in known}
+    for field_name, variable in variables().items():
+        for written in (variable, variable.removeprefix("REDIS_"), variable.removeprefix(_OURS), field_name):
+            meant[written.lower()] = names[field_name]
+    for name in strangers:
+        if _SERVICE_LINK.search(name):
+            continue
+        near = difflib.get_close_matches(name.removeprefix(prefix).lower(), meant, n=1, cutoff=0.75)
+        if near:
+            raise ConfigurationError(f"{name} is no setting; the name must be {meant[near[0]]}")
+        if also is not None:
+            raise ConfigurationError(f"{name} is no setting; these are: {', '.join(sorted(known))}")
+        _warn_once(name, "it is ignored")
+
+
+def _warn_of_near_names(held: Iterable[str]) -> None:
+    """Name variables that are nearly one of our REDIS_*: they may be a mistake, or other software's."""
+    ours = {name.removeprefix(_SHARED): name for name in variables().values() if name.startswith(_SHARED)}
+    for name in held:
+        written = name.removeprefix(_SHARED)
+        if not name.startswith(_SHARED) or written in ours or _SERVICE_LINK.search(name):
+            continue
+        near = difflib.get_close_matches(written, ours, n=1, cutoff=0.85)
+        if near:
+            _warn_once(name, f"it is ignored; is {ours[near[0]]} meant?")
+
+
+def _warn_once(name: str, what_of_it: str) -> None:
+    if name not in _warned:
+        _warned.add(name)
+        log.warning("%s is no setting that this govredis reads from the environment: %s", name, what_of_it)
+
+
+def _held(mapping: Mapping[str, Any], name: str | None) -> Any:
+    """The value of that name; "" for a blank value, None for an absent one."""
+    held = None if name is None else mapping.get(name)
+    return held.strip() if isinstance(held, str) else held  # a secret that was read from a file ends with a newline
+
+
+def _redacted(f: Field[Any], held: str) -> str:
+    return shown_dsn(held) if f.name.endswith("_url") else redact(held)
+
+
+def _parse(f: Field[Any], held: Any, name: str | None) -> Any:
     try:
         return f.metadata["parse"](held)
-    except _Bad as wanted:
-        shown = repr(redact(held)) if isinstance(held, str) else redact(repr(held))
+    except BadValue as wanted:
+        shown = repr(_redacted(f, held)) if isinstance(held, str) else redact(repr(held))
         raise ConfigurationError(f"{name} is {shown}; it must be {wanted}") from None

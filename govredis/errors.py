@@ -1,8 +1,8 @@
 """Every exception govredis raises, in one tree.
 
-Contention is never unavailability, and unavailability is never contention: `LockTimeout` says that somebody else
-holds the lock, `LockUnavailable` that nobody could be asked. Bad arguments raise `ValueError` before anything is sent.
-All of these pickle, with the data they carry; over a JSON result backend of Celery they keep type and message.
+Contention is never unavailability, and unavailability is never contention. `LockTimeout` says that somebody else holds
+the lock; `LockUnavailable` says that no server could be asked. Bad arguments raise `ValueError` before anything is
+sent. All of these pickle, with the data they carry. Over a JSON result backend of Celery they keep type and message.
 """
 
 from __future__ import annotations
@@ -24,12 +24,29 @@ __all__ = [
     "LockUnavailable",
     "RateLimitExceeded",
     "SessionAlreadyBound",
+    "SessionChanged",
     "SessionStoreUnavailable",
 ]
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Return `text`, of any origin, safe for a log or a terminal.
+
+    Control characters, escape sequences and marks that turn the direction of writing are spelled out.
+
+    Args:
+        keep: characters that are left as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join([c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text])
+
+
 class GovRedisError(Exception):
-    """Base of everything below."""
+    """Base of all errors of govredis. Its text is printable, even where it quotes a server or other people's data."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), "\n")
 
 
 class ConfigurationError(GovRedisError, ValueError):
@@ -41,7 +58,22 @@ class BackendError(GovRedisError):
 
 
 class BackendUnavailable(BackendError):
-    """Redis or PostgreSQL did not answer in time, refused, or cannot serve now. What was sent may have been applied."""
+    """Redis or PostgreSQL did not answer in time, refused, or cannot serve now. A command may have been applied."""
+
+
+class NotAsked(BackendUnavailable):
+    """Nothing was sent. Private: callers see a BackendUnavailable."""
+
+
+class NotTaken(BackendError):
+    """A proxy, or this Redis, does not take this command: it says so, or ends the connection each time.
+
+    Private: callers see a BackendError.
+    """
+
+
+class NoRight(BackendError):
+    """An ACL of Redis forbids our user this command or key. Private: callers see a BackendError."""
 
 
 class LockError(GovRedisError):
@@ -57,13 +89,13 @@ class LockLost(LockError):
 
 
 class LockUnavailable(LockError, BackendUnavailable):
-    """Nobody could be asked for the lock, and the configured fallback forbids, or does not yet allow, another way."""
+    """No server could be asked for the lock, and the fallback forbids another way, or does not allow it yet."""
 
 
 class RateLimitExceeded(GovRedisError):
     """A limit said no. `result` is the RateLimitResult, or None where there is none.
 
-    A str in its place is the message of one that came over a JSON result backend, where `result` cannot come along.
+    A JSON result backend carries the message alone: a str in the place of `result`.
     """
 
     def __init__(self, result: RateLimitResult | str | None = None) -> None:
@@ -81,7 +113,7 @@ class RateLimitExceeded(GovRedisError):
 class SessionAlreadyBound(GovRedisError):
     """`bind(if_absent=True)` found the session bound to another agent: `existing` is that SessionBinding.
 
-    Over a JSON result backend comes its message, a str, and `existing` is None.
+    A JSON result backend carries the message alone, and `existing` is None.
     """
 
     def __init__(self, existing: SessionBinding | str) -> None:
@@ -94,27 +126,50 @@ class SessionAlreadyBound(GovRedisError):
         return type(self), (self.args[0] if self.existing is None else self.existing,)
 
 
+class SessionChanged(GovRedisError):
+    """`update` changed nothing: the session has ended, was bound anew, or was changed by others at each try.
+
+    `existing` is the SessionBinding that stands instead; None where the session has ended. A JSON result backend
+    carries the message alone, and `existing` is None.
+    """
+
+    def __init__(self, existing: SessionBinding | str | None = None) -> None:
+        self.existing = None if isinstance(existing, str) else existing
+        if existing is None:
+            existing = "the session has ended, or was never bound"
+        elif not isinstance(existing, str):
+            existing = f"the session of agent {existing.agent_id!r} was bound anew or changed meanwhile"
+        super().__init__(existing)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0] if self.existing is None else self.existing,)
+
+
 class SessionStoreUnavailable(BackendUnavailable):
-    """The session's record cannot be reached and this process does not know it: not the same as logged out."""
+    """The session's record cannot be reached, and this process does not know the session. The user may be logged in."""
 
 
 def refuse(what: str, held: Any, wanted: str) -> ValueError:
-    """The one form of a bad-argument message: what was wrong, and what is right."""
+    """The ValueError for a bad argument: its name, its value, and the values that are allowed."""
     shown = repr(held)
     if len(shown) > 80:
         shown = shown[:77] + "..."
     return ValueError(f"{what} is {shown}; it must be {wanted}")
 
 
+#: Seconds: the shortest time for which something can be kept, and a time beyond all that can be waited or kept for.
+SHORTEST, TOO_LONG = 0.001, 1e9
+
+
 def check_timeout(value: Any) -> float:
-    """Return `value` if it is how long somebody may wait, in seconds. Raises ValueError otherwise."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e9:
+    """Return `value` if it is a time to wait, in seconds. Raises ValueError otherwise."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < TOO_LONG:
         raise refuse("timeout", value, "seconds, 0 or more")
     return value
 
 
 def check_ttl(value: Any, what: str = "ttl") -> float:
-    """Return `value` if it is how long something may be kept, in seconds. Raises ValueError otherwise."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0.001 <= value < 1e9:
-        raise refuse(what, value, "seconds, 0.001 or more")
+    """Return `value` if it is a time to keep something, in seconds. Raises ValueError otherwise."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not SHORTEST <= value < TOO_LONG:
+        raise refuse(what, value, f"seconds, {SHORTEST} or more")
     return value

@@ -58,7 +58,7 @@ app.conf.update(
     task_acks_late=True,
     task_reject_on_worker_lost=True,
     worker_prefetch_multiplier=1,
-    # What runs when the connection breaks runs on.
+    # Tasks that run when the connection breaks run on.
     worker_cancel_long_running_tasks_on_connection_loss=False,
     # The schedule is in memory: there is nothing to catch up with, and no file to be left behind or broken.
     beat_scheduler="celery.beat:Scheduler",

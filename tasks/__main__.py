@@ -8,14 +8,14 @@ import sys
 from collections.abc import Iterator
 
 from govredis import Config, ConfigurationError, GovRedis, GovRedisError
-from govredis.config import redact
+from govredis._secrets import Secrets
 
 from . import app
 from .agents import DISCOVERIES
 
 _PATIENCE = 3.0  # seconds for the broker
 
-#: What is looked at, in the health, for each variable; and what leaves the other server out of it.
+#: For each variable: the check of the health report, and the environment that leaves out the other server.
 _SERVERS = {
     "REDIS_URL": ("redis", {"GOVREDIS_DATABASE_URL": ""}),
     "GOVREDIS_DATABASE_URL": ("postgres", {"REDIS_URL": "", "REDIS_ENABLED": "0"}),
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def check() -> Iterator[str]:
-    """What is wrong with the environment, in words. Makes the table of discoveries where nothing is."""
+    """Says in words where the environment is wrong. Makes the table of discoveries where it is right."""
     for variable, (name, without) in _SERVERS.items():
         try:
             with GovRedis(Config.from_mapping({**os.environ, **without})) as gov:
@@ -54,10 +54,11 @@ def check() -> Iterator[str]:
             broker.ensure_connection(max_retries=1, interval_start=0.2, timeout=_PATIENCE)
     except Exception as error:  # noqa: BLE001 - each transport has its own, and a URL that is none others still
         variable = "CELERY_BROKER_URL" if os.environ.get("CELERY_BROKER_URL") else "CELERY_BROKER_URL (as REDIS_URL)"
-        why = redact(str(error)) or type(error).__name__
+        secrets = Secrets((app.conf.broker_url,))
+        why = secrets.hide(str(error)) or type(error).__name__
         if isinstance(error, ValueError):  # what it quotes may be of the password
             why = "it is no URL; @ : / ? # in a password are written as %40 %3A %2F %3F %23"
-        yield f"{variable}: {redact(app.conf.broker_url)} cannot be used: {why}"
+        yield f"{variable}: {secrets.hide(app.conf.broker_url)} cannot be used: {why}"
 
 
 if __name__ == "__main__":

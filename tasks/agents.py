@@ -1,4 +1,4 @@
-"""What is done to agents in the background: limits, locks and invalidation at work."""
+"""Background work on agents: limits, locks and invalidation at work."""
 
 from __future__ import annotations
 

@@ -9,16 +9,16 @@ breaks: there it runs again after the visibility_timeout.) Without:
 - An acknowledgement that fails is never repeated: the task runs again after the visibility_timeout, and until then its
   place in the prefetch count is taken.
 - A message that has been popped and could not be noted as unacknowledged is forgotten.
-- A worker tries to reconnect after 2, 4, 6, ... 30 seconds.
+- A worker tries to reconnect after 2, 4, 6, ... 30 seconds, and logs each try.
 - A task that wants to be retried while the broker is away is gone: Celery rejects the message it could not publish
   anew.
 
 Here a process remembers what the broker could not be told, says it as soon as the broker is there, and tries every
-second.
+second. It logs the first try of an outage.
 
-What remains: a message is lost where its worker is killed (-9), or its broker is killed or wakes up after the worker
-has given it up, in the instant between the pop and the note. Of a task that has ended while the broker is away, and
-whose worker ends too before it is back, the message is delivered again after the visibility_timeout. A task that
+These limits remain. A message is lost where its worker is killed (-9) in the instant between the pop and the note. So
+it is where the broker is killed then, or wakes up after the worker has given it up. Where a task ends while the broker
+is away, and its worker ends before the broker is back, the task runs again after the visibility_timeout. A task that
 begins in the instant in which the connection breaks may run twice. During an outage a worker enforces no time limits.
 """
 
@@ -39,8 +39,8 @@ from kombu.transport.virtual import Message
 
 logger = get_logger(__name__)
 
-#: What the broker has yet to be told of a message, by delivery tag: that it is acknowledged, or is to be put back. Of
-#: the process, since a connection that breaks takes its channels with it, and a message may be told of over any.
+#: By delivery tag, the acknowledgement or the return of a message that the broker does not know of yet. One table for
+#: the process: a connection that breaks takes its channels with it, and any later channel may carry it.
 _untold: dict[str, Callable[[QoS], object]] = {}
 
 
@@ -49,6 +49,8 @@ class QoS(redis.QoS):
 
     #: Its connection broke: what it has to tell, another channel's tells.
     broken = False
+    #: It was logged that the broker cannot be told. An attribute of the class, so once an outage.
+    behind = False
 
     def append(self, message: Message, delivery_tag: str) -> None:
         try:
@@ -80,7 +82,7 @@ class QoS(redis.QoS):
             super().restore_unacked_once(stderr)
 
     def leave(self) -> None:
-        """Put back what no process of the pool has begun. What runs runs on, and is acknowledged later."""
+        """Put back what no process of the pool has begun. Running tasks run on, and are acknowledged later."""
         running = {request.message.delivery_tag for request in tuple(state.active_requests)}
         self._flush()
         for tag in self._delivered.keys() - running:
@@ -95,6 +97,7 @@ class QoS(redis.QoS):
         try:
             for tag, tell in list(_untold.items()):
                 tell(self)
+                QoS.behind = False
                 _untold.pop(tag, None)
                 # Only now it makes room for another message: a broker that hangs is not asked for more, which it would
                 # give, on waking, to a connection that has been given up.
@@ -102,7 +105,9 @@ class QoS(redis.QoS):
                     self._quick_ack(tag)
         except (*Transport.connection_errors, *Transport.channel_errors) as error:
             # Not raised: Celery would not try the other acknowledgements that it has at hand.
-            logger.warning("What became of %d messages the broker will be told later: %s", len(_untold), error)
+            if not QoS.behind:
+                QoS.behind = True
+                logger.warning("The outcome of %d messages will be told later: %s", len(_untold), error)
 
     def _put_back(self, message: Message) -> None:
         where = message.delivery_info
@@ -134,7 +139,22 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         return self.ensure_connected(self.app.connection_for_read(heartbeat=heartbeat, transport_options=patient))
 
     def ensure_connected(self, conn: Any) -> Any:
-        conn.ensure_connection = functools.partial(conn.ensure_connection, interval_start=1, interval_step=0)
+        ensure = conn.ensure_connection
+
+        def sooner(errback: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
+            said: list[Exception] = []
+
+            def say_once(error: Exception, interval: float) -> None:
+                if not said:
+                    errback(error, interval)
+                said.append(error)
+
+            connection = ensure(say_once, *args, interval_start=1, interval_step=0, **kwargs)
+            if said:
+                logger.info("The broker is back, at try %d", len(said) + 1)
+            return connection
+
+        conn.ensure_connection = sooner
         return super().ensure_connected(conn)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:

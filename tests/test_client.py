@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import multiprocessing
@@ -10,8 +11,11 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,10 +23,11 @@ from typing import Any
 
 import pytest
 import redis
+from support import PATIENCE, Child, eventually, in_child, in_threads
 
 from govredis import BackendError, BackendUnavailable, Config, ConfigurationError
-from govredis import client as client_module
 from govredis.client import RedisClient, Script
+from govredis.client import redis_client as client_module
 from govredis.testing.servers import RedisServer
 
 MakeClient = Callable[..., RedisClient]
@@ -60,13 +65,6 @@ def script(source: str = SOURCE) -> Script:
     return made
 
 
-def until(ready: Callable[[], Any], timeout: float = 20) -> None:
-    deadline = time.monotonic() + timeout
-    while not ready():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.005)
-
-
 def works(client: RedisClient) -> bool:
     try:
         return bool(client.call("PING") == b"PONG")
@@ -80,26 +78,6 @@ def connections(server: RedisServer) -> list[dict[str, str]]:
     if isinstance(lines, str):
         lines = [dict(word.split("=", 1) for word in line.split(" ")) for line in lines.splitlines()]
     return [c for c in lines if c["cmd"] != "client" and not c["cmd"].startswith("client|")]
-
-
-def parallel(*calls: Callable[[], Any]) -> None:
-    """Run them in threads; raise the first error."""
-    errors: list[BaseException] = []
-
-    def run(call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except BaseException as error:  # noqa: BLE001 - for the test's own thread
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive(), "it hangs"
-    if errors:
-        raise errors[0]
 
 
 # -- calls
@@ -151,6 +129,20 @@ def test_scripts_in_a_pipeline_come_back_after_a_flush(redis_server: RedisServer
         assert replies == [b"OK", str(n).encode(), 5, str(n).encode()]
 
 
+def test_a_source_is_sent_once_for_all_calls_of_its_script(
+    redis_server: RedisServer, client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, other = script(), script("return ARGV[1]")
+    sent: list[bytes] = []
+    exchange = client._exchange
+    monkeypatch.setattr(client, "_exchange", lambda *a: sent.append(a[2]) or exchange(*a))  # type: ignore[func-returns-value]
+    commands = [(ours if n % 2 else other).call(("k",), (str(n),)) for n in range(10)]
+    assert client.pipeline(commands, [ours, other]) == [str(n).encode() for n in range(10)]
+    assert len(sent) == 2
+    assert [sent[1].count(each.source.encode()) for each in (ours, other)] == [1, 1]
+    assert sent[1].count(b"EVALSHA") == 8
+
+
 def test_a_script_that_was_not_named_is_an_error_and_not_a_private_one(client: RedisClient) -> None:
     with pytest.raises(BackendError):
         client.pipeline([script("return 'never loaded'").call((), ())])
@@ -169,6 +161,24 @@ def test_a_pipeline_reads_all_replies_before_it_raises(client: RedisClient) -> N
         assert client.call("ECHO", "in step") == b"in step"
     assert client.call("GET", "count") == b"3"
     assert len(client._pool.live) == 1
+
+
+def test_in_a_pipeline_each_may_fail_alone(redis_server: RedisServer, client: RedisClient) -> None:
+    client.call("SET", "text", "x")
+    one = script()
+    for _ in range(2):
+        redis_server.command("SCRIPT", "FLUSH")
+        replies = client.pipeline([("LPUSH", "text", "1"), one.call(("k",), ("v",)), ("NO",)], (one,), each=True)
+        assert [isinstance(reply, BackendError) for reply in replies] == [True, False, True]
+        assert not any(isinstance(reply, BackendUnavailable) for reply in replies)
+        assert "WRONGTYPE" in str(replies[0])
+        assert client.call("ECHO", "in step") == b"in step"
+    redis_server.command("CONFIG", "SET", "maxmemory", "1")
+    try:
+        with pytest.raises(BackendUnavailable, match=r"cannot serve: .*maxmemory"):
+            client.pipeline([("LPUSH", "text", "1"), ("SET", "k", "v")], each=True)
+    finally:
+        redis_server.command("CONFIG", "SET", "maxmemory", "0")
 
 
 def test_a_script_file_is_read_with_its_sha() -> None:
@@ -206,11 +216,13 @@ def test_a_parameter_that_is_none_is_refused_before_anything_is_sent(url: str, p
     assert "hunter2" not in str(caught.value)
 
 
-def test_our_settings_win_over_the_url(redis_server: RedisServer, make_client: MakeClient) -> None:
+def test_timeouts_in_the_url_count_and_its_protocol_does_not(
+    redis_server: RedisServer, make_client: MakeClient
+) -> None:
     url = redis_server.url + "?protocol=3&decode_responses=True&socket_timeout=77&health_check_interval=1"
-    client = make_client(redis_server, redis_url=url, socket_timeout=3)
+    client = make_client(redis_server, redis_url=url, socket_timeout=Config().socket_timeout)
     assert client.call("CONFIG", "GET", "maxmemory") == [b"maxmemory", b"0"]
-    assert client._pool.idle[0]._sock.gettimeout() == 3
+    assert client._pool.idle[0]._sock.gettimeout() == 77
 
 
 # -- error answers
@@ -243,6 +255,43 @@ def refused_in_every_way(client: RedisClient, why: str) -> None:
             client.run(writer, ("k",), "v")
         assert client.call("GET", "k") is None
     assert client.breaker.closed
+
+
+class Handle:
+    pass
+
+
+@pytest.mark.parametrize("what", ["call", "script", "pipeline", "in a transaction", "second sending"])
+def test_an_error_keeps_nothing_of_those_who_called(redis_server: RedisServer, client: RedisClient, what: str) -> None:
+    """A lock's handle, say: it is collected when its owner lets go of it, not when the collector next runs."""
+    wrong = "INCR", "text"
+    asked: dict[str, Callable[[], Any]] = {
+        "call": lambda: client.call(*wrong),
+        "script": lambda: client.run(script(), ("k",), "one"),
+        "pipeline": lambda: client.pipeline([wrong]),
+        "in a transaction": lambda: client.pipeline([("MULTI",), ("GET",), ("EXEC",)]),
+        "second sending": lambda: client.call("PING"),
+    }
+    client.call("SET", "text", "x")
+
+    def caller() -> weakref.ref[Handle]:
+        handle = Handle()
+        try:
+            asked[what]()
+        except BackendError:
+            pass
+        return weakref.ref(handle)
+
+    with redis.Redis.from_url(redis_server.url) as other:
+        other.script_flush()
+        if what == "second sending":
+            other.execute_command("CLIENT", "KILL", "TYPE", "normal")
+    gc.disable()
+    try:
+        assert caller()() is None
+    finally:
+        gc.enable()
+    assert client.resends() == (what == "second sending")
 
 
 def test_out_of_memory(mortal_redis: RedisServer, make_client: MakeClient) -> None:
@@ -281,7 +330,7 @@ def test_a_failed_snapshot(mortal_redis: RedisServer, make_client: MakeClient) -
     mortal_redis.command("CONFIG", "SET", "save", "3600 1")
     shutil.rmtree(mortal_redis.folder / "data")
     mortal_redis.command("BGSAVE")
-    until(lambda: "rdb_last_bgsave_status:err" in client.call("INFO", "persistence").decode())
+    eventually(lambda: "rdb_last_bgsave_status:err" in client.call("INFO", "persistence").decode())
     refused_in_every_way(client, "MISCONF")
     mortal_redis.command("CONFIG", "SET", "stop-writes-on-bgsave-error", "no")
     assert client.call("SET", "k", "v") == b"OK"
@@ -306,13 +355,14 @@ def test_loading(redis_binary: str, make_client: MakeClient) -> None:
                 except redis.ConnectionError:
                     return False
 
-            until(loading, 60)
-            # What was pooled is dead, so this connects anew, and is told.
+            eventually(loading, 60)
+            # The pooled connection is dead, so this connects anew, and is told.
             with pytest.raises(BackendUnavailable, match=r"loading"):
                 client.call("GET", "k1")
             assert not client.breaker.closed  # at once: it answers PING in the same way
             starting.result()
-        until(lambda: client.breaker.closed, 60)
+        eventually(lambda: client.breaker.closed, 60)
+        assert client.breaker.times_opened == 1
         assert client.call("GET", "k1") == value.encode()
 
 
@@ -338,7 +388,7 @@ def test_a_mistake_is_seen_after_an_outage_too(redis_binary: str, make_client: M
         assert no_ping.call("SET", "k", "v") == b"OK"
         for client in (wrong, no_ping):
             client.breaker.trip("a test")
-            until(lambda: client.breaker.closed)  # noqa: B023
+            eventually(lambda: client.breaker.closed)  # noqa: B023
         with pytest.raises(BackendError, match=r"rejected our credentials"):
             wrong.call("GET", "k")
         assert no_ping.call("GET", "k") == b"v"
@@ -352,7 +402,7 @@ def test_too_many_clients(mortal_redis: RedisServer, make_client: MakeClient) ->
         client.call("PING")
     assert not client.breaker.closed
     holder.call("CONFIG", "SET", "maxclients", 100)
-    until(lambda: works(client))
+    eventually(lambda: works(client))
 
 
 def test_a_server_that_speaks_something_else(make_client: MakeClient) -> None:
@@ -374,7 +424,7 @@ def test_a_server_that_speaks_something_else(make_client: MakeClient) -> None:
                     client.call("PING")
                 assert not isinstance(caught.value, BackendUnavailable)
 
-        parallel(serve, ask)
+        in_threads(serve, ask)
         assert not client._pool.idle
 
 
@@ -403,7 +453,7 @@ def test_a_killed_connection_is_invisible_to_the_caller(redis_server: RedisServe
         kill()
         assert client.run(script(), ("k",), n) == str(n).encode()
     assert client.breaker.closed
-    assert client.breaker._refusals == 0
+    assert client.breaker.refusals == 0
 
 
 def test_all_pooled_connections_are_replaced_after_a_restart(
@@ -412,7 +462,7 @@ def test_all_pooled_connections_are_replaced_after_a_restart(
     client = make_client(mortal_redis)
     held = [client._pool.take(1) for _ in range(5)]
     for connection in held:
-        connection.connect()
+        client._open(connection)
         client._pool.give(connection)
     mortal_redis.restart(data="empty")
     assert client.call("INCR", "n") == 1
@@ -420,18 +470,18 @@ def test_all_pooled_connections_are_replaced_after_a_restart(
     assert client.breaker.closed
 
 
-def test_what_timed_out_is_not_sent_again(mortal_redis: RedisServer, make_client: MakeClient) -> None:
+def test_a_command_that_timed_out_is_not_sent_again(mortal_redis: RedisServer, make_client: MakeClient) -> None:
     client = make_client(mortal_redis, socket_timeout=1)
     client.call("SET", "n", 0)
     mortal_redis.pause()
     with pytest.raises(BackendUnavailable, match=r"Timeout"):
         client.call("INCR", "n")
     mortal_redis.resume()
-    until(lambda: works(client))
+    eventually(lambda: works(client))
     assert client.call("GET", "n") == b"1"  # once: a hung server executes it on waking
 
 
-def test_what_timed_out_on_a_new_connection_is_not_sent_again(
+def test_a_command_that_timed_out_on_a_new_connection_is_not_sent_again(
     mortal_redis: RedisServer, make_client: MakeClient
 ) -> None:
     client = make_client(mortal_redis, socket_timeout=1)
@@ -439,7 +489,7 @@ def test_what_timed_out_on_a_new_connection_is_not_sent_again(
     with pytest.raises(BackendUnavailable):
         client.pipeline([("INCR", "n"), ("INCR", "n")])
     mortal_redis.resume()
-    until(lambda: works(client))
+    eventually(lambda: works(client))
     assert client.call("GET", "n") == b"2"
 
 
@@ -448,7 +498,7 @@ def test_what_timed_out_on_a_new_connection_is_not_sent_again(
 
 def test_refused(mortal_redis: RedisServer, make_client: MakeClient) -> None:
     mortal_redis.kill()
-    client = make_client(mortal_redis, socket_timeout=5, connect_timeout=5)
+    client = make_client(mortal_redis, socket_timeout=10 * PATIENCE, connect_timeout=10 * PATIENCE)
     began = time.monotonic()
     with pytest.raises(BackendUnavailable, match=r"^Redis at 127.0.0.1:\d+ is away: "):
         client.call("PING")
@@ -456,7 +506,7 @@ def test_refused(mortal_redis: RedisServer, make_client: MakeClient) -> None:
     with pytest.raises(BackendUnavailable):
         client.call("PING")
     assert not client.breaker.closed
-    assert time.monotonic() - began < 2.5  # neither retries nor waits: either timeout would be more
+    assert time.monotonic() - began < PATIENCE  # neither retries nor waits: either timeout would be more
     sent = client._pool
     sent._connect = lambda _: pytest.fail("an open breaker does not connect")  # type: ignore[method-assign]
     for _ in range(1000):
@@ -483,11 +533,11 @@ def test_hung_no_call_started_after_the_first_timeout_pays_one(
             if not opened_at:
                 opened_at.append(ended)
 
-    parallel(*[use] * 4)
+    in_threads(*[use] * 4)
     late = [ended - began for began, ended in calls if began > opened_at[0]]
     assert len(late) > 100
-    assert max(late) < 3  # a timeout is 4
-    assert sum(ended - began >= 4 for began, ended in calls) <= 4  # those that were under way
+    # A timeout is 4 s: only those that were under way have waited for it.
+    assert sum(ended - began >= 4 for began, ended in calls) <= 4
     assert client.breaker.times_opened == 1
 
 
@@ -497,9 +547,9 @@ def test_back_in_use_soon_after_it_is_back(how: str, mortal_redis: RedisServer, 
     for _ in range(2):
         client.call("PING")
         mortal_redis.kill() if how == "killed" else mortal_redis.pause()
-        until(lambda: not works(client) and not client.breaker.closed)
+        eventually(lambda: not works(client) and not client.breaker.closed)
         mortal_redis.start() if how == "killed" else mortal_redis.resume()
-        until(lambda: works(client), 5)
+        eventually(lambda: works(client), 5)
 
 
 def test_one_warning_and_one_info_per_outage(
@@ -514,7 +564,7 @@ def test_one_warning_and_one_info_per_outage(
     for _ in range(10):
         assert not works(client)
     mortal_redis.start()
-    until(lambda: client.breaker.closed)
+    eventually(lambda: client.breaker.closed)
     assert [r.levelname for r in caplog.records] == ["WARNING", "INFO"]
     assert "hunter2" not in caplog.text
 
@@ -528,7 +578,7 @@ class Outage:
     def __init__(self, server: RedisServer, client: RedisClient) -> None:
         self.server, self.client = server, client
         server.kill()
-        until(lambda: not works(client) and not client.breaker.closed)
+        eventually(lambda: not works(client) and not client.breaker.closed)
 
 
 def test_replays_run_before_anybody_elses_command(mortal_redis: RedisServer, make_client: MakeClient) -> None:
@@ -559,34 +609,45 @@ def test_replays_run_before_anybody_elses_command(mortal_redis: RedisServer, mak
             assert entered.wait(20)
             time.sleep(0.3)  # time for the others to do wrong
             go.set()
-            until(lambda: client.breaker.closed)
-            until(lambda: client.call("LLEN", "order") > 10)
+            eventually(lambda: client.breaker.closed)
+            eventually(lambda: client.call("LLEN", "order") > 10)
         finally:
             stop.set()
             go.set()
 
-    parallel(others, others, others, direct)
+    in_threads(others, others, others, direct)
     order = client.call("LRANGE", "order", 0, -1)
     assert order[:3] == [b"replay 1", b"replay 2", b"replay 3"]
     assert set(order[3:]) == {b"other"}
 
 
-def test_replay_soon_stops_use_until_the_replays_have_run(redis_server: RedisServer, client: RedisClient) -> None:
-    debts = ["one"]
+def test_after_replay_soon_the_replays_come_first(redis_server: RedisServer, client: RedisClient) -> None:
+    """Others wait for them; Redis is not away."""
+    pending = ["one"]
 
     def replay(redis: RedisClient) -> None:
-        while debts:
-            redis.call("RPUSH", "paid", debts[-1])
-            debts.pop()
+        while pending:
+            redis.call("RPUSH", "told", pending[-1])
+            pending.pop()
 
     client.on_recovery(replay)
     client.call("PING")
-    client.replay_soon("debts are owed")
-    with pytest.raises(BackendUnavailable, match=r"debts are owed"):
-        client.call("PING")
-    until(lambda: works(client))
-    assert client.call("LRANGE", "paid", 0, -1) == [b"one"]
+    client.replay_soon("writes are pending")
+    eventually(lambda: works(client))  # at once, but on a machine that is busy for a quarter of a second
+    assert client.call("LRANGE", "told", 0, -1) == [b"one"]
     assert client.breaker.times_opened == 1
+
+
+def test_while_the_replays_run_nobody_else_uses_redis(redis_server: RedisServer, client: RedisClient) -> None:
+    running, go_on = threading.Event(), threading.Event()
+    client.on_recovery(lambda _: (running.set(), go_on.wait(20)))
+    client.call("PING")
+    client.replay_soon("writes are pending")
+    assert running.wait(20)
+    with pytest.raises(BackendUnavailable, match=r"writes are pending"):
+        client.call("PING")
+    go_on.set()
+    eventually(lambda: works(client))
 
 
 def test_a_replay_that_finds_redis_unavailable_keeps_it_closed_to_all(client: RedisClient) -> None:
@@ -599,8 +660,8 @@ def test_a_replay_that_finds_redis_unavailable_keeps_it_closed_to_all(client: Re
 
     client.on_recovery(replay)
     client.breaker.trip("a test")
-    until(lambda: client.breaker.reason == "gone again")
-    until(lambda: works(client))
+    eventually(lambda: client.breaker.reason == "gone again")
+    eventually(lambda: works(client))
     assert runs == [False] * 3
 
 
@@ -616,13 +677,13 @@ def test_another_error_of_a_replay_is_logged_and_harms_nobody(
     client.on_recovery(broken)
     client.on_recovery(lambda redis: ran.append(redis))
     client.breaker.trip("a test")
-    until(lambda: works(client))
+    eventually(lambda: works(client))
     assert ran == [client]
     assert sum("a replay on Redis at" in r.getMessage() for r in caplog.records) == 1
 
 
 def test_a_caller_that_was_under_way_does_not_overtake_the_replays(
-    mortal_redis: RedisServer, make_client: MakeClient
+    mortal_redis: RedisServer, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It finds its connection dead, and the breaker opened meanwhile: it is not sent again."""
     client = make_client(mortal_redis)
@@ -632,12 +693,14 @@ def test_a_caller_that_was_under_way_does_not_overtake_the_replays(
 
     def overtaken(*args: Any) -> Any:
         client.breaker._threads = False  # no probe before we look
-        client.breaker.trip("debts are owed")
+        client.breaker.trip("writes are pending")
+        at = client.breaker._clock()
+        monkeypatch.setattr(client.breaker, "_clock", lambda: at)  # nor an overdue one
         mortal_redis.restart(data="empty")
         return send(*args)
 
     connection.send_packed_command = overtaken
-    with pytest.raises(BackendUnavailable, match=r"debts are owed"):
+    with pytest.raises(BackendUnavailable, match=r"writes are pending"):
         client.call("SET", "k", "v")
     assert mortal_redis.command("GET", "k") is None
 
@@ -646,13 +709,13 @@ def test_a_caller_that_was_under_way_does_not_overtake_the_replays(
 
 
 class Struck(BaseException):
-    """What the signal handler raises, as KeyboardInterrupt or a soft time limit would be."""
+    """The exception that the signal handler raises, as KeyboardInterrupt or a soft time limit would be."""
 
 
 STRIKES = 10_000
 
 
-# What redis-py had opened and not noted yet when it was struck: Python closes it, and says so.
+# A socket that redis-py had opened and not noted yet when it was struck: Python closes it, and says so.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_at_any_point_gives_nobody_anothers_reply(redis_server: RedisServer, make_client: MakeClient) -> None:
     """10,000 exceptions raised at random points of calls, while two threads use the same client."""
@@ -724,11 +787,12 @@ def test_a_signal_at_any_point_gives_nobody_anothers_reply(redis_server: RedisSe
     assert next(served) > 100
     assert client.call("ECHO", "after") == b"after"
     assert sum(1 for _ in client._pool.live) <= 8
-    # Every place is still there to be had.
+    # Every place is still there to be had. A cycle may hold some until it is collected.
+    gc.collect()
     held = [client._pool.take(5) for _ in range(8)]
     for connection in held:
         client._pool.give(connection)
-    until(lambda: len(connections(redis_server)) <= 8)
+    eventually(lambda: len(connections(redis_server)) <= 8)
     assert client.breaker.closed
 
 
@@ -780,7 +844,7 @@ def test_fifty_threads_share_one_client(redis_server: RedisServer, make_client: 
             assert client.call("ECHO", text) == text
             assert client.pipeline([("ECHO", text), ("INCR", "n")])[0] == text
 
-    parallel(*[lambda t=t: use(t) for t in range(50)])  # type: ignore[misc]
+    in_threads(*[lambda t=t: use(t) for t in range(50)])  # type: ignore[misc]
     assert client.call("GET", "n") == b"1500"
     assert len(connections(redis_server)) <= 20
 
@@ -794,30 +858,13 @@ def hammer(client: RedisClient, who: str, rounds: int = 200) -> None:
         assert client.run(ours, (), text) == text
 
 
-def in_child(work: Callable[[], object]) -> Callable[[], None]:
-    """Run `work` in a forked child; the returned function waits for it, and fails if it did."""
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-
-    def join() -> None:
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-    return join
-
-
 def test_parent_and_children_work_on_after_a_fork(redis_server: RedisServer, client: RedisClient) -> None:
-    parallel(*[lambda: client.call("PING")] * 4)
+    in_threads(*[lambda: client.call("PING")] * 4)
     before = {c["id"] for c in connections(redis_server)}
-    joins = [in_child(lambda n=n: hammer(client, f"child {n}")) for n in range(3)]  # type: ignore[misc]
+    children = [Child(lambda n=n: hammer(client, f"child {n}")) for n in range(3)]  # type: ignore[misc]
     hammer(client, "parent")
-    for join in joins:
-        join()
+    for child in children:
+        child.result()
     hammer(client, "parent again")
     assert client.call("GET", "count") == b"1000"
     assert before == {c["id"] for c in connections(redis_server)}  # the parent's are the ones it had
@@ -839,7 +886,7 @@ def test_a_child_does_not_disturb_the_parents_sockets(
         elif ending == "collects":
             del inherited
 
-    in_child(child)()
+    in_child(child)
     assert client.call("ECHO", "still") == b"still"
     assert client._pool.idle[-1]._sock is socket_before
 
@@ -868,8 +915,8 @@ def test_a_child_waits_for_nothing_of_its_parents(redis_server: RedisServer, mak
     client = make_client(redis_server, redis_connections=1)
     held = client._pool.take(1)
     with client._pool._counting:  # another thread was taking one when we forked
-        child = in_child(lambda: client.call("PING"))
-    child()
+        child = Child(lambda: client.call("PING"))
+    assert child.result() == b"PONG"
     client._pool.give(held)
 
 
@@ -877,8 +924,8 @@ def test_a_child_forked_while_redis_is_away_finds_it_back(mortal_redis: RedisSer
     client = make_client(mortal_redis)
     Outage(mortal_redis, client)
     mortal_redis.start()
-    in_child(lambda: until(lambda: works(client)))()
-    until(lambda: works(client))
+    in_child(lambda: eventually(lambda: works(client)))
+    eventually(lambda: works(client))
 
 
 def descriptors() -> int:
@@ -889,13 +936,13 @@ def test_close_gives_everything_back(redis_server: RedisServer, make_client: Mak
     threads_before, before = set(threading.enumerate()), descriptors()
     for _ in range(20):
         client = RedisClient(Config(redis_url=redis_server.url, socket_timeout=5))
-        parallel(*[lambda c=client: c.call("PING")] * 3)  # type: ignore[misc]
+        in_threads(*[lambda c=client: c.call("PING")] * 3)  # type: ignore[misc]
         client.breaker.trip("a test")
         client.close()
         client.close()
     assert descriptors() == before
     assert set(threading.enumerate()) <= threads_before
-    until(lambda: not connections(redis_server))
+    eventually(lambda: not connections(redis_server))
 
 
 def test_a_closed_client_reconnects_if_it_is_used_again(client: RedisClient) -> None:
@@ -913,7 +960,7 @@ def test_a_client_dropped_without_close_leaves_nothing(redis_server: RedisServer
         assert connections(redis_server)
         del client
     gc.collect()
-    until(lambda: not connections(redis_server))
+    eventually(lambda: not connections(redis_server))
 
 
 def test_a_long_pipeline_goes_in_pieces(client: RedisClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -921,9 +968,9 @@ def test_a_long_pipeline_goes_in_pieces(client: RedisClient, monkeypatch: pytest
     pieces = []
     round_trip = client._round_trip
 
-    def noted(packed: bytes, replies: int = 0) -> Any:
+    def noted(packed: bytes, replies: int = 0, **options: Any) -> Any:
         pieces.append(replies)
-        return round_trip(packed, replies)
+        return round_trip(packed, replies, **options)
 
     monkeypatch.setattr(client, "_round_trip", noted)
     assert client.pipeline([("ECHO", str(n)) for n in range(1200)]) == [str(n).encode() for n in range(1200)]
@@ -955,10 +1002,10 @@ def test_pop_returns_the_element_or_none(redis_server: RedisServer, client: Redi
                 got.append(element)
 
     def push() -> None:
-        until(lambda: int(redis_server.command("INFO", "clients")["blocked_clients"]))
+        eventually(lambda: int(redis_server.command("INFO", "clients")["blocked_clients"]))
         client.call("RPUSH", "empty", "c")
 
-    parallel(wait, push)
+    in_threads(wait, push)
     assert got == [b"c"]
     client.call("SET", "no list", "")
     with pytest.raises(BackendError, match="WRONGTYPE"):
@@ -981,18 +1028,17 @@ def test_pop_waits_so_long_however_late_the_server_is_and_that_is_no_outage(
             assert client.pop("l", seconds) is None
             took.append(time.monotonic() - began)
         assert min(took) < longest
-        assert sorted(took)[len(took) // 2] < 2
         assert min(took) >= min(max(seconds, 0), 0.149)  # a whole slice ends when the server next looks
         assert client.breaker.closed
         assert client.breaker.times_opened == 0
 
 
-def test_those_that_wait_leave_the_others_their_connections(redis_server: RedisServer, make_client: MakeClient) -> None:
-    client = make_client(redis_server, redis_connections=1, socket_timeout=5)
+def test_waiting_calls_leave_the_others_their_connections(redis_server: RedisServer, make_client: MakeClient) -> None:
+    client = make_client(redis_server, redis_connections=1, socket_timeout=10 * PATIENCE)
     answered: list[Any] = []
 
     def others() -> None:
-        until(lambda: int(redis_server.command("INFO", "clients")["blocked_clients"]))
+        eventually(lambda: int(redis_server.command("INFO", "clients")["blocked_clients"]))
         answered.append(client.call("PING"))
         client.call("RPUSH", "l", "x")
 
@@ -1000,14 +1046,14 @@ def test_those_that_wait_leave_the_others_their_connections(redis_server: RedisS
         while client.pop("l", 0.25) is None:
             pass
 
-    parallel(wait, others)
+    in_threads(wait, others)
     assert answered == [b"PONG"]
     # And wait for a connection no longer than they would for the element.
     held = client._waiting.take(1)
     began = time.monotonic()
     with pytest.raises(BackendUnavailable, match="all 1 connections"):
         client.pop("l", 0.05)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < PATIENCE
     assert client.breaker.closed
     client._waiting.give(held)
 
@@ -1026,7 +1072,7 @@ def test_pop_from_a_server_that_hangs_or_is_gone(
     with pytest.raises(BackendUnavailable):
         client.pop("l", 0.01)
     mortal_redis.resume()
-    until(lambda: works(client))
+    eventually(lambda: works(client))
     mortal_redis.restart(data="empty")
     client.call("RPUSH", "l", "x")
     assert client.pop("l", at_once) == b"x"
@@ -1044,7 +1090,7 @@ def test_an_idle_waiting_connection_that_was_killed_is_replaced(
     assert client.pop("l", at_once) == b"1"
     redis_server.command("CLIENT", "KILL", "TYPE", "normal")
     assert client.pop("l", at_once) == b"2"
-    assert client.breaker._refusals == 0
+    assert client.breaker.refusals == 0
 
 
 def test_an_exception_while_it_waits_costs_the_connection(
@@ -1067,7 +1113,7 @@ def test_an_exception_while_it_waits_costs_the_connection(
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert not client._waiting.idle
-    until(lambda: not int(redis_server.command("INFO", "clients")["blocked_clients"]))
+    eventually(lambda: not int(redis_server.command("INFO", "clients")["blocked_clients"]))
     client.call("RPUSH", "l", "y")
     assert client.pop("l", at_once) == b"y"
 
@@ -1088,7 +1134,7 @@ def test_a_child_forked_while_its_parent_waits(redis_server: RedisServer, client
         assert client.pop("child's", at_once) == b"y"
         client.close()
 
-    in_child(child)()
+    in_child(child)
     client.call("RPUSH", "l", "z")
     assert client.pop("l", at_once) == b"z"
     assert client._waiting.idle[-1]._sock is socket_before
@@ -1106,7 +1152,7 @@ def test_close_closes_those_that_have_waited_too(
     assert len(connections(redis_server)) == 2
     client.close()
     assert descriptors() == before
-    until(lambda: not connections(redis_server))
+    eventually(lambda: not connections(redis_server))
 
 
 def test_a_script_of_several_files_is_one() -> None:
@@ -1114,3 +1160,18 @@ def test_a_script_of_several_files_is_one() -> None:
     parts = [Script("govredis.locks", name).source for name in ("queue.lua", "release.lua")]
     assert whole.source == "\n".join(parts)
     assert whole.sha not in [Script("govredis.locks", "release.lua").sha]
+
+
+def test_a_process_that_closes_its_descriptors_connects_anew(redis_server: RedisServer) -> None:
+    """As daemons do when they begin."""
+    code = (
+        "import os, sys\n"
+        "from govredis import Config\n"
+        "from govredis.client import RedisClient\n"
+        "client = RedisClient(Config(redis_url=sys.argv[1], socket_timeout=20, connect_timeout=20))\n"
+        "client.call('SET', 'k', 'v')\n"
+        "os.closerange(3, 256)\n"
+        "print(client.call('GET', 'k'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, redis_server.url], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "b'v'\n", done.stderr

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from govredis import Config, ConfigurationError
-from govredis.config import redact
+from govredis._redact import redact
+from govredis.config import variables
 
 # variable: field, default, {given: parsed}, [bad], what the message says it may hold
 SETTINGS: dict[str, tuple[str, Any, dict[Any, Any], list[Any], str]] = {
@@ -30,7 +31,8 @@ SETTINGS: dict[str, tuple[str, Any, dict[Any, Any], list[Any], str]] = {
                 "unix:///run/redis.sock?db=2",
                 "redis://:pw@h/",
             )
-        },
+        }
+        | {"REDIS://H:1": "redis://H:1", "Rediss://h": "rediss://h", "UNIX:///Run/r": "unix:///Run/r"},
         [
             "localhost:6379",
             "http://h",
@@ -64,23 +66,49 @@ SETTINGS: dict[str, tuple[str, Any, dict[Any, Any], list[Any], str]] = {
     "GOVREDIS_DATABASE_URL": (
         "database_url",
         None,
-        {url: url for url in ("postgresql://u:p@h:5432/d", "postgres://h/d", "postgresql:///d?host=/tmp")},
+        {
+            url: url
+            for url in (
+                "postgresql://u:p@h:5432/d",
+                "postgres://h/d",
+                "postgresql:///d?host=/tmp",
+                "postgresql://%2Ftmp/d",
+                "postgresql://u:p@h1:5432,[::1]:5433,h3/d?target_session_attrs=read-write",
+                "postgresql://u:p#?w%40@h/d",
+                "postgresql://?service=mine",
+                "host=h1,h2 port=5432,5433 dbname=d password='it\\'s'",
+                "host=h\ndbname=d",
+                "service=mine",
+            )
+        }
+        | {"PostgreSQL://H/D": "postgresql://H/D"},
         [
             "mysql://h/d",
             "postgresql://",
             "postgresql:///",
-            "host=h dbname=d",
+            "hunter2",
+            "postgresql+psycopg2://h/d?a=b",
             "postgresql://h:99999/d",
+            "postgresql://h1:5432,h2:99999/d",
+            "host=h port=x",
+            "host=h\0",
             b"postgresql://h/d",
         ],
-        "postgresql://[user[:password]@][host][:port]/database",
+        "postgresql://[user[:password]@][host][:port][,host[:port]...]/database",
     ),
     "GOVREDIS_KEY_PREFIX": (
         "key_prefix",
         "",
-        {"app:": "app:", "é": "é"},
-        ["a{b", "a\nb", "x" * 600, b"app:", 5],
-        "a str without '{', '}' or control characters",
+        {"app:": "app:", "é": "é", "locks:": "locks:", "my-lock:": "my-lock:", "session": "session"},
+        ["a{b", "a\nb", "x" * 600, b"app:", 5, "session:", "app:lock:", "lock:x", "a:govredis:b:"],
+        "a str of at most 512 bytes of UTF-8, without '{', '}' or control characters, and without a kind of our keys",
+    ),
+    "GOVREDIS_SCHEMA": (
+        "schema",
+        "public",
+        {"govredis": "govredis", "My-own_1": "My-own_1", "user": "user", "x" * 63: "x" * 63},
+        ["a b", 'a"b', "a$$b", "a%b", "1a", "-a", "é", "pg_own", "x" * 64, "a;b", "a'b", "a\nb", b"public", 5],
+        "at most 63 letters of ASCII, digits, '_' and '-'",
     ),
     "GOVREDIS_SESSION_HASH_IDS": (
         "session_hash_ids",
@@ -148,13 +176,16 @@ for _variable, (_field, _whole) in COUNTS.items():
         "a whole number of at least 1",
     )
 
+#: The settings that a setting needs beside it.
+BESIDE = {"GOVREDIS_LIMIT_MIRROR": {"GOVREDIS_DATABASE_URL": "postgresql://h/d"}}
 GOOD = [(variable, given) for variable, setting in SETTINGS.items() for given in setting[2]]
 BAD = [(variable, given) for variable, setting in SETTINGS.items() for given in setting[3]]
 
 
 def test_the_table_above_has_every_setting() -> None:
     assert {f.metadata["variable"]: f.name for f in dataclasses.fields(Config)} == {
-        variable: setting[0] for variable, setting in SETTINGS.items()
+        None: "credential_provider",  # an object
+        **{variable: setting[0] for variable, setting in SETTINGS.items()},
     }
 
 
@@ -168,7 +199,9 @@ def test_the_defaults() -> None:
 @pytest.mark.parametrize(("variable", "given"), GOOD)
 def test_a_good_value(variable: str, given: Any) -> None:
     name, _, parsed, *_ = SETTINGS[variable]
-    for config in (Config.from_mapping({variable: given}), Config(**{name: given})):
+    beside = BESIDE.get(variable, {})
+    fields_beside = {SETTINGS[other][0]: value for other, value in beside.items()}
+    for config in (Config.from_mapping({variable: given, **beside}), Config(**{name: given, **fields_beside})):
         assert getattr(config, name) == parsed[given]
         assert type(getattr(config, name)) is type(parsed[given])
 
@@ -187,9 +220,67 @@ def test_a_bad_value_is_named_with_what_it_held_and_what_it_may_hold(variable: s
 
 
 def test_empty_and_foreign_variables_are_ignored() -> None:
-    held = dict.fromkeys(SETTINGS, "") | {"DATABASE_URL": "postgresql://the/apps", "GOVREDIS_FUTURE": "x"}
+    held = dict.fromkeys(SETTINGS, "") | {"DATABASE_URL": "postgresql://the/apps", "REDIS_HOST": "h"}
     assert Config.from_mapping(held) == Config()
+    assert Config.from_mapping(dict.fromkeys(SETTINGS, " ")) == Config()
     assert Config.from_mapping(dict.fromkeys(SETTINGS)) == Config()
+
+
+def test_blanks_around_a_value_do_not_count() -> None:
+    """A secret that was read from a file ends with a newline."""
+    held = {"REDIS_URL": " redis://h:1\n", "REDIS_ENABLED": " TRUE\n", "GOVREDIS_LOCK_FALLBACK": "fail "}
+    assert Config.from_mapping(held) == Config(redis_url="redis://h:1", lock_fallback="fail")
+
+
+@pytest.mark.parametrize(
+    ("given", "right"),
+    {
+        "GOVREDIS_SOCKET_TIMEOUTS": "GOVREDIS_SOCKET_TIMEOUT",
+        "GOVREDIS_SESSION_TTL": "REDIS_SESSION_TTL",
+        "GOVREDIS_LOCK_TIMEOUT": "REDIS_LOCK_TIMEOUT",
+        "GOVREDIS_REDIS_URL": "REDIS_URL",
+        "GOVREDIS_ENABLED": "REDIS_ENABLED",
+        "GOVREDIS_DATABASE": "GOVREDIS_DATABASE_URL",
+        "GOVREDIS_LIMIT_FALBACK": "GOVREDIS_LIMIT_FALLBACK",
+    }.items(),
+)
+def test_a_name_that_is_nearly_a_settings_is_refused_with_the_right_one(given: str, right: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{given} is no setting; the name must be {right}$"):
+        Config.from_mapping({given: "5"})
+
+
+def test_a_name_that_is_nearly_a_shared_one_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    held = {"REDIS_SESION_TTL": "5", "REDIS_PASSWORD": "p", "REDIS_HOST": "h", "REDIS_URL_SERVICE_HOST": "10.0.0.11"}
+    for _ in range(2):
+        assert Config.from_mapping(held) == Config()
+    assert [r.getMessage() for r in caplog.records] == [
+        "REDIS_SESION_TTL is no setting that this govredis reads from the environment: it is ignored;"
+        " is REDIS_SESSION_TTL meant?"
+    ]
+
+
+def test_other_names_of_ours_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        assert Config.from_mapping({"GOVREDIS_FUTURE_WONDER": "x"}) == Config()
+    assert [record.getMessage() for record in caplog.records] == [
+        "GOVREDIS_FUTURE_WONDER is no setting that this govredis reads from the environment: it is ignored"
+    ]
+
+
+def test_variables_of_kubernetes_for_a_service_of_our_name_are_no_settings(caplog: pytest.LogCaptureFixture) -> None:
+    links = {
+        "GOVREDIS_SERVICE_HOST": "10.0.0.11",
+        "GOVREDIS_SERVICE_PORT": "6379",
+        "GOVREDIS_SERVICE_PORT_REDIS": "6379",
+        "GOVREDIS_PORT": "tcp://10.0.0.11:6379",
+        "GOVREDIS_PORT_6379_TCP": "tcp://10.0.0.11:6379",
+        "GOVREDIS_PORT_6379_TCP_PROTO": "tcp",
+        "GOVREDIS_PORT_6379_TCP_PORT": "6379",
+        "GOVREDIS_PORT_6379_TCP_ADDR": "10.0.0.11",
+        "GOVREDIS_LOCK_FOLDER_SERVICE_HOST": "10.0.0.12",
+    }
+    assert Config.from_mapping(links) == Config()
+    assert not caplog.records
 
 
 def test_from_env_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,35 +295,100 @@ def test_from_env_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
         Config.from_env()
 
 
-@pytest.mark.parametrize("prefix", ["govredis_", "GOVREDIS_"])
-def test_from_app_puts_an_applications_settings_over_the_environments(
-    monkeypatch: pytest.MonkeyPatch, prefix: str
-) -> None:
+#: By field, the names of the settings in an application's configuration: Flask's, and Celery's.
+APPS = {"flask": variables(), "celery": {f.name: f"govredis_{f.name}" for f in dataclasses.fields(Config)}}
+
+
+@pytest.fixture
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in SETTINGS:
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("REDIS_SESSION_TTL", "60")
-    monkeypatch.setenv("REDIS_LOCK_TIMEOUT", "7")
-    assert Config.from_app({}, prefix) == Config.from_env() == Config(session_ttl=60, lock_ttl=7)
 
-    def named(**settings: Any) -> dict[str, Any]:
-        return {prefix + (name.upper() if prefix.isupper() else name): value for name, value in settings.items()}
 
-    held = named(session_ttl=5, redis_url="redis://app", redis_enabled="0", metadata_ttl=None, heartbeat_interval=9)
-    assert Config.from_app(held, prefix) == Config(
-        session_ttl=5, lock_ttl=7, redis_url="redis://app", redis_enabled=False
-    )
-    assert Config.from_app({"REDIS_URL": "redis://other", "redis_url": "redis://other"}, prefix).redis_url == (
-        Config().redis_url
-    ), "the names without the prefix are not ours there"
-    other_case = {name.swapcase(): value for name, value in named(session_ttl=5).items()}
-    assert Config.from_app(other_case, prefix).session_ttl == 60
-    with pytest.raises(ConfigurationError) as caught:
-        Config.from_app(named(redis_url="redis://u:hunter2@h:port"), prefix)
-    (name,) = named(redis_url=0)
-    assert str(caught.value).startswith(f"{name} is 'redis://u:***@h:port'; it must be redis://")
-    monkeypatch.setenv("REDIS_SESSION_TTL", "an hour")
-    with pytest.raises(ConfigurationError, match=r"^REDIS_SESSION_TTL is 'an hour'"):
-        Config.from_app({}, prefix)
+@pytest.mark.usefixtures("bare_environment")
+@pytest.mark.parametrize("names", APPS.values(), ids=APPS)
+class TestFromApp:
+    def named(self, names: dict[str, str], **settings: Any) -> dict[str, Any]:
+        return {names[field]: value for field, value in settings.items()}
+
+    def test_puts_an_applications_settings_over_the_environments(
+        self, monkeypatch: pytest.MonkeyPatch, names: dict[str, str]
+    ) -> None:
+        monkeypatch.setenv("REDIS_SESSION_TTL", "60")
+        monkeypatch.setenv("REDIS_LOCK_TIMEOUT", "7")
+        held = self.named(names, session_ttl=5, redis_url=" redis://app\n", redis_enabled="0", metadata_ttl=None)
+        assert Config.from_app(held, names) == Config(
+            session_ttl=5, lock_ttl=7, redis_url="redis://app", redis_enabled=False
+        )
+        assert Config.from_app(self.named(names, session_ttl=" "), names) == Config(lock_ttl=7), "blank: the default"
+
+    def test_is_none_where_it_has_none(self, names: dict[str, str]) -> None:
+        own = f"{names['key_prefix'][:9]}own"
+        held = {own: 5, "SECRET_KEY": "x", "DATABASE_URL": "postgresql://the/apps"}
+        assert Config.from_app(held, names, [own]) is None
+        assert Config.from_app(self.named(names, session_ttl=None), names) is None
+
+    def test_bears_no_other_case(self, names: dict[str, str]) -> None:
+        assert Config.from_app({name.swapcase(): "5" for name in names.values()}, names) is None
+
+    def test_names_a_wrong_value_as_it_stands_there(
+        self, monkeypatch: pytest.MonkeyPatch, names: dict[str, str]
+    ) -> None:
+        with pytest.raises(ConfigurationError) as caught:
+            Config.from_app(self.named(names, redis_url="redis://u:hunter2@h:port"), names)
+        assert str(caught.value).startswith(f"{names['redis_url']} is 'redis://u:***@h:port'; it must be redis://")
+        monkeypatch.setenv("REDIS_SESSION_TTL", "an hour")
+        with pytest.raises(ConfigurationError, match=r"^REDIS_SESSION_TTL is 'an hour'"):
+            Config.from_app(self.named(names, metadata_ttl=5), names)
+
+    def test_refuses_a_near_miss_with_the_right_name(self, names: dict[str, str]) -> None:
+        prefix = names["key_prefix"][:9]
+        misses = {names["socket_timeout"] + prefix[0]: names["socket_timeout"]}
+        for written, field in {
+            "lock_timeout": "lock_ttl",
+            "redis_urls": "redis_url",
+            "session_ttls": "session_ttl",
+        }.items():
+            misses[prefix + (written.upper() if prefix.isupper() else written)] = names[field]
+        for miss, right in misses.items():
+            with pytest.raises(ConfigurationError, match=f"^{miss} is no setting; the name must be {right}$"):
+                Config.from_app({miss: "5"}, names)
+
+    def test_refuses_any_other_name_that_begins_as_ours_do(self, names: dict[str, str]) -> None:
+        prefix = names["key_prefix"][:9]
+        with pytest.raises(ConfigurationError, match=f"^{prefix}wonder is no setting; these are: .*{prefix}own"):
+            Config.from_app({f"{prefix}wonder": "5"}, names, [f"{prefix}own"])
+        near = f"{prefix}session_heater"
+        with pytest.raises(
+            ConfigurationError, match=f"^{near} is no setting; the name must be {prefix}session_header$"
+        ):
+            Config.from_app({near: "5"}, names, [f"{prefix}session_header"])
+
+
+@pytest.mark.usefixtures("bare_environment")
+@pytest.mark.parametrize(("variable", "given"), GOOD)
+def test_a_setting_has_one_name_in_the_environment_and_in_flask(variable: str, given: Any) -> None:
+    name, _, parsed, *_ = SETTINGS[variable]
+    held = {variable: given, **BESIDE.get(variable, {})}
+    config = Config.from_app(held, APPS["flask"])
+    assert config == Config.from_mapping(held)
+    assert getattr(config, name) == parsed[given]
+
+
+@pytest.mark.usefixtures("bare_environment")
+def test_an_application_may_set_what_a_variable_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOVREDIS_LIMIT_MIRROR", "2")
+    with pytest.raises(ConfigurationError, match="GOVREDIS_DATABASE_URL is not set"):
+        Config.from_env()
+    config = Config.from_app({"GOVREDIS_DATABASE_URL": "postgresql://h/d"}, APPS["flask"])
+    assert config is not None
+    assert config.limit_mirror == 2
+
+
+@pytest.mark.usefixtures("bare_environment")
+def test_a_whole_environment_may_be_an_applications_configuration() -> None:
+    held = {"PATH": "/bin", "GOVREDIS_PORT_6379_TCP": "tcp://10.0.0.11:6379", "REDIS_LOCK_TIMEOUT": "7"}
+    assert Config.from_app(held, APPS["flask"]) == Config(lock_ttl=7)
 
 
 def test_it_is_frozen_keyword_only_and_pickles() -> None:
@@ -249,6 +405,41 @@ def test_the_repr_shows_what_differs_from_the_default() -> None:
     assert repr(Config(session_ttl=60, redis_url="redis://h/1")) == "Config(redis_url='redis://h/1', session_ttl=60.0)"
 
 
+@pytest.mark.parametrize("where", ["REDIS_URL", "GOVREDIS_PARKING_URL"])
+@pytest.mark.parametrize(
+    ("variable", "parameter"),
+    [("GOVREDIS_SOCKET_TIMEOUT", "socket_timeout"), ("GOVREDIS_CONNECT_TIMEOUT", "socket_connect_timeout")],
+)
+def test_a_timeout_in_a_url_must_be_the_settings_if_both_are_there(where: str, variable: str, parameter: str) -> None:
+    held = {where: f"redis://h?{parameter}=5"}
+    Config.from_mapping(held)
+    Config.from_mapping({**held, variable: "5.0"})
+    with pytest.raises(ConfigurationError) as caught:
+        Config.from_mapping({**held, variable: "4"})
+    assert str(caught.value) == (
+        f"{parameter} in {where} is 5 and {variable} is 4; they must be the same, or one of them left out"
+    )
+    with pytest.raises(ConfigurationError, match=f"^{parameter} in {where} is 'soon'; it must be a number of seconds"):
+        Config.from_mapping({where: f"redis://h?{parameter}=soon"})
+
+
+class Provider:
+    def get_credentials(self) -> tuple[str, str]:
+        return "user", "hunter2"
+
+
+def test_a_credential_provider() -> None:
+    provider = Provider()
+    assert Config(credential_provider=provider).credential_provider is provider
+    assert "Provider" not in repr(Config(credential_provider=provider))
+    with pytest.raises(ConfigurationError, match=r"^credential_provider is 'token'; it must be an object"):
+        Config(credential_provider="token")
+    for userinfo in ("user:hunter2", ":hunter2", "user"):
+        with pytest.raises(ConfigurationError, match=r"^redis_url has a user or a password") as caught:
+            Config(redis_url=f"redis://{userinfo}@h", credential_provider=provider)
+        assert "hunter2" not in str(caught.value)
+
+
 SECRETS = [
     "redis://:hunter2@h/0",
     "redis://user:hunter2@h:6379/0",
@@ -259,9 +450,28 @@ SECRETS = [
     "unix://:hunter2@/run/redis.sock?db=0",
     "unix:///run/redis.sock?PASSWORD=hunter2",
 ]
+SECRET_PAIRS = [
+    "host=h password=hunter2 dbname=d",
+    "host=h password='a hunter2' dbname=d",
+    "host=h password = hunter2",
+    r"password='a\' hunter2'",
+    "password=a'hunter2 host=h",
+    'password=a"hunter2 host=h',
+    "password=a&hunter2 host=h",
+    r"password=a\ hunter2 host=h",
+    "user='a pass=' password='b hunter2'",
+    "host=h oauth_client_secret=hunter2",
+    "host=h password=a hunter2",  # libpq refuses it; the quotes were forgotten
+]
 SECRET_DSNS = [
+    *SECRET_PAIRS,
     "postgresql://user:hunter2@h/d",
+    "postgresql://user:hunter2@h1:5432,h2:5433/d",
+    "postgresql://user:a?hunter2@h/d",
+    "postgresql://user:a#hunter2@h/d",
     "postgresql://h/d?user=u&password=hunter2",
+    "postgresql://h/d?password=a'hunter2&user=u",
+    "postgresql://h/d?p%61ssword=hunter2",
     "postgresql://h/d?sslpassword=hunter2",
 ]
 # Bad values, which go into the error's message.
@@ -277,13 +487,12 @@ BAD_SECRETS = [
     "redis://user:hunter2/x@h/0",
     "redis://user:a?hunter2@h/0",
     "redis://user:a#hunter2@h/0",
+    "postgresql://h1:5432,user:hunter2/d",
+    "postgresql://user:1/hunter2@h/d",
     "redis://us/er:hunter2@h/0",
     "redis://user:a\nhunter2@h/0/x",
-    "host=h password=hunter2 dbname=d",
-    "host=h password='a hunter2' dbname=d",
-    "host=h password = hunter2",
-    r"password='a\' hunter2'",
     b"redis://user:hunter2@h/0",
+    "redis://user:hunter2\udcff@h/0",  # of an environment that is not UTF-8
     ["redis://user:hunter2@h/0"],
 ]
 
@@ -301,14 +510,25 @@ def test_no_database_password_in_the_repr(dsn: str) -> None:
     assert "hunter2" not in repr(Config(database_url=dsn))
 
 
-@pytest.mark.parametrize("held", BAD_SECRETS, ids=repr)
-@pytest.mark.parametrize("variable", ["REDIS_URL", "GOVREDIS_DATABASE_URL"])
+@pytest.mark.parametrize(
+    ("variable", "held"),
+    [(variable, held) for variable in ("REDIS_URL", "GOVREDIS_DATABASE_URL") for held in BAD_SECRETS]
+    + [("REDIS_URL", held) for held in SECRET_PAIRS]
+    + [("GOVREDIS_DATABASE_URL", held + " port=x") for held in SECRET_PAIRS],
+    ids=repr,
+)
 def test_no_password_in_an_error(variable: str, held: Any) -> None:
     with pytest.raises(ConfigurationError) as caught:
         Config.from_mapping({variable: held})
     assert "hunter2" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
+
+
+def test_redact_leaves_the_place_in_a_script_with_which_redis_ends_an_error() -> None:
+    error = "Redis at 127.0.0.1:6379 cannot serve: OOM command not allowed. script: 3c98a26, on @user_script:67."
+    assert redact(error) == error
+    assert redact("user:pw@user_script:67") == "user:***@user_script:67"
 
 
 def test_redact_leaves_the_rest() -> None:

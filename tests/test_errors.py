@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import pickle
+import traceback
 from datetime import datetime, timezone
 from decimal import Decimal
 
 import pytest
 from celery import Celery
+from support import redis_of
 
-from govredis import Limit, RateLimitResult, SessionBinding, errors
+from govredis import GovRedis, Limit, RateLimitResult, SessionBinding, errors
 from govredis.errors import (
     BackendError,
     BackendUnavailable,
@@ -23,9 +26,11 @@ from govredis.errors import (
     LockUnavailable,
     RateLimitExceeded,
     SessionAlreadyBound,
+    SessionChanged,
     SessionStoreUnavailable,
     check_timeout,
     check_ttl,
+    printable,
     refuse,
 )
 
@@ -40,8 +45,11 @@ PARENTS: dict[type[Exception], set[type[BaseException]]] = {
     LockUnavailable: {LockError, BackendUnavailable},
     RateLimitExceeded: {GovRedisError},
     SessionAlreadyBound: {GovRedisError},
+    SessionChanged: {GovRedisError},
     SessionStoreUnavailable: {BackendUnavailable},
 }
+#: The errors that carry something else than their message.
+CARRY = {RateLimitExceeded, SessionAlreadyBound, SessionChanged}
 BINDING = SessionBinding("s1", "agent-1", datetime(2026, 1, 2, tzinfo=timezone.utc), None, 3, {"a": 1}, "redis")
 RESULT = RateLimitResult(False, Limit(20, 3600), 0, 12.5, 3600.0, Limit(20, 3600), "redis", False)
 
@@ -53,15 +61,15 @@ def test_the_tree() -> None:
 
 
 def test_contention_is_not_unavailability_and_neither_is_the_other() -> None:
-    for contention in (LockTimeout, LockLost, RateLimitExceeded, SessionAlreadyBound):
+    for contention in (LockTimeout, LockLost, RateLimitExceeded, SessionAlreadyBound, SessionChanged):
         assert not issubclass(contention, BackendError)
     for away in (LockUnavailable, SessionStoreUnavailable):
         assert issubclass(away, BackendUnavailable)
         assert not issubclass(away, TimeoutError)
 
 
-@pytest.mark.parametrize("kind", [k for k in PARENTS if k not in {RateLimitExceeded, SessionAlreadyBound}])
-def test_those_with_a_message_pickle(kind: type[Exception]) -> None:
+@pytest.mark.parametrize("kind", [k for k in PARENTS if k not in CARRY])
+def test_errors_with_a_message_pickle(kind: type[Exception]) -> None:
     copy = pickle.loads(pickle.dumps(kind("what happened")))
     assert type(copy) is kind
     assert str(copy) == "what happened"
@@ -89,26 +97,41 @@ def test_session_already_bound_carries_the_existing_binding_through_pickle() -> 
     assert str(copy) == "session is already bound to agent 'agent-1'"
 
 
+def test_session_changed_carries_what_stands_through_pickle() -> None:
+    copy = pickle.loads(pickle.dumps(SessionChanged(BINDING)))
+    assert type(copy) is SessionChanged
+    assert copy.existing == BINDING
+    assert str(copy) == "the session of agent 'agent-1' was bound anew or changed meanwhile"
+    ended = pickle.loads(pickle.dumps(SessionChanged()))
+    assert (ended.existing, str(ended)) == (None, "the session has ended, or was never bound")
+
+
 def test_without_what_they_carry_they_keep_their_message_through_pickle() -> None:
     """As they come from a JSON result backend: a message, and nothing else."""
-    for made, carried in ((RateLimitExceeded("too often"), "result"), (SessionAlreadyBound("is bound"), "existing")):
+    for made, carried in (
+        (RateLimitExceeded("too often"), "result"),
+        (SessionAlreadyBound("is bound"), "existing"),
+        (SessionChanged("has changed"), "existing"),
+    ):
         copy = pickle.loads(pickle.dumps(made))
         assert (type(copy), str(copy), copy.args) == (type(made), str(made), made.args)
         assert getattr(copy, carried) is None
 
 
-@pytest.mark.parametrize("kind", [k for k in PARENTS if k not in {RateLimitExceeded, SessionAlreadyBound}])
-def test_those_with_a_message_come_over_a_json_result_backend(kind: type[Exception]) -> None:
+@pytest.mark.parametrize("kind", [k for k in PARENTS if k not in CARRY])
+def test_errors_with_a_message_come_over_a_json_result_backend(kind: type[Exception]) -> None:
     copy = over_json(kind("what happened"))
     assert type(copy) is kind
     assert str(copy) == "what happened"
 
 
-def test_those_that_carry_something_keep_type_and_message_over_a_json_result_backend() -> None:
+def test_errors_that_carry_something_keep_type_and_message_over_a_json_result_backend() -> None:
     for error, carried in (
         (RateLimitExceeded(RESULT), "result"),
         (RateLimitExceeded(), "result"),
         (SessionAlreadyBound(BINDING), "existing"),
+        (SessionChanged(BINDING), "existing"),
+        (SessionChanged(), "existing"),
     ):
         copy = over_json(error)
         assert (type(copy), str(copy)) == (type(error), str(error))
@@ -154,3 +177,43 @@ def test_nobody_may_wait_for_no_time_but_nothing_is_kept_for_none() -> None:
         check_ttl(0)
     with pytest.raises(ValueError, match=r"^ttl is 0.0009;"):
         check_ttl(0.0009)
+
+
+#: ESC, C0, DEL, C1, what turns the direction of writing, line and paragraph separators, a lone surrogate, a tag.
+UNPRINTABLE = "\x1b\x00\x07\r\x7f\x9b\u202e\u2066\u200f\u2028\u2029\ud800\U000e0041"
+
+
+@pytest.mark.parametrize("bad", UNPRINTABLE, ids=ascii)
+def test_a_character_that_does_not_print_is_spelled_out(bad: str) -> None:
+    assert printable(f"a{bad}[31m b") == f"a{ascii(bad)[1:-1]}[31m b"
+    assert printable(f"a{bad}\n", "\n") == f"a{ascii(bad)[1:-1]}\n"
+    for kind in PARENTS:
+        if kind not in CARRY:
+            assert str(kind(f"it said {bad}\nand more")) == f"it said {ascii(bad)[1:-1]}\nand more"
+
+
+def test_printable_text_stays() -> None:
+    for text in ("", "agent-1", "Zoë 名前 🎉 \\x1b", "a'b\"c"):
+        assert printable(text) == text
+    assert printable("a\nb") == "a\\nb"
+
+
+def test_a_servers_words_are_printable_in_errors_tracebacks_and_logs(
+    gov: GovRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both quote what they were sent, which may be what somebody else has put there."""
+    planted = "PLANTED\x1b]0;\x07\u202e"
+    for ask in (
+        lambda: redis_of(gov).call(planted),
+        lambda: gov.postgres.fetch("SELECT %s::int", (planted,)),
+    ):
+        with pytest.raises(BackendError, match="PLANTED") as refused:
+            ask()
+        told = "".join(traceback.format_exception(refused.value))
+        assert r"PLANTED\x1b]0;\x07\u202e" in str(refused.value)
+        try:
+            raise refused.value
+        except BackendError:
+            logging.getLogger("govredis").exception("a test: %s", refused.value)
+        for text in (told, str(refused.value), caplog.text):
+            assert not set(text) & set(UNPRINTABLE)

@@ -28,12 +28,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"govredis", f"govredis-{govredis.__version__}.dist-info"}
+    assert tops == {"govredis", "_govredis_pytest.py", f"govredis-{govredis.__version__}.dist-info"}
     wanted = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "govredis").rglob("*")
         if path.suffix in {".py", ".lua", ".sql", ".html", ".typed"}
     }
     assert {name for name in names if name.startswith("govredis/")} == wanted
-    assert "govredis/limits/window.lua" in wanted
+    assert "govredis/limits/lua/window.lua" in wanted
     assert "govredis/py.typed" in wanted

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
+from support import Background, eventually, in_child, in_threads
 
-from govredis._pool import Pool
+from govredis._pool import Pool, PoolExhausted
 from govredis.errors import BackendUnavailable
 
 
@@ -69,37 +68,6 @@ def no_gc() -> Iterator[None]:
     gc.enable()
 
 
-def in_thread(call: Callable[[], Any]) -> Callable[[], Any]:
-    """Start `call`; the returned function waits for it, and returns or raises what it did."""
-    done: list[Any] = []
-
-    def run() -> None:
-        try:
-            done.append((call(), None))
-        except BaseException as error:  # noqa: BLE001 - for the test's own thread
-            done.append((None, error))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-
-    def join() -> Any:
-        thread.join(20)
-        assert done, "it hangs"
-        value, error = done[0]
-        if error is not None:
-            raise error
-        return value
-
-    return join
-
-
-def until(ready: Callable[[], Any], timeout: float = 20) -> None:
-    deadline = time.monotonic() + timeout
-    while not ready():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.001)
-
-
 def test_last_in_first_out(server: Server) -> None:
     pool = server.pool(5)
     one, two, three = (pool.take(0) for _ in range(3))
@@ -126,25 +94,40 @@ def test_connecting_gets_the_deadline_of_the_caller(server: Server) -> None:
     assert before + 7 <= server.deadlines[0] <= time.monotonic() + 7
 
 
+def test_connecting_may_have_more_time_than_the_wait_for_a_place(server: Server) -> None:
+    pool = server.pool(1)
+    before = time.monotonic()
+    held = pool.take(0, 7)
+    assert before + 7 <= server.deadlines[0] <= time.monotonic() + 7
+    with pytest.raises(PoolExhausted):
+        pool.take(0, 7)
+    waiter = Background(lambda: pool.take(20, 7))
+    eventually(lambda: pool._bells)
+    before = time.monotonic()
+    pool.drop(held)
+    waiter.result()
+    assert server.deadlines[1] >= before + 7
+
+
 def test_a_waiter_gets_what_is_given_back(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("govredis._pool._SLICE", 1000.0)  # only being woken helps
+    monkeypatch.setattr("govredis._pool.SLICE", 1000.0)  # only being woken helps
     pool = server.pool(1)
     held = pool.take(0)
-    waiting = in_thread(lambda: pool.take(1000))
-    until(lambda: pool._bells)
+    waiting = Background(lambda: pool.take(1000))
+    eventually(lambda: pool._bells)
     pool.give(held)
-    assert waiting() is held
+    assert waiting.result() is held
 
 
 def test_a_waiter_gets_the_place_of_a_dropped_one(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("govredis._pool._SLICE", 1000.0)
+    monkeypatch.setattr("govredis._pool.SLICE", 1000.0)
     pool = server.pool(1)
     held = pool.take(0)
-    waiting = in_thread(lambda: pool.take(1000))
-    until(lambda: pool._bells)
+    waiting = Background(lambda: pool.take(1000))
+    eventually(lambda: pool._bells)
     pool.drop(held)
     assert held.closed
-    assert waiting() is not held
+    assert waiting.result() is not held
     assert server.made == 2
 
 
@@ -154,16 +137,16 @@ def test_a_waiter_gets_the_place_of_one_lost_to_an_exception(server: Server, no_
 
     def interrupted() -> None:
         connection = pool.take(0)
-        waiting.append(in_thread(lambda: pool.take(1000)))
-        until(lambda: pool._bells)
+        waiting.append(Background(lambda: pool.take(1000)))
+        eventually(lambda: pool._bells)
         raise KeyboardInterrupt(connection.number)
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert waiting[0]().number == 2
+    assert waiting[0].result().number == 2
 
 
-def test_one_lost_to_an_exception_frees_its_place(server: Server, no_gc: None) -> None:
+def test_a_connection_lost_to_an_exception_frees_its_place(server: Server, no_gc: None) -> None:
     pool = server.pool(1)
 
     def interrupted() -> None:
@@ -202,11 +185,11 @@ def test_never_more_than_the_bound_though_connecting_takes_time(server: Server) 
         time.sleep(0.001)
         pool.give(connection)
 
-    joins = [in_thread(use) for _ in range(12)]
-    until(lambda: server.made == 3 and len(pool._bells) == 9)
+    users = [Background(use) for _ in range(12)]
+    eventually(lambda: server.made == 3 and len(pool._bells) == 9)
     gate.set()
-    for join in joins:
-        join()
+    for user in users:
+        user.result()
     assert server.most_open == server.made == 3
 
 
@@ -229,8 +212,7 @@ def test_under_load_with_drops_and_losses(server: Server) -> None:
             else:
                 pool.give(connection)
 
-    for join in [in_thread(lambda t=t: use(t)) for t in range(12)]:  # type: ignore[misc]
-        join()
+    in_threads(*[lambda t=t: use(t) for t in range(12)])  # type: ignore[misc]
     assert server.most_open <= 4
     assert len(pool.live) == len(pool.idle) <= 4
     assert not pool._bells
@@ -251,13 +233,6 @@ def test_renewed_after_a_fork(server: Server) -> None:
     pool = server.pool(1)
     held = pool.take(0)
     with pool._counting:  # another thread was taking when we forked
-        pid = os.fork()
-        if not pid:
-            try:
-                pool.renew()
-                os._exit(0 if pool.take(0) is not held and not held.closed else 1)
-            finally:
-                os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert in_child(lambda: (pool.renew(), pool.take(0) is not held, held.closed)) == (None, True, False)
     with pytest.raises(BackendUnavailable):
         pool.take(0)

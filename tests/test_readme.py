@@ -1,23 +1,30 @@
-"""What the README shows is run: every Python block, in order, each `# -> value` compared."""
+"""The examples of README.md and docs/ are run: every Python block of a page, in order, each `# -> value` compared."""
 
 from __future__ import annotations
 
 import ast
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
-from govredis import Config, configure
+from govredis import Config, GovRedis, configure
+from govredis.cli import main
 from govredis.testing.servers import PostgresServer, RedisServer
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted(ROOT.glob("docs/**/*.md"))]
+PYTEST_COMMANDS = re.findall(r"^\S+ -m pytest .*$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
 
 
-def run(code: str, names: dict[str, Any]) -> int:
+def run(code: str, names: dict[str, Any], page: Path) -> int:
     """Run a block; an expression whose line ends in `# -> value` must have that repr. Returns how many had one."""
     expected = {n: line.partition("# -> ")[2].strip() for n, line in enumerate(code.splitlines(), 1) if "# -> " in line}
     seen: dict[int, str] = {}
@@ -29,7 +36,7 @@ def run(code: str, names: dict[str, Any]) -> int:
             note.args[1] = node.value
             node.value = ast.copy_location(note, node)
     names["_note"] = lambda line, value: seen.__setitem__(line, repr(value))
-    exec(compile(ast.fix_missing_locations(tree), "README.md", "exec"), names)
+    exec(compile(ast.fix_missing_locations(tree), page.name, "exec"), names)
     assert seen == expected
     return len(seen)
 
@@ -40,8 +47,14 @@ def one_redis() -> Iterator[RedisServer]:
         yield server
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_do_what_they_say(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, postgres_server: PostgresServer, one_redis: RedisServer
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    postgres_server: PostgresServer,
+    one_redis: RedisServer,
+    page: Path,
 ) -> None:
     # Once, not on each redis-server: Celery's apps of one process share their tasks.
     monkeypatch.setenv("REDIS_URL", one_redis.url)
@@ -50,18 +63,102 @@ def test_the_examples_do_what_they_say(
     monkeypatch.setenv("GOVREDIS_LOCK_FOLDER", str(tmp_path / "locks"))
     for what in ("SOCKET", "CONNECT", "POSTGRES"):  # a busy machine is no outage
         monkeypatch.setenv(f"GOVREDIS_{what}_TIMEOUT", "10")
+    with GovRedis.from_env() as deploying:
+        deploying.postgres.migrate()
+    compared = run_page(page)
+    assert compared > 10 or page != README
+    assert "`delay` blocks" not in caplog.text  # our own warning, of a setting that the example would lack
+
+
+@pytest.mark.parametrize("name", ["limits", "locks", "sessions", "health", "flask"])
+def test_the_examples_need_no_postgres(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_redis: RedisServer, name: str
+) -> None:
+    monkeypatch.setenv("REDIS_URL", one_redis.url)
+    monkeypatch.delenv("GOVREDIS_DATABASE_URL", raising=False)
+    monkeypatch.setenv("GOVREDIS_LOCK_FOLDER", str(tmp_path / "locks"))
+    for what in ("SOCKET", "CONNECT"):
+        monkeypatch.setenv(f"GOVREDIS_{what}_TIMEOUT", "10")
+    run_page(ROOT / f"docs/{name}.md")
+
+
+def run_page(page: Path) -> int:
+    """Run all examples of a page. Returns how many values were compared: all that it names."""
+    text = page.read_text()
+    names: dict[str, Any] = {"__name__": page.stem}
     configure(None)
-    names: dict[str, Any] = {"__name__": "readme"}
-    compared = sum(run(block, names) for block in BLOCKS)
-    names["gov"].close()
-    assert compared == README.read_text().count("# -> ") > 10
+    try:
+        compared = sum(run(block, names, page) for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    finally:
+        if "gov" in names:
+            names["gov"].close()
+    assert compared == text.count("# -> ")
+    return compared
 
 
-def test_every_setting_is_in_the_readme() -> None:
-    text = README.read_text()
-    variables = [f.metadata["variable"] for f in Config.__dataclass_fields__.values()]
-    assert [variable for variable in variables if variable not in text] == []
+def test_every_setting_is_documented_with_its_field() -> None:
+    rows = re.findall(r"^\| (`[A-Z_`, ]+`) \| ([^|]+) \|", (ROOT / "docs/configuration.md").read_text(), re.MULTILINE)
+    documented = {}
+    for variables, names in rows:
+        documented |= dict(zip(re.findall(r"\w+", names), re.findall(r"\w+", variables), strict=True))
+    assert documented == {
+        f.name: f.metadata["variable"]
+        for f in Config.__dataclass_fields__.values()
+        if f.metadata["variable"] is not None and f.name not in ("sentinel_hosts", "sentinel_master", "cluster")
+    }
 
 
-def test_nothing_is_left_to_be_filled_in() -> None:
-    assert not re.search(r"^[A-Z_]+$", README.read_text(), re.MULTILINE)
+def test_every_setting_without_a_row_is_named() -> None:
+    text = (ROOT / "docs/configuration.md").read_text()
+    names = [f.metadata["variable"] or f.name for f in Config.__dataclass_fields__.values()]
+    assert [name for name in names if name not in text] == []
+
+
+@pytest.mark.parametrize("command", PYTEST_COMMANDS)
+def test_a_pytest_command_of_contributing_selects_tests(command: str) -> None:
+    python, *words = shlex.split(command, comments=True)
+    assert python == ".venv/bin/python"
+    collected = subprocess.run(
+        [sys.executable, *words, "--collect-only", "-q"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert collected.returncode == 0, collected.stdout + collected.stderr  # pytest exits with 5 if it selects nothing
+
+
+def commands_of(group: click.Group, name: str) -> Iterator[str]:
+    for word, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands_of(command, f"{name} {word}")
+        else:
+            yield f"{name} {word}"
+
+
+def test_every_command_is_documented_and_no_other() -> None:
+    documented = re.findall(r"^\| `(govredis [a-z ]*[a-z])", (ROOT / "docs/cli.md").read_text(), re.MULTILINE)
+    assert set(documented) - {"govredis locks"} == set(commands_of(main, "govredis"))
+
+
+def test_the_readme_takes_ten_minutes() -> None:
+    assert len(README.read_text().splitlines()) <= 200
+    assert len(README.read_text().split()) <= 900
+
+
+QUESTIONS = re.findall(
+    r"^## (.+?)\n(.*?)(?=^## |\Z)", (ROOT / "docs/questions.md").read_text(), re.MULTILINE | re.DOTALL
+)
+
+
+def test_there_are_twenty_questions() -> None:
+    assert len({question for question, _ in QUESTIONS}) == 20
+    assert all(question.endswith("?") for question, _ in QUESTIONS)
+
+
+@pytest.mark.parametrize(("question", "answer"), QUESTIONS, ids=[question for question, _ in QUESTIONS])
+def test_a_question_is_answered_in_four_sentences_with_a_link(question: str, answer: str) -> None:
+    prose = re.sub(r"^```.*?^```$", "", answer, flags=re.MULTILINE | re.DOTALL)
+    assert 1 <= len(re.findall(r"[.!?](?=\s|$)", prose)) <= 4
+    assert re.search(r"\]\([a-z-]+\.md", prose)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_nothing_is_left_to_be_filled_in(page: Path) -> None:
+    assert not re.search(r"^[A-Z_]+$", page.read_text(), re.MULTILINE)

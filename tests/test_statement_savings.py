@@ -1,6 +1,6 @@
-"""PostgreSQL statements for 1,000 operations, counted at the pool: what README says of them.
+"""PostgreSQL statements for 1,000 operations, counted at the pool: the table in docs/performance.md.
 
-Without govredis each operation is one statement, at best. What the guard's ticks and the AgentStore cost is counted.
+Without govredis each operation is one statement, at best. Those of the relay and of the AgentStore are counted too.
 """
 
 from __future__ import annotations

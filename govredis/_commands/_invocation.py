@@ -1,4 +1,4 @@
-"""What every command needs: the GovRedis that it works on, and how it prints."""
+"""The parts that every command needs: its GovRedis, and its way of printing."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Iterable, Iterator, Sequence
 import click
 
 from ..api import GovRedis
-from ..errors import BackendError, ConfigurationError
+from ..errors import BackendError, ConfigurationError, printable
 
 _GOV = "govredis.gov"
 
 
 def work_on(gov: GovRedis) -> None:
-    """Have the commands of this invocation work on `gov`. Without, on one of the environment's, closed after it."""
+    """Have the commands of this invocation work on `gov`. Without it they make the environment's, and close it."""
     click.get_current_context().meta[_GOV] = gov
 
 
 @contextlib.contextmanager
 def invoked_gov() -> Iterator[GovRedis]:
-    """The GovRedis of this invocation. Our errors are said in one line, without a traceback."""
+    """The GovRedis of this invocation. Our errors end it with one line, without a traceback."""
     gov: GovRedis | None = click.get_current_context().meta.get(_GOV)
     try:
         if gov is not None:
@@ -29,17 +29,17 @@ def invoked_gov() -> Iterator[GovRedis]:
             with GovRedis.from_env() as gov:
                 yield gov
     except (ConfigurationError, BackendError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(printable(str(error), "\n")) from error
 
 
-def printable(text: str) -> str:
-    """What others have written may be anything, and this may be a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def say(line: str) -> None:
+    """Print a line, made safe for a terminal: other people's text may be part of it."""
+    click.echo(printable(line))
 
 
 def print_table(title: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print rows of cells below their title, each column as wide as it must be."""
-    lines = [title, *rows]
+    lines = [title, *([printable(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        click.echo("  ".join(map(str.ljust, line, widths)).rstrip())
+        say("  ".join(map(str.ljust, line, widths)).rstrip())

@@ -7,53 +7,59 @@ import sys
 
 import click
 
-from ..metadata import Outbox
-from ..metadata.audit import audit as audit_agents
-from ._invocation import invoked_gov, print_table
+from ..metadata.verify import verify as verify_agents
+from ..outbox import Outbox
+from ._invocation import invoked_gov, print_table, say
 
 
 @click.group()
 def outbox() -> None:
-    """Tables of yours whose changes, by whomever, invalidate cached values."""
+    """Watch tables of yours.
+
+    A change by any program then invalidates the cached value.
+    """
 
 
 @outbox.command()
 @click.argument("table")
 @click.argument("column")
-@click.option("--namespace", default="agent_meta", show_default=True, help="Of the cache.")
+@click.option("--namespace", default="agent_meta", show_default=True, help="The cache's namespace.")
 def watch(table: str, column: str, namespace: str) -> None:
-    """Watch TABLE: every change of a row invalidates the value of the id in its COLUMN."""
+    """Watch TABLE, whose ids are in COLUMN.
+
+    Every change of a row invalidates the cached value of its id.
+    """
     with invoked_gov() as gov:
         Outbox(gov.postgres).watch(table, column, namespace)
-    click.echo(f"{table} is watched for {namespace}")
+    say(f"{table} is watched for {namespace}")
 
 
 @outbox.command()
 @click.argument("table")
 def unwatch(table: str) -> None:
-    """Watch TABLE no more."""
+    """Stop watching TABLE."""
     with invoked_gov() as gov:
         Outbox(gov.postgres).unwatch(table)
-    click.echo(f"{table} is not watched any more")
+    say(f"{table} is not watched any more")
 
 
 @outbox.command()
 def status() -> None:
-    """Show what is watched, and how far Redis is behind."""
+    """Show the watched tables, and how far Redis is behind."""
     with invoked_gov() as gov:
         watched = Outbox(gov.postgres).watched()
-        _, lag = (False, None) if gov._guard is None else gov._guard.state()
+        lag = None if gov.internal.freshness is None else gov.internal.freshness.state().lag
     print_table(("TABLE", "COLUMN", "NAMESPACE"), [(w.table, w.column, w.namespace) for w in watched])
     if lag is None:
-        click.echo("this Redis is told of nothing: no cached values are in use")
+        say("no cached values are in use on this Redis, so it is not told of changes")
     elif lag.entries:
-        click.echo(f"this Redis has not been told of {lag.entries} changes, the oldest {lag.oldest:.1f} s ago")
+        say(f"this Redis has not been told of {lag.changes}, the oldest {lag.oldest:.1f} s ago")
     else:
-        click.echo("this Redis has been told of everything")
+        say("this Redis has been told of everything")
 
 
 @click.group()
-@click.option("--namespace", default="agent_meta", show_default=True, help="Of the cache.")
+@click.option("--namespace", default="agent_meta", show_default=True, help="The cache's namespace.")
 @click.pass_context
 def metadata(context: click.Context, namespace: str) -> None:
     """Look at cached values."""
@@ -64,7 +70,7 @@ def metadata(context: click.Context, namespace: str) -> None:
 @click.argument("identity", metavar="ID")
 @click.pass_obj
 def get(namespace: str, identity: str) -> None:
-    """Print the cached value of ID as JSON. Exits with 1 if there is none, or it may not be used now."""
+    """Print the cached value of ID as JSON. Exits with 1 if there is none that may be used now."""
     with invoked_gov() as gov:
         value = gov.cache(namespace).get(identity)
     click.echo(f"{identity} is not cached" if value is None else json.dumps(value, indent=2))
@@ -79,23 +85,32 @@ def invalidate(namespace: str, identity: str) -> None:
     """Drop the cached value of ID."""
     with invoked_gov() as gov:
         gov.cache(namespace).invalidate(identity)
-    click.echo(f"{identity} is invalidated")
+    say(f"{identity} is invalidated")
 
 
 @metadata.command()
 @click.option("--samples", type=click.IntRange(1), default=1000, show_default=True, help="Cached agents, at most.")
 @click.pass_obj
-def audit(namespace: str, samples: int) -> None:
-    """Compare cached agents with PostgreSQL, now and, those that are behind, after X. Exits with 1 if any is still."""
+def verify(namespace: str, samples: int) -> None:
+    """Compare cached agents with PostgreSQL. Exits with 1 if any stays behind for too long.
+
+    Those that are behind are compared again after GOVREDIS_METADATA_STALENESS, the longest that they may be behind.
+    """
     with invoked_gov() as gov:
         if namespace != "agent_meta":
-            raise ValueError(f"only agent_meta can be audited: nobody knows where the values of {namespace} are from")
-        found = audit_agents(
-            gov._keys, gov._redis, gov.metadata, gov.agents, samples=samples, staleness=gov.config.metadata_staleness
+            raise ValueError(f"only agent_meta can be verified: nobody knows where the values of {namespace} are from")
+        context = gov.internal.context
+        found = verify_agents(
+            context.keys,
+            context.redis,
+            gov.metadata,
+            gov.agents,
+            samples=samples,
+            staleness=gov.config.metadata_staleness,
         )
     rate = len(found.stale) / found.compared if found.compared else 0.0
-    click.echo(f"{found.compared} compared, {found.behind} behind, {len(found.stale)} of them for too long: {rate:.2%}")
+    say(f"{found.compared} compared, {found.behind} behind, {len(found.stale)} of them for too long: {rate:.2%}")
     for identity in found.stale:
-        click.echo(identity)
+        say(identity)
     if found.stale:
         sys.exit(1)

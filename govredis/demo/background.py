@@ -10,8 +10,9 @@ from billiard import current_process
 from celery import Celery
 from celery.signals import task_prerun
 
+from .._redact import redact
 from ..api import GovRedis
-from ..config import Config, redact
+from ..config import Config
 from ..contrib.celery import init_celery, rate_limited
 from ..limits import Limit
 from .board import POOL, WEB, Board
@@ -39,8 +40,7 @@ def make_app(gov: GovRedis, broker: str, folder: Path) -> Celery:
         raise RuntimeError(f"Celery would use {redact(app.conf.broker_url)}, which is not the demo's broker")
     init_celery(app, gov)
     board = Board(folder / "board")
-    #: Of the task that runs in this process: when it began, which Redis it was then, and how often PostgreSQL has
-    #: decided a limit.
+    #: When the task of this process began, on which Redis, and how often PostgreSQL had decided a limit by then.
     before: list[Any] = []
 
     def in_postgres() -> int:

@@ -11,11 +11,15 @@ from pathlib import Path
 
 WEB, JOBS, CLIENTS = 4, 3, 1  # processes
 WORKERS = WEB + JOBS + CLIENTS
+SERVICE = WORKERS  # the number of the async service, beside them
 POOL = 2  # processes of the Celery worker
 AGENTS = 32
 SESSIONS = 250  # of each web worker
+GUESTS = 50  # sessions of the async service
 
-STARTING, STOP = -1, 99
+#: Phases: before the story, its first one, and after it.
+STARTING, HEALTHY, STOP = -1, 0, 99
+_MANY = 1_000_000
 
 
 class Board:
@@ -24,18 +28,23 @@ class Board:
 
     def __init__(self, path: Path) -> None:
         with path.open("a+b") as file:
-            file.truncate(8 * (4 + 2 * WORKERS + WEB * (1 + AGENTS) + (WEB + POOL) * AGENTS))
+            cells = 5 + 2 * (WORKERS + 1) + WEB * (1 + AGENTS) + (WEB + POOL) * AGENTS + GUESTS + WEB + 1
+            file.truncate(8 * cells)
             self._cells = memoryview(mmap.mmap(file.fileno(), 0)).cast("q")
-        self._used = 4
-        self.ready = self._take(WORKERS)
+        self._used = 5
+        self.ready = self._take(WORKERS + 1)
         #: Calls made so far, for the progress bar.
-        self.calls = self._take(WORKERS)
+        self.calls = self._take(WORKERS + 1)
         #: How many sessions a web worker has bound; they are numbered from 0.
         self.bound = self._take(WEB)
         #: Per agent, the last version that a worker's update returned.
         self.updated = [self._take(AGENTS) for _ in range(WEB)]
         #: The same, but only of updates after which no reader may see less: see `promise`.
         self.promised = [self._take(AGENTS) for _ in range(WEB + POOL)]
+        #: Per session of the async service, as `marked`: how often it has been bound, and in which Redis last.
+        self.guests = self._take(GUESTS)
+        #: Per web worker, and of the async service: the number of the last limit that it has filled, as `marked`.
+        self.filled = self._take(WEB + 1)
 
     def _take(self, count: int) -> memoryview[int]:
         self._used += count
@@ -67,22 +76,32 @@ class Board:
     def epoch(self, number: int) -> None:
         self._cells[2] = number
 
-    def enter(self, worker: int) -> bool:
-        """Go into the one critical section. False if somebody is in it."""
-        alone = self._cells[3] == 0
-        self._cells[3] = worker + 1
+    def enter(self, worker: int, section: int = 0) -> bool:
+        """Go into a critical section, of two. False if somebody is in it."""
+        alone = self._cells[3 + section] == 0
+        self._cells[3 + section] = worker + 1
         return alone
 
-    def leave(self, worker: int) -> bool:
+    def leave(self, worker: int, section: int = 0) -> bool:
         """Go out of it. False if somebody came in meanwhile."""
-        alone = self._cells[3] == worker + 1
-        self._cells[3] = 0
+        alone = self._cells[3 + section] == worker + 1
+        self._cells[3 + section] = 0
         return alone
 
     def promise(self, row: int, agent: int, version: int) -> None:
         """From now on no reader may see less. `row`: a web worker's number, or WEB + that of a process of Celery's."""
         mine = self.promised[row]
         mine[agent] = max(mine[agent], version)
+
+    @staticmethod
+    def marked(epoch: int, number: int) -> int:
+        """Both in one cell: a number, and the Redis it comes from. 0: no number."""
+        return epoch * _MANY + number
+
+    @staticmethod
+    def unmarked(cell: int) -> tuple[int, int]:
+        """The epoch and the number."""
+        return divmod(cell, _MANY)
 
     def floors(self, agent: int) -> tuple[int, int]:
         """The least version that a read beginning now may return, and the last that an update returned."""

@@ -1,9 +1,8 @@
-"""Who uses the site: requests over HTTP, each timed, with what came back held against what was asked for."""
+"""The users of the site: requests over HTTP, each timed, and its answer checked against the question."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +14,8 @@ from .traffic import LIMITED, Worker
 
 #: Answers of the site: no session, so no agent to be limited; and a limit met.
 NOBODY, REFUSED = 400, 429
+#: The sessions of a client.
+SESSIONS = 20
 
 
 class Client(Worker):
@@ -24,27 +25,23 @@ class Client(Worker):
         super().__init__(number, config, folder)
         self.http = HTTPConnection(urlsplit((self.folder / "site").read_text()).netloc, timeout=5)
         self.fallbacks = 0
-        self.sessions: list[str] = []
+        #: Its logins: each the id of a session of its agent, `agent-{n % LIMITED}`.
+        self.sessions = [""] * SESSIONS
         #: The numbers of the discoveries that the site has accepted.
         self.published: list[int] = []
         #: The agents that it has changed, and their new versions.
         self.updates: list[tuple[int, int]] = []
-        #: What the limit of its requests has let through.
+        #: The requests that their limit has let through.
         self.admitted: list[tuple[str, str, float, float]] = []
         self.findings = {"published": self.published, "updates": self.updates, "admitted": self.admitted}
-        mix: dict[Callable[[], None], int] = {self.resolve: 80, self.update: 2, self.discover: 4}
-        self.calls, self.weights = list(mix), list(mix.values())
+        self.mix = {self.resolve: 80, self.update: 2, self.discover: 4}
 
     def degraded(self, operation: str) -> int:
         return self.fallbacks
 
     def prepare(self) -> None:
-        for session in range(20):
-            self.sessions.append(f"s-{self.number}-{session}")
-            self.log_in(self.sessions[-1])
-
-    def step(self) -> None:
-        self.random.choices(self.calls, self.weights)[0]()
+        for n in range(SESSIONS):
+            self.log_in(n)
 
     def ask(self, method: str, path: str, expected: tuple[int, ...], session: str = "", body: object = None) -> Any:
         """The answer's status and body, and whether PostgreSQL decided its limit. Counts what was not expected."""
@@ -63,17 +60,19 @@ class Client(Worker):
             self.fallbacks += 1
         return status, found, told.get(IN_POSTGRES, "0") != "0"
 
-    def log_in(self, session: str) -> None:
-        self.ask("POST", "/login", (200,), body={"session": session, "agent": _agent_of_session(session)})
+    def log_in(self, n: int) -> None:
+        status, found, _ = self.ask("POST", "/login", (200,), self.sessions[n], {"agent": _agent_of(n)})
+        if status == 200:
+            self.sessions[n] = found["session"]
 
     def resolve(self) -> None:
         """As often as the site's limit for it admits, and now and then more often."""
-        session, epoch = self.random.choice(self.sessions), self.board.epoch
+        n, epoch = self.random.randrange(SESSIONS), self.board.epoch
         (status, found, in_postgres), _ = self.timed(
-            "resolve over HTTP", lambda: self.ask("GET", "/me", (200, NOBODY, REFUSED), session)
+            "resolve over HTTP", lambda: self.ask("GET", "/me", (200, NOBODY, REFUSED), self.sessions[n])
         )
         if status == 200:
-            agent = _agent_of_session(session)
+            agent = _agent_of(n)
             self.tally["!sessions resolved wrongly"] += found["agent_id"] != agent
             store = "site postgres" if in_postgres else f"site redis {epoch}"
             self.admitted.append((agent, store, self.log[-3], self.log[-2]))
@@ -81,7 +80,7 @@ class Client(Worker):
             self.tally["requests refused"] += 1
         elif status == NOBODY:
             self.tally["!sessions resolved wrongly"] += 1
-            self.log_in(session)
+            self.log_in(n)
 
     def update(self) -> None:
         """The site changes the row with SQL of its own, and publishes the invalidation, which promises the version."""
@@ -96,18 +95,20 @@ class Client(Worker):
             self.published.append(number)
 
     def post(self, operation: str, path: str, body: object) -> Any:
-        """What the site has answered, if it has accepted it."""
-        session = self.random.choice(self.sessions)
-        (status, found, _), _ = self.timed(operation, lambda: self.ask("POST", path, (202, NOBODY), session, body))
+        """The site's answer, if it has accepted the request."""
+        n = self.random.randrange(SESSIONS)
+        (status, found, _), _ = self.timed(
+            operation, lambda: self.ask("POST", path, (202, NOBODY), self.sessions[n], body)
+        )
         if status == NOBODY:
             self.tally["!sessions resolved wrongly"] += 1
-            self.log_in(session)
+            self.log_in(n)
         return found if status == 202 else None
 
 
-def _agent_of_session(session: str) -> str:
-    """As the session's name, which is s-OWNER-NUMBER, has it: of few agents, whose limits are met now and then."""
-    return f"agent-{int(session.rpartition('-')[2]) % LIMITED}"
+def _agent_of(n: int) -> str:
+    """Whose the n-th session is: of few agents, whose limits are met now and then."""
+    return f"agent-{n % LIMITED}"
 
 
 def main() -> None:

@@ -16,6 +16,11 @@ from .background import LIMIT as TASK_LIMIT
 from .site import LIMIT as REQUEST_LIMIT
 from .traffic import COLUMNS, FALLBACK, OPERATIONS, POSTGRES, RATE, REDIS, REFUSED
 
+#: Counts beside the async service, each by one side: all must be there.
+BESIDE = (
+    "guests resolved", "sessions resolved by them", "records read by them", "increments beside", "increments of theirs",
+    "refused by us, filled by them", "refused by them, filled by us",
+)  # fmt: skip
 #: Each of these would be one statement if there were no govredis, and is one where it falls back on PostgreSQL.
 READS = ("resolve a session", "read metadata", "read metadata of 8", "store a discovery")
 
@@ -28,7 +33,7 @@ class Call(NamedTuple):
     statements: int
 
 
-class Admission(NamedTuple):
+class AdmittedCall(NamedTuple):
     """A limit let a call through, at some time between `began` and `ended`."""
 
     agent: str
@@ -50,28 +55,28 @@ class Discovery(NamedTuple):
 
 @dataclass
 class Findings:
-    """What one worker brought back."""
+    """The findings of one worker."""
 
     calls: list[Call]
     tally: Counter[str]
     errors: dict[str, str]
-    admissions: list[Admission]
+    admissions: list[AdmittedCall]
     #: The numbers of the tasks that the site has acknowledged.
     published: list[int]
     #: The agents, by number, that the site has changed, and their new versions.
     updates: list[tuple[int, int]]
-    #: What the site's own limit has let through.
-    admitted: list[Admission]
+    #: The requests that the site's own limit has let through.
+    admitted: list[AdmittedCall]
 
     @classmethod
     def read(cls, path: Path) -> Findings:
         found: dict[str, Any] = json.loads(path.read_text())
         rows, names = zip(*[iter(found["log"])] * COLUMNS, strict=True), list(OPERATIONS)
         calls = [Call(names[int(n)], int(by), began, ended, int(sent)) for n, by, began, ended, sent in rows]
-        admissions = [Admission(*row) for row in found.get("admissions", ())]
+        admissions = [AdmittedCall(*row) for row in found.get("admissions", ())]
         published = found.get("published", [])
         updates = [(int(agent), int(version)) for agent, version in found.get("updates", ())]
-        admitted = [Admission(*row) for row in found.get("admitted", ())]
+        admitted = [AdmittedCall(*row) for row in found.get("admitted", ())]
         return cls(calls, Counter(found["tally"]), found["errors"], admissions, published, updates, admitted)
 
 
@@ -90,7 +95,9 @@ class Run:
     """The whole story, as it went.
 
     Attributes:
-        counter: what the file says that was counted up under the lock.
+        workers: the processes of govredis.
+        service: the async service beside them.
+        counter: what the files say that was counted up under locks.
         discoveries: those that their tasks have stored.
         invalidated: by number of the agent, the last version whose invalidation was published, and has run.
         snapshots: of the health, kept in PostgreSQL while Redis was away.
@@ -98,6 +105,7 @@ class Run:
 
     phases: list[Phase]
     workers: list[Findings]
+    service: Findings
     counter: int
     discoveries: list[Discovery]
     invalidated: list[int]
@@ -106,14 +114,14 @@ class Run:
 
     def __post_init__(self) -> None:
         self.tally: Counter[str] = Counter()
-        for worker in self.workers:
-            self.tally.update(worker.tally)
+        for findings in (*self.workers, self.service):
+            self.tally.update(findings.tally)
         self.calls = [call for worker in self.workers for call in worker.calls]
         self.admissions = [admission for worker in self.workers for admission in worker.admissions]
         self.published = sum(len(worker.published) for worker in self.workers)
         self.updates = [update for worker in self.workers for update in worker.updates]
         self.admitted = [admission for worker in self.workers for admission in worker.admitted]
-        self.errors = {name: text for worker in self.workers for name, text in worker.errors.items()}
+        self.errors = {name: text for one in (*self.workers, self.service) for name, text in one.errors.items()}
 
     def latencies(self, operation: str, by: int) -> list[float]:
         return sorted(call.ended - call.began for call in self.calls if call.operation == operation and call.by == by)
@@ -145,7 +153,7 @@ class Run:
         """How often each thing happened that must never happen."""
         return {
             "limits exceeded": overfull(self.admissions, [Limit(*limit) for limit in RATE]),
-            "limits of tasks exceeded": overfull([Admission(*found[2:]) for found in self.discoveries], [TASK_LIMIT]),
+            "limits of tasks exceeded": overfull([AdmittedCall(*row[2:]) for row in self.discoveries], [TASK_LIMIT]),
             "limits of requests exceeded": overfull(self.admitted, [REQUEST_LIMIT]),
             "lock overlaps": self.tally["!lock overlaps"],
             "increments lost": abs(self.tally["increments"] - self.counter),
@@ -154,6 +162,7 @@ class Run:
             "tasks lost": self.published - len(self.discoveries),
             "tasks run twice": sum(found.runs - 1 for found in self.discoveries),
             "invalidations lost": sum(self.invalidated[agent] < version for agent, version in self.updates),
+            "disagreements with the async service": self.tally["!disagreements"],
             "HTTP errors": self.tally["!HTTP errors"],
             "unexpected errors": self.tally["!unexpected errors"],
         }
@@ -170,16 +179,17 @@ class Run:
             found.append("no health snapshot was taken while Redis was away")
         if not self.published or not self.updates or not self.tally["requests refused"]:
             found.append("the site accepted no discovery, or no update, or its limit was never met")
+        found += [f"beside the async service: {name}: 0" for name in BESIDE if not self.tally[name]]
         return found
 
 
-def overfull(admissions: Iterable[Admission], limits: Sequence[Limit]) -> int:
+def overfull(admissions: Iterable[AdmittedCall], limits: Sequence[Limit]) -> int:
     """How many windows surely held more admissions of one store than a limit allows.
 
     Each took place between send and receive, by a server's clock that runs as ours does. So those that were all sent
     and received within less than a window surely fell into one.
     """
-    stores: defaultdict[tuple[str, str], list[Admission]] = defaultdict(list)
+    stores: defaultdict[tuple[str, str], list[AdmittedCall]] = defaultdict(list)
     for admission in admissions:
         stores[admission.agent, admission.store].append(admission)
     found = 0

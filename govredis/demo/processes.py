@@ -44,9 +44,9 @@ class Processes:
             process.stdin.flush()
 
     def _environment(self) -> dict[str, str]:
-        # What Celery reads from the environment goes before what it is told: the user's broker is not for the demo.
+        # Celery prefers the environment to its configuration: the user's broker is not for the demo.
         mine = {name: value for name, value in os.environ.items() if not name.startswith("CELERY_")}
-        # What a process leaves behind when it is killed goes with the folder.
+        # Files that a killed process leaves behind go with the folder.
         return {**mine, "TMPDIR": str(self._folder)}
 
     def check(self) -> None:
@@ -84,7 +84,7 @@ class Processes:
 
 
 def take_order() -> dict[str, Any]:
-    """In a started process: its order. When its stdin ends, whoever started it is gone, and its group goes too."""
+    """In a started process: its order. When its stdin ends, its parent is gone, and its own group ends too."""
     order: dict[str, Any] = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_parent, daemon=True).start()
     return order

@@ -1,4 +1,4 @@
-"""What a person sees: a progress bar meanwhile, then one screen of tables."""
+"""The display for a person: a progress bar meanwhile, then one screen of tables."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def print_report(run: Run, console: Console) -> int:
     seconds = run.phases[-1].ended - run.phases[0].began
     head = f"[bold]{len(run.calls):,} calls[/] in {seconds:.0f} s from {len(run.workers)} processes on {run.servers}"
     console.print(f"\n{head}\n")
-    for table in (_latencies(run), _phases(run), _invariants(run), _notes(run)):
+    for table in (_latencies(run), _phases(run), _beside(run), _invariants(run), _notes(run)):
         console.print(table)
         console.print()
     broken = [f"{name}: {count}" for name, count in run.broken().items() if count]
@@ -114,7 +114,7 @@ def _invariants(run: Run) -> Table:
     details = {
         "limits exceeded": f"{len(run.admissions):,} of {tally['hits']:,} hits let through, per agent and store",
         "lock overlaps": f"{tally['increments']:,} times inside, looked at from inside",
-        "increments lost": f"{tally['increments']:,} made under the lock, and the file says {run.counter:,}",
+        "increments lost": f"{tally['increments']:,} made under locks, and the files say {run.counter:,}",
         "stale reads after invalidation": f"{tally['reads']:,} values looked at",
         "sessions resolved wrongly": "another's agent, or none, though Redis lost its data",
         "limits of tasks exceeded": f"{len(run.discoveries):,} tasks run, per agent and store",
@@ -122,6 +122,7 @@ def _invariants(run: Run) -> Table:
         "tasks lost": f"{run.published:,} published over HTTP",
         "tasks run twice": f"{len(run.discoveries):,} run",
         "invalidations lost": f"{len(run.updates):,} published after SQL of the site's own",
+        "disagreements with the async service": "in what is counted above",
         "HTTP errors": f"{sum(call.operation in OVER_HTTP for call in run.calls):,} requests",
         "unexpected errors": f"in {len(run.calls):,} calls",
     }
@@ -129,7 +130,24 @@ def _invariants(run: Run) -> Table:
         (f"[bold {'red' if count else 'green'}]{count:,}[/]", f"{name} [dim]({details[name]})[/]")
         for name, count in run.broken().items()
     ]
-    return _counts("What must not happen", rows)
+    return _counts("Must not happen", rows)
+
+
+def _beside(run: Run) -> Table:
+    tally = run.tally
+    rows = {
+        "sessions bound by it, and anew to others, resolved by govredis": tally["guests resolved"],
+        "the same while Redis was away, or had lost them: from rows": tally["guests resolved without their Redis"],
+        "sessions bound by govredis, resolved by it": tally["sessions resolved by them"],
+        "records cached by govredis, read by it as its own class": tally["records read by them"],
+        "limits filled by it, and refused by govredis": tally["refused by us, filled by them"],
+        "limits filled by govredis, and refused by it": tally["refused by them, filled by us"],
+        "times inside by it, under a lock of both": tally["increments of theirs"],
+        "times inside by govredis, under that lock": tally["increments beside"],
+        "calls of its own that failed while Redis was away: it has no fallback": tally["calls of theirs that failed"],
+    }
+    title = "Beside an async service on the same Redis, by redis-py's asyncio"
+    return _counts(title, ((f"{count:,}", what) for what, count in rows.items()))
 
 
 def _notes(run: Run) -> Table:
@@ -140,7 +158,7 @@ def _notes(run: Run) -> Table:
         "reads older than an update made while Redis was away, before it was told": tally["invalidations owed"],
         "LockLost: locks gone with Redis's data, their holders told": tally["locks lost"],
     }
-    return _counts("What may happen, by promise", ((f"{count:,}", what) for what, count in rows.items()))
+    return _counts("May happen, by promise", ((f"{count:,}", what) for what, count in rows.items()))
 
 
 def _time(seconds: float | None) -> str:

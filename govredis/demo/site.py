@@ -18,25 +18,27 @@ from ..limits import Limit
 from .background import make_app
 from .processes import take_order
 
-#: What the site puts on each answer: how many calls of its features a fallback has served meanwhile.
+#: A header of each answer: how many calls of its features a fallback has served meanwhile.
 DEGRADED = "X-Degraded"
 #: And how many limits PostgreSQL has decided.
 IN_POSTGRES = "X-Limited-In-Postgres"
-#: Of each agent's requests to see who it is.
+#: The limit of each agent's requests to see who it is.
 LIMIT = Limit(10, 1.0)
 HELP = """govredis demo: a site, a Celery worker with beat, Redis, a broker and PostgreSQL. Try
 
   curl {url}govredis/health
-  curl -X POST {url}login -H 'Content-Type: application/json' -d '{{"session": "mine", "agent": "agent-1"}}'
-  curl {url}me -H 'X-Session-Id: mine'
+  curl -X POST {url}login -H 'Content-Type: application/json' -d '{{"agent": "agent-1"}}'
+  S=...    # the "session" of that answer
+  curl {url}me -H "X-Session-Id: $S"
   curl {url}agents/agent-1
-  curl -X POST {url}agents/agent-1 -H 'X-Session-Id: mine' -H 'Content-Type: application/json' -d '{{"team": "search"}}'
-  curl -iX POST {url}discoveries -H 'X-Session-Id: mine' -H 'Content-Type: application/json' -d '{{"number": 1}}'
+  curl -X POST {url}agents/agent-1 -H "X-Session-Id: $S" -H 'Content-Type: application/json' -d '{{"team": "search"}}'
+  curl -iX POST {url}discoveries -H "X-Session-Id: $S" -H 'Content-Type: application/json' -d '{{"number": 1}}'
 """
 
 
 def make_site(gov: GovRedis, background: Celery) -> Flask:
     site = Flask("govredis.demo")
+    site.config["GOVREDIS_HEALTH_DETAILS"] = True  # it listens on this host only
     ext = FlaskGovRedis(site, gov)
 
     @site.before_request
@@ -60,8 +62,8 @@ def make_site(gov: GovRedis, background: Celery) -> Flask:
 
     @site.post("/login")
     def login() -> dict[str, str]:
-        binding = gov.sessions.bind(request.json["session"], request.json["agent"])
-        return {"agent_id": binding.agent_id}
+        binding = gov.sessions.start(request.json["agent"], replacing=request.headers.get("X-Session-Id"))
+        return {"agent_id": binding.agent_id, "session": binding.session_id}
 
     @site.get("/me")
     @ext.rate_limited(LIMIT, key=ext.current_agent, operation="demo_me")

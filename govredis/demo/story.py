@@ -8,7 +8,7 @@ from typing import Protocol
 
 from ..api import GovRedis
 from ..config import Config
-from .board import AGENTS, JOBS, STOP, WEB, WORKERS
+from .board import AGENTS, CLIENTS, JOBS, SERVICE, STOP, WEB, WORKERS
 from .measure import Discovery, Findings, Phase, Run
 from .stage import Stage, stage
 
@@ -24,7 +24,7 @@ _PATIENCE = 20.0  # seconds for the tasks that are left
 
 
 class Listener(Protocol):
-    """Who wants to know how far it is."""
+    """Is told how far the story is."""
 
     def begins(self, phase: str) -> None: ...
 
@@ -36,17 +36,12 @@ def tell(seconds: float, listener: Listener) -> Run:
     listener.begins("starting Redis, PostgreSQL and workers")
     with stage() as on:
         redis, board, processes = on.redis, on.board, on.processes
-        for name in ("counter", "counter-alone"):
+        for name in ("counter", "counter-alone", "counter-beside"):
             (on.folder / name).write_text("0")
-        names = [f"worker {number} of {WORKERS}" for number in range(WORKERS)]
-        for number, name in enumerate(names):
-            processes.start(
-                name,
-                "traffic" if number < WEB + JOBS else "clients",
-                number=number,
-                config=on.config,
-                folder=str(on.folder),
-            )
+        names = [*(f"worker {number} of {WORKERS}" for number in range(WORKERS)), "async service"]
+        modules = ["traffic"] * (WEB + JOBS) + ["clients"] * CLIENTS + ["async_worker"]
+        for number, (name, module) in enumerate(zip(names, modules, strict=True)):
+            processes.start(name, module, number=number, config=on.config, folder=str(on.folder))
         processes.until(lambda: all(board.ready), "the workers' start")
 
         total = sum(share for _, share, _ in PHASES)
@@ -80,13 +75,14 @@ def tell(seconds: float, listener: Listener) -> Run:
         board.phase = STOP
         processes.until(lambda: all(map(processes.ended, names)), "the workers' end")
         found = [Findings.read(on.folder / f"found-{number}.json") for number in range(WORKERS)]
+        service = Findings.read(on.folder / f"found-{SERVICE}.json")
         _settle(on)
         with GovRedis(Config(**on.config)) as gov:
             discoveries = [Discovery(*row) for row in gov.postgres.fetch("SELECT * FROM demo_discoveries")]
-            snapshots = gov.postgres.fetch("SELECT count(*) FROM govredis_health_snapshots")[0][0]
-        counter = int((on.folder / "counter").read_text())
+            snapshots = gov.postgres.fetch("SELECT count(*) FROM @schema@.govredis_health_snapshots")[0][0]
+        counter = sum(int((on.folder / name).read_text()) for name in ("counter", "counter-beside"))
         promised = [max(row[agent] for row in board.promised[WEB:]) for agent in range(AGENTS)]
-        return Run(phases, found, counter, discoveries, promised, snapshots, on.versions)
+        return Run(phases, found, service, counter, discoveries, promised, snapshots, on.versions)
 
 
 def _settle(on: Stage) -> None:

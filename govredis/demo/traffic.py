@@ -1,4 +1,4 @@
-"""What the workers do: real calls, one after the other, each timed, with what came back held against the board.
+"""The work of the workers: real calls, one after the other, each timed, and its result checked against the board.
 
 A worker is a process of its own, started by `story.py`.
 """
@@ -20,7 +20,7 @@ from ..api import GovRedis
 from ..config import Config
 from ..errors import LockLost
 from ..limits import Limit
-from .board import AGENTS, SESSIONS, STARTING, STOP, WEB, Board
+from .board import AGENTS, GUESTS, SESSIONS, STARTING, STOP, WEB, Board
 from .processes import take_order
 
 T = TypeVar("T")
@@ -48,6 +48,8 @@ NUMBER = {name: number for number, name in enumerate(OPERATIONS)}
 COLUMNS = 5  # of a row of the log: operation, who served it, began, ended, PostgreSQL statements sent
 
 RATE = [(10, 1.0), (30, 5.0)]  # "10/second;30/5 seconds": what "20/hour" is in a story of half a minute
+#: Filled by one side, met by the other.
+BESIDE = Limit(10, 3600.0)
 LIMITED = 8  # agents that store discoveries
 ALONE = 0.15  # how often the same is done with PostgreSQL alone
 PAUSE = 0.002  # seconds between two calls: latencies of a server in use, not of one flooded
@@ -61,7 +63,7 @@ BIND = (
 
 
 class Worker:
-    """What web and job workers share: the clock and the log."""
+    """The clock and the log that web and job workers share."""
 
     def __init__(self, number: int, config: dict[str, Any], folder: str) -> None:
         self.number = number
@@ -71,11 +73,16 @@ class Worker:
         self.alone = GovRedis(Config(**config, redis_enabled=False))
         self.random = random.Random(number)
         self.log = array("d")
-        #: What happened, by name. Names that begin with "!" must not happen.
+        #: Counts of events, by name. Names that begin with "!" must not happen.
         self.tally: Counter[str] = Counter()
         #: By the name of an unexpected exception, the traceback of the first.
         self.errors: dict[str, str] = {}
         self.findings: dict[str, Any] = {}
+        #: Its operations, and how often it does each.
+        self.mix: dict[Callable[[], None], int] = {}
+        #: The operations that it has not done yet in this phase of the story.
+        self.first: list[Callable[[], None]] = []
+        self.phase = STARTING
 
     def timed(self, operation: str, call: Callable[[], T]) -> tuple[T, int]:
         """Call it and log it. Returns what it returned, and who served it."""
@@ -100,11 +107,21 @@ class Worker:
             call()
             self.log.extend((NUMBER[operation], POSTGRES, began, perf_counter(), 0))
 
+    def expect(self, right: bool, what: str) -> None:
+        """Counts where the async service and govredis disagree on what they share."""
+        self.tally["!disagreements"] += not right
+        if not right:
+            self.errors.setdefault(what, what)
+
     def prepare(self) -> None:
-        """What has to be there before the story begins."""
+        """Makes all that has to be there before the story begins."""
 
     def step(self) -> None:
-        raise NotImplementedError
+        """Everything once in each phase, in which a busy machine does little, and then at random."""
+        if self.phase != self.board.phase:
+            self.phase, self.first = self.board.phase, list(self.mix)
+        call = self.first.pop() if self.first else self.random.choices(list(self.mix), list(self.mix.values()))[0]
+        call()
 
     def run(self) -> None:
         board = self.board
@@ -136,16 +153,15 @@ class Web(Worker):
         self.findings = {"admissions": self.admissions}
         #: Done while Redis was away, and not yet replayed to it: agent and version.
         self.owed_updates: list[tuple[int, int]] = []
-        mix: dict[Callable[[], None], int] = {
+        self.mix = {
             self.resolve: 60, self.read: 50, self.read_many: 16, self.discover: 40, self.update: 4, self.bind_one: 8,
-            self.read_slowly: 3,
+            self.read_slowly: 3, self.resolve_guest: 12, self.fill: 2, self.meet_filled: 2,
         }  # fmt: skip
-        self.calls, self.weights = list(mix), list(mix.values())
 
     def timed(self, operation: str, call: Callable[[], T]) -> tuple[T, int]:
         result, by = super().timed(operation, call)
         if by == REDIS and self.owed_updates:
-            # What this process owes Redis is replayed before it uses Redis again, and it just has.
+            # Pending writes are replayed before this process uses Redis again, and it just has.
             for agent, version in self.owed_updates:
                 self.board.promise(self.number, agent, version)
             self.owed_updates = []
@@ -159,9 +175,6 @@ class Web(Worker):
             self.bind_one()
             self.alone.postgres.fetch(BIND, (f"s-{self.number}-{self.board.bound[self.number] - 1}", "agent"))
 
-    def step(self) -> None:
-        self.random.choices(self.calls, self.weights)[0]()
-
     # -- sessions ------------------------------------------------------------------------------------------------
 
     def bind_one(self) -> None:
@@ -173,7 +186,7 @@ class Web(Worker):
         self.board.bound[self.number] = max(self.board.bound[self.number], number + 1)
 
     def bind(self, number: int) -> None:
-        session, agent = f"s-{self.number}-{number}", _agent_of(self.number, number)
+        session, agent = f"s-{self.number}-{number}", agent_of_session(self.number, number)
         self.timed("bind a session", lambda: self.gov.sessions.bind(session, agent))
         self.beside("bind a session", lambda: self.alone.postgres.fetch(BIND, (session, agent)))
 
@@ -183,7 +196,9 @@ class Web(Worker):
         number = self.random.randrange(self.board.bound[owner])
         session = f"s-{owner}-{number}"
         binding, _ = self.timed("resolve a session", lambda: self.gov.sessions.get(session))
-        self.tally["!sessions resolved wrongly"] += binding is None or binding.agent_id != _agent_of(owner, number)
+        self.tally["!sessions resolved wrongly"] += binding is None or binding.agent_id != agent_of_session(
+            owner, number
+        )
         look = "SELECT agent_id FROM demo_sessions WHERE session_id = %s AND expires_at > now()"
         self.beside("resolve a session", lambda: self.alone.postgres.fetch(look, (session,)))
 
@@ -252,15 +267,48 @@ class Web(Worker):
             self.admissions.append((agent, store, self.log[-3], self.log[-2]))
         self.beside("store a discovery", lambda: self.alone.limits.hit(agent, self.rate, operation="alone"))
 
+    # -- beside the async service --------------------------------------------------------------------------------
+
+    def resolve_guest(self) -> None:
+        """A session that the async service has bound, and binds anew to another agent now and then."""
+        number = self.random.randrange(GUESTS)
+        epoch, oldest = self.board.unmarked(self.board.guests[number])
+        if not oldest:
+            return
+        binding, by = self.timed("resolve a session", lambda: self.gov.sessions.get(f"guest-{number}"))
+        newest = self.board.unmarked(self.board.guests[number])[1] + 1  # which is perhaps on its way
+        if by != REDIS or epoch != self.board.epoch:
+            # Its Redis is away, or was lost: what a govredis has seen of it counts, and is perhaps not the newest.
+            oldest = 1
+            self.tally["guests resolved without their Redis"] += binding is not None
+        else:
+            self.tally["guests resolved"] += 1
+            self.expect(binding is not None, f"guest-{number} is not found")
+        agents = {agent_of_guest(number, times) for times in range(oldest, newest + 1)}
+        self.expect(binding is None or binding.agent_id in agents, f"{binding} should be one of {agents}")
+
+    def fill(self) -> None:
+        """A limit that the async service meets."""
+        epoch, number = self.board.epoch, self.board.unmarked(self.board.filled[self.number])[1] + 1
+        name = limit_name(self.number, epoch, number)
+        if self.gov.limits.hit(name, BESIDE, operation="beside", cost=BESIDE.count).backend == "redis":
+            self.board.filled[self.number] = self.board.marked(epoch, number)
+
+    def meet_filled(self) -> None:
+        """A limit that the async service has filled."""
+        epoch, number = self.board.unmarked(self.board.filled[WEB])
+        result = self.gov.limits.hit(limit_name(WEB, epoch, number), BESIDE, operation="beside")
+        if number and result.backend == "redis" and epoch == self.board.epoch:
+            self.tally["refused by us, filled by them"] += not result.allowed
+            self.expect(not result.allowed, f"the limit {number}, filled by the async service, is open: {result}")
+
 
 class Job(Worker):
     """Works in the background under locks."""
 
-    def step(self) -> None:
-        if self.random.random() < 0.5:
-            self.lock()
-        else:
-            self.count()
+    def __init__(self, number: int, config: dict[str, Any], folder: str) -> None:
+        super().__init__(number, config, folder)
+        self.mix = {self.lock: 5, self.count: 5, self.count_beside: 1}
 
     def lock(self) -> None:
         """A lock of its own, which nobody contends."""
@@ -289,10 +337,41 @@ class Job(Worker):
         other = self.folder / "counter-alone"
         self.beside("count under a lock", lambda: self.advisory(-1, lambda: increment(other)))
 
+    def count_beside(self) -> None:
+        """The same, under a lock for which the async service contends, too. It may have to wait for that: not timed.
+
+        Where the lock is this host's alone, the service cannot know of it: nothing is counted.
+        """
+        try:
+            with self.gov.locks.acquire("beside", timeout=10) as held:
+                if not held.degraded:
+                    count_inside(self.board, self.number, self.folder, self.tally)
+                    self.tally["increments beside"] += 1
+        except LockLost:
+            self.tally["locks lost"] += 1
+
     def advisory(self, key: int, body: Callable[[], None]) -> None:
         with self.alone.postgres.transaction() as tx:
             tx.fetch("SELECT pg_advisory_xact_lock(%s)", (key,))
             body()
+
+
+def count_inside(board: Board, number: int, folder: Path, tally: Counter[str]) -> None:
+    """The work of both sides under the lock that they share."""
+    alone = board.enter(number, 1)
+    increment(folder / "counter-beside")
+    alone &= board.leave(number, 1)
+    tally.update({"increments": 1, "!lock overlaps": not alone})
+
+
+def agent_of_guest(number: int, times: int) -> str:
+    """The agent of the async service's session, after so many binds."""
+    return f"agent-{(number + times) % AGENTS}"
+
+
+def limit_name(filler: int, epoch: int, number: int) -> str:
+    """The identity of a limit that one side fills, and the other side meets."""
+    return f"{filler}-{epoch}-{number}"
 
 
 def increment(path: Path) -> None:
@@ -302,7 +381,7 @@ def increment(path: Path) -> None:
     path.write_text(str(number + 1))
 
 
-def _agent_of(owner: int, session: int) -> str:
+def agent_of_session(owner: int, session: int) -> str:
     return f"agent-{(owner * 7 + session) % AGENTS}"
 
 

@@ -1,5 +1,6 @@
 """Health: HealthMonitor and its report."""
 
-from .monitor import Check, HealthMonitor, HealthReport
+from .monitor import HealthMonitor
+from .report import Check, HealthReport
 
 __all__ = ["Check", "HealthMonitor", "HealthReport"]

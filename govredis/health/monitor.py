@@ -1,114 +1,82 @@
-"""HealthMonitor: what works, what a fallback covers, and what does not; and a record of it."""
+"""HealthMonitor: the state of the servers and features now, and a record of it."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from .._counters import Counters
-from .._fork import renew_in_child
-from ..client import RedisClient
-from ..errors import BackendError, BackendUnavailable, ConfigurationError, check_ttl
-from ..keys import Keys
+from .._context import Context
+from .._fork import notice_fork, renew_in_child
+from .._pool import PoolExhausted
+from .._secrets import Secrets
+from .._uncopied import Uncopied
+from ..errors import BackendError, BackendUnavailable, ConfigurationError, NoRight
+from . import verdict
+from .heartbeat import Heartbeat
+from .redis_check import check_redis
+from .report import Check, HealthReport
 
 if TYPE_CHECKING:
     from ..limits.parked import Parked
-    from ..metadata import Guard
-    from ..postgres import Postgres
+    from ..locks.backends.file_backend import FolderFault
+    from ..outbox import FreshnessLease
 
-__all__ = ["Check", "HealthMonitor", "HealthReport"]
-
-Status = Literal["pass", "warn", "fail"]
+__all__ = ["HealthMonitor"]
 
 _CACHED_FOR = 1.0
 _POSTGRES_DEADLINE = 0.5
 _HISTORY_ENTRIES = "10000"
 _HISTORY_DAYS = 30
-_HEARTBEATS_MISSED = 3
 #: Seconds after which a parked task that nobody has published is worth a warning.
 _OVERDUE = 30.0
-_SEVERITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
-#: What redis-cli INFO shows and a person asks for first.
-_INFO = ("redis_version", "uptime_in_seconds", "used_memory", "maxmemory", "connected_clients", "evicted_keys")
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing looked at.
-
-    Attributes:
-        name: "redis", "postgres", "counters"; "beat" where a heartbeat was ever seen; "outbox" where cached values are
-            used with PostgreSQL; "parked" where tasks wait for their limits.
-        status: "pass", "warn" (a fallback covers it) or "fail".
-        output: why, in words; "" if it passes.
-        data: what was observed. Durations are seconds.
-    """
-
-    name: str
-    status: Status
-    output: str
-    data: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class HealthReport:
-    """The worst status of all checks, the checks, and when (aware UTC).
-
-    `stored` says where `snapshot` kept it: "redis", "postgres", or None where it did not or could not.
-    """
-
-    status: Status
-    checks: tuple[Check, ...]
-    at: datetime
-    stored: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report in the form of draft-inadarei-api-health-check-06 (application/health+json)."""
-        return {
-            "status": self.status,
-            "time": self.at.isoformat(),
-            "checks": {c.name: [{"status": c.status, "output": c.output, **c.data}] for c in self.checks},
-        }
-
-
-class HealthMonitor:
+class HealthMonitor(Uncopied):
     """Looks at Redis, PostgreSQL and this process's counters, within a deadline for each.
 
     Redis away is "warn" while a fallback covers every feature, PostgreSQL away likewise. Redis away with PostgreSQL
     away too, or not configured, is "fail": limits are per process then, and metadata has no source. A Redis that is
-    disabled (REDIS_ENABLED=0) passes, and says so.
+    disabled (REDIS_ENABLED=0) passes, and says so. The whole table is in `verdict.py`.
 
     Args:
-        guard: of cached values, if there is one.
+        heartbeat: of Celery's beat.
+        freshness: of cached values, if there is one.
         parked: tasks that wait for their limits, where Redis is not disabled.
-        uncovered: the features that the settings leave without a fallback: with any, Redis away is "fail".
+        lock_folder: says why no lock file can be made; None where one can.
+        locks_held: says how many locks are held through govredis, and how many by others; raises BackendError.
+        clock: seconds, monotonic.
     """
 
     def __init__(
         self,
-        keys: Keys,
-        redis: RedisClient | None,
-        postgres: Postgres | None,
-        counters: Counters,
+        context: Context,
+        heartbeat: Heartbeat,
         *,
-        guard: Guard | None = None,
+        freshness: FreshnessLease | None = None,
         parked: Parked | None = None,
-        uncovered: Sequence[str] = (),
+        lock_folder: Callable[[], FolderFault | None] = lambda: None,
+        locks_held: Callable[[], tuple[int, int]] = lambda: (0, 0),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._keys = keys
-        self._uncovered = uncovered
-        self._guard = guard
+        self._keys = context.keys
+        self._redis = context.redis
+        self._postgres = context.postgres
+        self._counters = context.counters
+        self._uncovered = verdict.uncovered_features(context.config)
+        self._secrets = Secrets.of(context.config)
+        self._freshness = freshness
         self._parked = parked
-        self._redis = redis
-        self._postgres = postgres
-        self._counters = counters
+        self._lock_folder = lock_folder
+        self._locks_held = locks_held
         self._clock = clock
+        self._heartbeat = heartbeat
+        #: Asked once: each time would cost two round trips.
+        self._has_transactions = False
         self.renew_after_fork()
         renew_in_child(self)
 
@@ -118,32 +86,35 @@ class HealthMonitor:
         self._ratios_from: dict[str, int] = {}
 
     def check(self) -> HealthReport:
-        """Look now, or return what was seen within the last second. Never raises for a server being away.
+        """Look now, or return the report of the last second. Never raises because a server is away.
 
         Takes at most the connect and the socket timeout for Redis, and 0.5 s for PostgreSQL. Keys are counted by
-        DBSIZE: no scan.
+        DBSIZE. The scan for locks from outside covers at most 10,000 keys, and goes on there at the next check.
         """
+        notice_fork()
+        hide = self._secrets.hide_in
         with self._lock:
             if self._last is not None and self._clock() - self._last[0] < _CACHED_FOR:
                 return self._last[1]
-            (redis, *beat), postgres = self._check_redis(), self._check_postgres()
-            checks = [redis, postgres, self._check_counters(), *beat]
-            if postgres.status == "pass":
-                checks += self._check_outbox()
-            if redis.status == "pass":
+            (redis, *others), beats = check_redis(self._redis, self._heartbeat.commands, self._uncovered)
+            postgres = self._check_postgres()
+            others += self._heartbeat.check(beats, timeout=_POSTGRES_DEADLINE if postgres.status == "pass" else None)
+            checks = [redis, postgres, self._check_counters(), *others, *self._check_locks(redis)]
+            if redis.status == "pass":  # or else the same fault would be said twice
+                checks += self._check_outbox() if postgres.status == "pass" else []
                 checks += self._check_parked()
-            status: Status = max((c.status for c in checks), key=_SEVERITY.__getitem__)
-            if redis.status == "warn" and (self._postgres is None or postgres.status == "warn"):
-                status = "fail"
-            report = HealthReport(status, tuple(checks), datetime.now(timezone.utc))
+            status = verdict.of_all(checks, redis, postgres)
+            checks[0] = replace(redis, output=redis.output + verdict.uncovered_by_postgres(redis, postgres))
+            shown = tuple(replace(c, output=hide(c.output), data=hide(c.data)) for c in checks)
+            report = HealthReport(status, shown, datetime.now(timezone.utc))
             self._last = (self._clock(), report)
             return report
 
     def snapshot(self) -> HealthReport:
         """`check`, and keep the report: in a capped stream in Redis, or in PostgreSQL while Redis is away.
 
-        `report.stored` says where; None: nowhere. The stream holds about 10,000 reports at `govredis:health`,
-        the table those of 30 days.
+        `report.stored` names the place; None: it was kept nowhere. The stream at `govredis:health` holds about 10,000
+        reports, the table those of 30 days.
         """
         report = self.check()
         text = json.dumps(report.as_dict())
@@ -152,80 +123,65 @@ class HealthMonitor:
                 self._redis.call(
                     "XADD", self._keys.health_history(), "MAXLEN", "~", _HISTORY_ENTRIES, "*", "report", text
                 )
-                return _stored(report, "redis")
+                return replace(report, stored="redis")
             except BackendError:
                 self._counters.add("health.degraded.snapshots")
         if self._postgres is not None:
             try:
                 self._postgres.fetch(
-                    "WITH old AS (DELETE FROM govredis_health_snapshots WHERE at < now() - %s * interval '1 day')"
-                    " INSERT INTO govredis_health_snapshots (key, at, report) VALUES (%s, now(), %s::jsonb)"
+                    "WITH old AS (DELETE FROM @schema@.govredis_health_snapshots"
+                    " WHERE key = %s AND at < now() - %s * interval '1 day')"
+                    " INSERT INTO @schema@.govredis_health_snapshots (key, at, report) VALUES (%s, now(), %s::jsonb)"
                     " ON CONFLICT DO NOTHING",
-                    (_HISTORY_DAYS, self._keys.health_history(), text),
+                    (self._keys.health_history(), _HISTORY_DAYS, self._keys.health_history(), text),
                 )
-                return _stored(report, "postgres")
+                return replace(report, stored="postgres")
             except (BackendError, ConfigurationError):
                 self._counters.add("health.degraded.snapshots")
         return report
 
     def beat(self, every: float) -> bool:
-        """Note that whoever calls this is alive, and will call again `every` seconds from now.
+        """Note that the caller is alive, and will call again `every` seconds from now.
 
-        For the next day, or ten times `every`, `check` has an entry "beat", which warns where three in a row did not
-        come. Ages are counted by Redis's clock. Returns False where Redis is away: nothing is noted then.
+        For the next day, or ten times `every`, `check` has an entry "beat". It warns when three calls in a row did not
+        come. Ages are counted by Redis's clock. If Redis loses its data, PostgreSQL still has the last call, or a
+        process that has seen it. Returns False where the call could be noted in neither server.
         """
-        check_ttl(every, "every")
-        if self._redis is not None:
-            try:
-                self._redis.call("SET", self._keys.heartbeat(), f"{every:g}", "PX", f"{_kept(every) * 1000:.0f}")
-                return True
-            except BackendUnavailable:
-                self._counters.add("health.degraded.heartbeats")
-        return False
+        return self._heartbeat.note(every)
 
     def purge(self) -> int:
-        """Delete the stored reports of more than 30 days ago from PostgreSQL. Returns how many.
+        """Delete our prefix's reports of more than 30 days ago from PostgreSQL. Returns how many.
 
         Raises BackendUnavailable, ConfigurationError.
         """
         if self._postgres is None:
             return 0
         rows = self._postgres.fetch(
-            "WITH old AS (DELETE FROM govredis_health_snapshots WHERE at < now() - %s * interval '1 day' RETURNING 1)"
+            "WITH old AS (DELETE FROM @schema@.govredis_health_snapshots"
+            " WHERE key = %s AND at < now() - %s * interval '1 day' RETURNING 1)"
             " SELECT count(*) FROM old",
-            (_HISTORY_DAYS,),
+            (self._keys.health_history(), _HISTORY_DAYS),
         )
         return int(rows[0][0])
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _check_redis(self) -> list[Check]:
-        """Redis, and the heartbeat if there is one in it."""
-        if self._redis is None:
-            return [Check("redis", "pass", "disabled", {"enabled": False})]
-        breaker = self._redis.breaker
-        data: dict[str, Any] = {"enabled": True, "times_away": breaker.times_opened}
-        try:
-            began = time.perf_counter()
-            heartbeat = self._keys.heartbeat()
-            info, keys, every, left_ms = self._redis.pipeline(
-                (("INFO",), ("DBSIZE",), ("GET", heartbeat), ("PTTL", heartbeat))
-            )
-            data["seconds"] = round(time.perf_counter() - began, 6)
-        except BackendUnavailable as error:
-            data["away_for"] = round(breaker.away_for(), 3)
-            if self._uncovered:
-                return [Check("redis", "fail", f"{error}; no fallback for {' and '.join(self._uncovered)}", data)]
-            return [Check("redis", "warn", f"{error}; fallbacks are in use", data)]
-        except BackendError as error:
-            return [Check("redis", "fail", str(error), data)]
-        seen = dict(line.split(":", 1) for line in info.decode(errors="replace").split("\r\n") if ":" in line)
-        data.update({name: _number(seen[name]) for name in _INFO if name in seen})
-        data["keys"] = keys
-        checks = [Check("redis", "pass", "", data)]
-        if every is not None:
-            checks.append(_beat(every, left_ms / 1000))
-        return checks
+    def _check_locks(self, redis: Check) -> list[Check]:
+        """How many are held, and why no lock file can be made. Nothing where none are held, and a file can be made."""
+        data: dict[str, Any] = {}
+        fault = self._lock_folder()
+        if self._redis is not None and redis.status == "pass":
+            try:
+                held, outside = self._locks_held()
+            except BackendUnavailable:
+                pass  # the check of Redis says so from now on
+            except BackendError as error:
+                return [_folder_check(fault, {}) if fault else Check("locks", "pass", f"unknown: {error}", {})]
+            else:
+                data = {"held": held, "outside": outside} if held or outside else {}
+        if fault is not None:
+            return [_folder_check(fault, data)]
+        return [Check("locks", "pass", "", data)] if data else []
 
     def _check_postgres(self) -> Check:
         if self._postgres is None:
@@ -240,57 +196,78 @@ class HealthMonitor:
             began = time.perf_counter()
             missing = self._postgres.missing_migrations(timeout=_POSTGRES_DEADLINE)
             data["seconds"] = round(time.perf_counter() - began, 6)
-        except BackendUnavailable as error:
-            data["away_for"] = round(breaker.away_for(), 3)
-            return Check("postgres", "warn", str(error), data)
+            if not self._has_transactions:
+                with self._postgres.transaction(timeout=_POSTGRES_DEADLINE):
+                    pass  # a pooler in statement mode refuses it
+                self._has_transactions = True
         except (BackendError, ConfigurationError) as error:
-            return Check("postgres", "fail", str(error), data)
+            if isinstance(error, BackendUnavailable) and not isinstance(error, PoolExhausted):
+                data["away_for"] = round(breaker.away_for(), 3)
+            return Check("postgres", verdict.of_error(error), str(error), data)
         if missing:
             data["missing_migrations"] = missing
-            return Check("postgres", "fail", "our tables are not up to date: run `govredis migrate`", data)
+            under = f" with GOVREDIS_KEY_PREFIX={self._keys.prefix}" if self._keys.prefix else ""
+            output = f"our tables are not up to date: run `govredis migrate`{under}"
+            return Check("postgres", verdict.OLD_TABLES, output, data)
+        if self._postgres.is_owed:
+            return Check("postgres", "warn", "it is read-only: changes of this process wait, and reads go on", data)
         return Check("postgres", "pass", "", data)
 
     def _check_outbox(self) -> list[Check]:
-        """How far Redis is behind the outbox; nothing where nobody uses cached values."""
-        if self._guard is None:
+        """How far Redis is behind the outbox; [] where no cached values are used."""
+        if self._freshness is None:
             return []
         try:
-            valid, lag = self._guard.state(timeout=_POSTGRES_DEADLINE)
-        except BackendUnavailable:  # as the checks of the two say
+            valid, lag, foreign = self._freshness.state(timeout=_POSTGRES_DEADLINE)
+        except BackendUnavailable:  # the checks of both servers say so
             return []
+        except NoRight as error:  # perhaps this deployment does not use it
+            return [Check("outbox", "pass", f"unknown: {error}", {})]
         except BackendError as error:
             return [Check("outbox", "warn", str(error), {})]
+        if foreign:
+            output = (
+                "the key of the freshness lease holds a value that govredis has not written: cached values are not used"
+                " until the relay runs next"
+            )
+            return [Check("outbox", "warn", output, {"fresh": False})]
         if lag is None:
             return []
-        data: dict[str, Any] = {"entries": lag.entries, "oldest": round(lag.oldest, 3), "guard": valid}
-        if lag.oldest <= self._guard.staleness:
+        data: dict[str, Any] = {"entries": lag.entries, "oldest": round(lag.oldest, 3), "fresh": valid}
+        if lag.oldest <= self._freshness.staleness:
             return [Check("outbox", "pass", "", data)]
         output = (
-            f"Redis has not been told of {lag.entries} changes, the oldest {lag.oldest:.0f} s ago, so cached values are"
-            " not used: does beat run govredis.drain_outbox?"
+            f"Redis has not been told of {lag.changes}, the oldest {lag.oldest:.0f} s ago, so cached values are not"
+            " used until their next reader tells it, or govredis.drain_outbox, which beat runs"
         )
         return [Check("outbox", "warn", output, data)]
 
     def _check_parked(self) -> list[Check]:
-        """How many tasks wait for their limits, and whether they are published when they are due; nothing if none."""
+        """How many tasks wait for their limits, and whether they are published when they are due; [] if none wait."""
         if self._parked is None:
             return []
         try:
             waiting = self._parked.waiting()
+        except NoRight as error:  # perhaps this deployment does not use it
+            return [Check("parked", "pass", f"unknown: {error}", {})]
         except BackendError as error:
             return [Check("parked", "warn", str(error), {})]
         if not waiting:
             return []
         longest = min(waiting, key=lambda each: each.due)
         overdue = max(0.0, -longest.due)
-        data = {"count": sum(each.count for each in waiting), "overdue": round(overdue, 3)}
+        set_aside = sum(each.set_aside for each in waiting)
+        data = {"count": sum(each.count for each in waiting), "overdue": round(overdue, 3), "set_aside": set_aside}
+        if set_aside:
+            output = f"{set_aside} parked tasks cannot be published: `govredis limits parked` says why"
+            return [Check("parked", "warn", output, data)]
         if overdue <= _OVERDUE:
             return [Check("parked", "pass", "", data)]
         output = f"parked tasks for {longest.broker} are overdue by {overdue:.0f} s: does a worker run that reaches it?"
         return [Check("parked", "warn", output, data)]
 
     def _check_counters(self) -> Check:
-        """This process's counts, and hit ratios since the check before: one since the start hides a bad hour."""
+        """This process's counts, and hit ratios since the last check: a ratio since the start would hide a bad hour."""
         now = self._counters.read()
         ratios = {}
         for name in now:
@@ -304,26 +281,6 @@ class HealthMonitor:
         return Check("counters", "pass", "", {"counts": now, "hit_ratios": ratios})
 
 
-def _kept(every: float) -> float:
-    """Seconds that a heartbeat is remembered, and so its end is warned of. Its age is this less what is left."""
-    return max(86_400.0, 10 * every)
-
-
-def _beat(held: bytes, left: float) -> Check:
-    try:
-        every = float(held)
-    except ValueError:
-        return Check("beat", "warn", f"the heartbeat is {held!r}, which nobody here has written", {})
-    age = _kept(every) - left
-    data = {"seconds_since": round(age, 3), "every": every}
-    if age > every * _HEARTBEATS_MISSED:
-        return Check("beat", "warn", f"no heartbeat for {age:.0f} s: beat is gone, or every worker", data)
-    return Check("beat", "pass", "", data)
-
-
-def _stored(report: HealthReport, where: str) -> HealthReport:
-    return HealthReport(report.status, report.checks, report.at, where)
-
-
-def _number(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
+def _folder_check(fault: FolderFault, data: dict[str, Any]) -> Check:
+    """A fault that stops locks is no more than a warning: perhaps nobody locks."""
+    return Check("locks", "warn" if fault.stops_locks else "pass", fault.why, data)

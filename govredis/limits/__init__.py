@@ -1,4 +1,4 @@
-"""Rate limits: RateLimiter, the rates it takes, and its windows in Redis, PostgreSQL and the process."""
+"""Rate limits: RateLimiter, the rates that it takes, and its backends in Redis, PostgreSQL and the process."""
 
 from .limiter import RateLimiter
 from .rates import Limit

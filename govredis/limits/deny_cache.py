@@ -1,4 +1,4 @@
-"""Denials remembered in the process: a repeated one costs no round trip."""
+"""DenyCache: denials remembered in the process, so that a repeated denial costs no round trip."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 from .._fork import renew_in_child
-from .questions import Question
+from .hit_request import HitRequest
 from .rates import Limit
 from .result import RateLimitResult
 
-#: Seconds for which a denial is believed at most: so late are another process's refund and reset seen.
+#: Seconds for which a denial is believed at most: another process's refund or reset is seen so late.
 MAX_AGE = 1.0
 
 
-#: When it was sent, and the cache's generation then.
+#: When a request was sent, and how often the cache had forgotten something by then.
 Sent: TypeAlias = tuple[float, int]
 
 
@@ -34,14 +34,14 @@ class _Denial(NamedTuple):
 
 
 class DenyCache:
-    """Of each identity and operation, the last denial by a server.
+    """The last denial by a server, for each identity and operation.
 
-    Whoever was denied stays so until the denial's retry_after has passed: entries only age, and what others add makes
-    it later. So the same question, rate and cost included, has the same answer, its times counted down, unless
-    something was given back: by this process, that holds at once (`forget`); another's refund or reset, a server's loss
-    of data and a step of its clock are seen within MAX_AGE. Of a cost above 1, `remaining` is as old as the denial.
+    A denial holds until its retry_after has passed: entries only age, and entries that others add make it later. So the
+    same request, rate and cost included, has the same answer, its times counted down, unless something was given back.
+    This process's own refund or reset is seen at once (`forget`); another's, a server's loss of data and a step of its
+    clock within MAX_AGE. For a cost above 1, `remaining` is as old as the denial.
 
-    Bounded: beyond `entries` the denial that is oldest is forgotten. A forked child starts empty.
+    Bounded: beyond `entries` the oldest denial is forgotten. A forked child starts empty.
 
     Args:
         entries: identities and operations, at most.
@@ -52,7 +52,7 @@ class DenyCache:
         self._entries = entries
         self._clock = clock
         #: How often something was forgotten: a denial that was asked for before does not count any more.
-        self.generation = 0
+        self.forgotten = 0
         self.renew_after_fork()
         renew_in_child(self)
 
@@ -60,9 +60,9 @@ class DenyCache:
         self._lock = threading.RLock()  # a signal handler may make calls of its own
         self._known: dict[tuple[str, str], _Denial] = {}
 
-    def find(self, question: Question) -> RateLimitResult | None:
-        """What is known of this very question. Nothing of it has been checked yet."""
-        identity, rate, operation, cost = question
+    def find(self, request: HitRequest) -> RateLimitResult | None:
+        """The denial of this very request, if it is remembered. Nothing in the request has been checked yet."""
+        identity, rate, operation, cost = request
         try:
             known = self._known.get((identity, operation))
         except TypeError:  # not hashable: no identity
@@ -78,15 +78,15 @@ class DenyCache:
         return RateLimitResult(False, limit, remaining, admitted_at - now, full_at - now, limit, backend, degraded)
 
     def sent(self) -> Sent:
-        """To be asked before a question is sent."""
-        return self._clock(), self.generation
+        """The moment, as `remember` needs it: ask just before the request is sent."""
+        return self._clock(), self.forgotten
 
-    def remember(self, question: Question, denial: RateLimitResult, sent: Sent) -> None:
-        """Keep the denial that a question sent then has got."""
-        identity, rate, operation, cost = question
-        # It was decided between the two instants. Counted from the first, its retry_after is over before the server
+    def remember(self, request: HitRequest, denial: RateLimitResult, sent: Sent) -> None:
+        """Keep the denial that answered a request."""
+        identity, rate, operation, cost = request
+        # The server decided between the two instants. Counted from the first, its retry_after is over before the server
         # would admit; counted from the second, as its reader counts it, after.
-        asked, generation = sent
+        asked, forgotten = sent
         received = self._clock()
         until = asked + min(denial.retry_after, MAX_AGE)
         known = _Denial(
@@ -101,7 +101,7 @@ class DenyCache:
             denial.degraded,
         )
         with self._lock:
-            if generation != self.generation or until <= received:
+            if forgotten != self.forgotten or until <= received:
                 return
             self._known.pop((identity, operation), None)  # so that the oldest comes first
             self._known[identity, operation] = known
@@ -109,12 +109,12 @@ class DenyCache:
                 del self._known[next(iter(self._known))]
 
     def forget(self, identity: str, operation: str) -> None:
-        """Something was given back: no denial from before holds."""
+        """Something was given back: no earlier denial holds."""
         with self._lock:
-            self.generation += 1
+            self.forgotten += 1
             self._known.pop((identity, operation), None)
 
 
 def _fixed(rate: Any) -> Any:
-    """A list may be changed by its owner."""
+    """The rate as nobody can change it: a list belongs to the caller."""
     return tuple(rate) if type(rate) is list else rate

@@ -2,254 +2,229 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
-from .._counters import Counters
-from ..errors import BackendUnavailable, RateLimitExceeded, check_timeout, refuse
-from ..keys import Keys
-from .calls import LimitedCalls
-from .denied import Denied, DeniedCounts
-from .deny_cache import DenyCache, Sent
-from .local_window import LocalWindow
-from .mirror import Mirror
-from .questions import Hit, Question, question_of
-from .rates import MAX_COST, Limit, Rate, check_cost, parse_rate
-from .redis_window import RedisWindow
+from .._context import Context
+from .._fork import notice_fork
+from .._uncopied import Uncopied
+from ..errors import RateLimitExceeded, check_timeout, refuse
+from ..keys import Id, id_text
+from .backends.backend import WindowStats
+from .decider import Decider
+from .denied_counts import Denied
+from .hit_request import HitArguments, request_of
+from .limit_spec import LimitSpec
+from .rates import MAX_COST, Limit, Rate
 from .result import RateLimitResult
-from .windows import Mode, Outcome, Standing, Window
-
-if TYPE_CHECKING:
-    from ..client import RedisClient
-    from ..postgres import Postgres
-    from .postgres_window import PostgresWindow
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _DEFAULT = "default"
 
-#: The stores whose denials are remembered: what this process decides is as cheap as remembering it.
-_SERVERS = frozenset({"redis", "postgres"})
+#: Seconds that `wait` sleeps at least.
+_SHORTEST_SLEEP = 0.001
 
 
-class RateLimiter:
-    """Sliding window limits, exact: never more than N within any window, and none refused while within N.
+class RateLimiter(Uncopied):
+    """Sliding window limits, exact: never more than N within any window, and no refusal while within N.
 
     Check and record are one step, in one round trip, by the server's clock; several limits are all or none, and a
     denial costs the identity nothing. The algorithm is the sliding window log.
 
-    When Redis is away, the same window is kept in PostgreSQL if there is one, and enforced there, exactly. With that
-    away too, GOVREDIS_LIMIT_FALLBACK says: "local" (the default) keeps a window in each process, so P processes admit
-    up to P times N; "deny" refuses all; "allow" lets all through. Each store counts for itself: a window that spans
-    switches, however many, admits at most N per store, and each loss of a store's data adds N. With
-    GOVREDIS_LIMIT_MIRROR each of the two servers is told what the other admitted (see mirror.Mirror): such a window
-    admits at most N and what was not told yet. `result.backend` and `result.degraded` say who decided.
+    In Redis, entries of other clients count as ours do, and no call but `reset` removes an entry of theirs. An entry is
+    kept for as long as the key's TTL says that somebody counts it, and no TTL is shortened. A log holds the entries
+    that its clients admit within the longest window that any of them uses, 366 days at most.
 
-    A server's denial is remembered in the process (unless GOVREDIS_LIMIT_DENY_CACHE=0): until its retry_after, but for
-    a second at most, the same `hit`, `peek` or `check` is refused again without a round trip, its times counted down.
-    So late, at most, are a refund or reset in another process seen; those of this one are seen at once.
+    When Redis is away, the same window is kept in PostgreSQL if there is one, and enforced there, exactly. With that
+    away too, GOVREDIS_LIMIT_FALLBACK decides: "local" (the default) keeps a window in each process, so P processes
+    admit up to P times N; "deny" refuses all; "allow" lets all through.
+
+    Each backend counts for itself. A window that spans failovers, however many, admits at most N per backend, and each
+    loss of a backend's data adds N. With GOVREDIS_LIMIT_MIRROR each of the two servers is told what the other admitted
+    (see replication.Replication): such a window admits at most N and the admissions that were not told yet.
+    `result.backend` and `result.degraded` say which backend decided.
+
+    The process remembers a server's denial (unless GOVREDIS_LIMIT_DENY_CACHE=0): until its retry_after, but for a
+    second at most, the same `hit`, `peek` or `check` is refused again without a round trip, its times counted down. So
+    a refund or reset in another process is seen a second late at most; this process sees its own at once.
 
     Every method raises ValueError, before anything is sent, for a bad identity, rate, cost or operation.
     """
 
     def __init__(
         self,
-        keys: Keys,
-        redis: RedisClient | None,
-        postgres: Postgres | None,
+        context: Context,
         *,
-        fallback: str,
-        local_entries: int,
-        counters: Counters,
-        deny_cache: bool = True,
-        mirror: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._keys = keys
-        self._counters = counters
-        self._fallback = fallback
+        self._keys = context.keys
         self._sleep = sleep
         self._clock = clock
-        self._denied_counts = DeniedCounts(keys, redis, counters)
-        self._windows: list[Window] = []
-        self._mirror: Mirror | None = None
-        self._redis_window = redis_window = RedisWindow(redis) if redis is not None else None
-        if redis_window is not None:
-            self._windows.append(redis_window)
-        self._postgres_window: PostgresWindow | None = None
-        if postgres is not None:
-            from .postgres_window import PostgresWindow
-
-            self._postgres_window = PostgresWindow(postgres)
-            self._windows.append(self._postgres_window)
-            if mirror is not None and redis is not None and redis_window is not None:
-                self._mirror = Mirror(
-                    redis, redis_window, postgres.breaker, self._postgres_window, interval=mirror, counters=counters
-                )
-        if fallback == "local":
-            self._windows.append(LocalWindow(local_entries, clock))
-        self._denials = DenyCache(local_entries, clock) if deny_cache else None
+        self._decider = Decider(context, clock)
 
     # -- one step ------------------------------------------------------------------------------------------------
 
-    def hit(self, identity: str, rate: Rate, *, operation: str = _DEFAULT, cost: int = 1) -> RateLimitResult:
+    def hit(self, identity: Id, rate: Rate, *, operation: str = _DEFAULT, cost: int = 1) -> RateLimitResult:
         """Admit and record, or refuse and record nothing, in one step.
 
         Args:
-            identity: whom to limit.
+            identity: the agent, user or address that is limited.
             rate: "20/hour", "20 per hour", "100/15 minutes", several joined by ";", a Limit or a list of them.
-            operation: what is limited; each has windows of its own.
-            cost: how much of each limit the call takes, 0 < cost <= the smallest limit.
+            operation: the name of the limited operation; each has windows of its own.
+            cost: how much of each limit the call takes: at most the smallest limit, and 10,000 of a log.
 
-        Returns a RateLimitResult. Raises ValueError; BackendError when a server rejects the call (not when it is
-        away: then the fallback decides).
+        Returns a RateLimitResult. Raises ValueError. A server that rejects the call is a BackendError, counted as
+        limits.errors; its text names a key that holds something else. A server that is away is no error: the fallback
+        decides. PoolExhausted, a BackendUnavailable, says that all connections of this process to the server stay in
+        use; no other backend is asked.
         """
-        return self._decide((identity, rate, operation, cost), "hit")
+        return self._decider.decide(identity, rate, operation, cost, "hit")
 
-    def peek(self, identity: str, rate: Rate, *, operation: str = _DEFAULT, cost: int = 1) -> RateLimitResult:
-        """What `hit` would decide now; `remaining` is after it. Writes nothing. Same arguments, errors and fallback."""
-        return self._decide((identity, rate, operation, cost), "peek")
+    def peek(self, identity: Id, rate: Rate, *, operation: str = _DEFAULT, cost: int = 1) -> RateLimitResult:
+        """The decision of a `hit` now; `remaining` is after it. Writes nothing. Same arguments, errors and fallback."""
+        return self._decider.decide(identity, rate, operation, cost, "peek")
 
-    def require(self, identity: str, rate: Rate, *, operation: str = _DEFAULT, cost: int = 1) -> RateLimitResult:
+    def require(self, identity: Id, rate: Rate, *, operation: str = _DEFAULT, cost: int = 1) -> RateLimitResult:
         """`hit`, raising RateLimitExceeded(result) where it refuses."""
-        result = self._decide((identity, rate, operation, cost), "hit")
+        result = self._decider.decide(identity, rate, operation, cost, "hit")
         if not result.allowed:
             raise RateLimitExceeded(result)
         return result
 
     def wait(
-        self, identity: str, rate: Rate, *, timeout: float, operation: str = _DEFAULT, cost: int = 1
+        self, identity: Id, rate: Rate, *, timeout: float, operation: str = _DEFAULT, cost: int = 1
     ) -> RateLimitResult:
         """`hit`, sleeping until it is admitted, for up to `timeout` seconds.
 
-        Returns the last result: a refusal, at once, where its retry_after lies beyond the timeout. A refused try takes
-        nothing, so others who hit meanwhile may come first: there is no queue.
+        Returns the last result: a refusal, at once, where its retry_after lies beyond the timeout. It sleeps for
+        `timeout` in all at most, even if results say otherwise. A refused try takes nothing, so other callers may come
+        first: there is no queue. Raises as `hit`.
         """
         check_timeout(timeout)
         deadline = self._clock() + timeout
         while True:
-            result = self._decide((identity, rate, operation, cost), "hit")
-            if result.allowed or self._clock() + result.retry_after > deadline:
+            result = self._decider.decide(identity, rate, operation, cost, "hit")
+            # Never a busy or endless loop, even where two clocks disagree about the last microsecond.
+            wait = max(result.retry_after, _SHORTEST_SLEEP)
+            if result.allowed or not wait <= deadline - self._clock():
                 return result
-            # Never a busy loop, even where two clocks disagree about the last microsecond.
-            self._sleep(max(result.retry_after, 0.001))
+            self._sleep(wait)
 
-    def hit_many(self, hits: Sequence[Hit], *, operation: str = _DEFAULT, cost: int = 1) -> list[RateLimitResult]:
+    def hit_many(
+        self, hits: Sequence[HitArguments], *, operation: str = _DEFAULT, cost: int = 1
+    ) -> list[RateLimitResult]:
         """`hit` for each of several identities, each decided for itself, in order, in one round trip for each 500.
 
         Args:
-            hits: tuples of what `hit` takes, in its order: (identity, rate), (identity, rate, operation) or (identity,
-                rate, operation, cost).
-            operation, cost: of those that name none.
+            hits: tuples of arguments of `hit`, in its order: (identity, rate), (identity, rate, operation) or
+                (identity, rate, operation, cost).
+            operation, cost: for tuples without them.
 
-        Returns the results in the order of `hits`. While Redis is away, the fallback decides each; where Redis went
-        away in the middle, what it had admitted by then counts there too. Raises ValueError before anything is sent;
-        BackendError as `hit`: the others have been decided then.
+        Returns the results in the order of `hits`. While Redis is away, the fallback decides each. Where a server goes
+        away in the middle, the hits that it had admitted by then count there too. A hit whose key holds something else
+        is refused: its `backend` is "none", and it is counted as limits.errors.
+        Raises ValueError before anything is sent; PoolExhausted.
         """
-        questions = [question_of(hit, operation, cost) for hit in hits]
-        checked = [self._check(question) for question in questions]
-        results = [self._known(question, "hit") for question in questions]
-        unknown = [n for n, result in enumerate(results) if result is None]
-        stores = self._windows
-        first = stores[0] if stores else None
-        if isinstance(first, RedisWindow) and unknown:
-            sent = self._sent()
-            try:
-                outcomes = first.hit_many([(*checked[n], questions[n][3]) for n in unknown])
-            except BackendUnavailable:
-                stores = stores[1:]
-            else:
-                for n, outcome in zip(unknown, outcomes, strict=True):
-                    results[n] = self._result(outcome, first, checked[n][1], questions[n], "hit", sent)
-        return [
-            self._ask(question, "hit", stores) if result is None else result
-            for question, result in zip(questions, results, strict=True)
-        ]
+        notice_fork()
+        return self._decider.hit_many([request_of(hit, operation, cost) for hit in hits])
+
+    def hit_or_reserve(
+        self,
+        identity: Id,
+        rate: Rate,
+        *,
+        reservation: str,
+        operation: str = _DEFAULT,
+        cost: int = 1,
+        patience: float = 0.0,
+        admit: bool = True,
+    ) -> tuple[RateLimitResult, bool]:
+        """`hit`, which reserves room for a refused caller that comes again by itself; for Celery's tasks.
+
+        Everybody else's hits count the reservation. Called again at its time, it is admitted. Where other reservations
+        were admitted late meanwhile, it may get a later time; it keeps its place before all later reservations. Only
+        Redis takes reservations, and only for logs: elsewhere this is a `hit`.
+
+        Args:
+            reservation: its name, the same at each call.
+            patience: seconds that the caller waits, where that is enough, to call again: meanwhile it keeps its place.
+            admit: False: room that there is now is reserved too, for now.
+
+        Returns the result, and whether there is a reservation, for `retry_after` seconds from now. Raises as `hit`.
+        """
+        notice_fork()
+        request = id_text(identity), rate, operation, cost
+        return self._decider.hit_or_reserve(request, reservation, patience=patience, admit=admit)
 
     # -- two steps -----------------------------------------------------------------------------------------------
 
-    def check(self, identity: str, limit: int, window: float, *, operation: str = _DEFAULT) -> RateLimitResult:
-        """Would one more be within `limit` per `window` seconds? Records nothing: call `record` after it.
+    def check(self, identity: Id, limit: int, window: float, *, operation: str = _DEFAULT) -> RateLimitResult:
+        """Would another hit be within `limit` per `window` seconds? Records nothing: call `record` after it.
 
         Between the two calls others may come, so several callers at the limit are all let through. `hit` is one step
         and does not leak: prefer it.
         """
-        return self._decide((identity, Limit(limit, window), operation, 1), "peek")
+        return self._decider.decide(identity, Limit(limit, window), operation, 1, "peek")
 
-    def record(self, identity: str, window: float, *, operation: str = _DEFAULT, cost: int = 1) -> None:
+    def record(self, identity: Id, window: float, *, operation: str = _DEFAULT, cost: int = 1) -> None:
         """Record `cost` entries, whatever the count is. They are kept for at least `window` seconds."""
-        self._decide((identity, Limit(MAX_COST, window), operation, cost), "record")
+        self._decider.decide(identity, Limit(MAX_COST, window), operation, cost, "record")
 
-    def get_count(self, identity: str, window: float, *, operation: str = _DEFAULT) -> int:
-        """How many entries there are within the last `window` seconds, in the store that would decide now."""
+    def get_count(self, identity: Id, window: float, *, operation: str = _DEFAULT) -> int:
+        """How many entries there are within the last `window` seconds, in the backend that would decide now."""
+        notice_fork()
         key = self._keys.rate_limit(operation, identity)
         window_us = Limit(1, window).window_us
-        for store in self._windows:
-            with contextlib.suppress(BackendUnavailable):
-                return store.count(key, window_us)
-        return 0
+        return self._decider.backends.first_reachable(lambda backend: backend.count(key, window_us))
 
-    def standing(self, identity: str, *, operation: str = _DEFAULT) -> Standing:
-        """What stands in the identity's windows, in the store that would decide now. Writes nothing.
+    def stats(self, identity: Id, *, operation: str = _DEFAULT) -> WindowStats:
+        """The contents of the identity's windows, in the backend that would decide now. Writes nothing.
 
-        Raises BackendUnavailable where there is none.
+        Raises BackendUnavailable where no backend in reach keeps windows.
         """
+        notice_fork()
         key = self._keys.rate_limit(operation, identity)
-        for store in self._windows:
-            with contextlib.suppress(BackendUnavailable):
-                return store.standing(key)
-        raise BackendUnavailable("Redis and PostgreSQL are away, and GOVREDIS_LIMIT_FALLBACK keeps no windows")
+        return self._decider.backends.first_reachable(lambda backend: backend.stats(key))
 
     def most_denied(self, n: int = 10) -> list[Denied]:
-        """Whom `hit` has refused most often, over all processes, in this hour and in the one before.
+        """The identities that `hit` has refused most often, over all processes, in this hour and in the one before.
 
         Args:
             n: how many, the most denied first.
 
-        Counted in Redis, a second later, without a round trip of the denial's own; see denied.DeniedCounts for how far
-        off a count may be. Raises BackendUnavailable, also where Redis is disabled; BackendError.
+        Counted in Redis, a second later, without a round trip for each denial; see denied_counts.DeniedCounts for how
+        far off a count may be. Raises BackendUnavailable, also where Redis is disabled; BackendError.
         """
-        return self._denied_counts.most(n)
+        notice_fork()
+        return self._decider.denied_counts.most(n)
 
-    def reset(self, identity: str, *, operation: str = _DEFAULT) -> None:
-        """Forget every entry of the identity, in each store that can be reached.
+    def reset(self, identity: Id, *, operation: str = _DEFAULT) -> None:
+        """Forget every entry of the identity, in each backend that can be reached.
 
-        With GOVREDIS_LIMIT_MIRROR, what another process has yet to tell comes afterwards, to the store that did not
-        decide it. Raises BackendUnavailable if one could not: the window there is as it was.
+        With GOVREDIS_LIMIT_MIRROR, admissions that another process has yet to tell come afterwards, to the server that
+        did not admit them. Raises BackendUnavailable if a server could not be reached: the window there is unchanged.
         """
-        key = self._keys.rate_limit(operation, identity)
-        if self._mirror is not None:
-            self._mirror.forget(key)
-        failed: BackendUnavailable | None = None
-        try:
-            for store in self._windows:
-                try:
-                    store.reset(key)
-                except BackendUnavailable as error:
-                    failed = error
-        finally:
-            self._forget(identity, operation)
-        if failed is not None:
-            raise failed
+        notice_fork()
+        self._decider.reset(id_text(identity), operation)
 
     def purge(self) -> int:
-        """Delete the windows that have ended from PostgreSQL. Returns how many. The other stores forget by themselves.
+        """Delete ended windows from PostgreSQL. Returns how many. The other backends forget by themselves.
 
         Raises BackendUnavailable, ConfigurationError.
         """
-        return self._postgres_window.purge() if self._postgres_window is not None else 0
+        notice_fork()
+        return self._decider.backends.purge()
 
     def close(self) -> None:
-        """Tell the servers what they are to hear yet: whom this process denied in the last second, and, with
-        GOVREDIS_LIMIT_MIRROR, what each admitted. The limiter may be used again.
+        """Tell the servers what is pending: the denials of the last second here and, with GOVREDIS_LIMIT_MIRROR, what
+        the other server admitted. The limiter may be used again.
         """
-        self._denied_counts.flush()
-        if self._mirror is not None:
-            self._mirror.close()
+        notice_fork()
+        self._decider.close()
 
     # -- decorator -----------------------------------------------------------------------------------------------
 
@@ -257,7 +232,7 @@ class RateLimiter:
         self,
         rate: Rate | Callable[..., Rate],
         *,
-        key: str | Callable[..., str],
+        key: str | Callable[..., Id],
         operation: str = _DEFAULT,
         cost: int | Callable[..., int] = 1,
         exempt: Callable[..., bool] | None = None,
@@ -269,21 +244,22 @@ class RateLimiter:
         Args:
             rate: as in `hit`, or a callable that gets the call's arguments and returns one: a limit that depends on a
                 plan, say. It holds from the next call on.
-            key: a template of the function's argument names, "{agent_id}", or a callable that gets its arguments.
-            operation: what is limited.
+            key: a template of the function's argument names, "{agent_id}"; a plain name such as "mail", for a limit of
+                all calls together; or a callable that gets the call's arguments.
+            operation: the name of the limited operation.
             cost: as in `hit`, or a callable that gets the call's arguments and returns one.
             exempt: a callable that gets the call's arguments; a call for which it returns True is let through, unasked
                 and uncounted.
             on_limit: "raise" raises RateLimitExceeded; "wait" sleeps up to `timeout` seconds, then raises it.
             timeout: seconds, for "wait".
 
-        Raises ValueError at decoration for a bad argument; a call does for what a callable returned. What each call may
-        raise or promises when Redis is away is as for `hit`.
+        Raises ValueError at decoration for a bad argument; a call does for a bad value that a callable returned. Else
+        each call raises, and promises when Redis is away, what `hit` does.
         """
         if on_limit not in {"raise", "wait"}:
             raise refuse("on_limit", on_limit, '"raise" or "wait"')
         check_timeout(timeout)
-        calls = LimitedCalls(rate, key, operation, cost, exempt)
+        spec = LimitSpec(rate, key, operation, cost, exempt)
 
         def admit(identity: Any, rate: Rate, cost: int) -> None:
             if on_limit == "wait":
@@ -293,103 +269,4 @@ class RateLimiter:
             if not result.allowed:
                 raise RateLimitExceeded(result)
 
-        return lambda function: calls.limit(function, admit)
-
-    # -- inside --------------------------------------------------------------------------------------------------
-
-    def _decide(self, question: Question, mode: Mode) -> RateLimitResult:
-        known = self._known(question, mode)
-        return self._ask(question, mode, self._windows) if known is None else known
-
-    def _known(self, question: Question, mode: Mode) -> RateLimitResult | None:
-        """The denial that is remembered."""
-        if self._denials is None or mode == "record":
-            return None
-        known = self._denials.find(question)
-        if known is not None:
-            if mode == "hit":
-                self._counters.add_each("limits.denied", "limits.denied_cached")
-                self._denied_counts.add(question[0], question[2])
-            if known.degraded:
-                self._counters.add(f"limits.degraded.{known.backend}")
-        return known
-
-    def _ask(self, question: Question, mode: Mode, stores: Sequence[Window]) -> RateLimitResult:
-        """The answer of the first store that can be reached."""
-        key, limits = self._check(question)
-        sent = self._sent()
-        for store in stores:
-            try:
-                outcome = store.decide(key, limits, question[3], mode)
-            except BackendUnavailable:
-                continue
-            return self._result(outcome, store, limits, question, mode, sent)
-        return self._result(self._no_store(limits), None, limits, question, mode, sent)
-
-    def _check(self, question: Question) -> tuple[str, Sequence[Limit]]:
-        """The key and the limits. Raises ValueError for what cannot be sent."""
-        identity, rate, operation, cost = question
-        limits = parse_rate(rate)
-        key = self._keys.rate_limit(operation, identity)
-        check_cost(cost, limits)
-        return key, limits
-
-    def _sent(self) -> Sent | None:
-        return None if self._denials is None else self._denials.sent()
-
-    def _no_store(self, limits: Sequence[Limit]) -> Outcome:
-        if self._fallback == "allow":
-            return Outcome(True, 0, limits[0].count, 0, 0)
-        return Outcome(False, 0, 0, 1_000_000, 1_000_000)
-
-    def _result(
-        self,
-        outcome: Outcome,
-        store: Window | None,
-        limits: Sequence[Limit],
-        question: Question,
-        mode: Mode,
-        sent: Sent | None,
-    ) -> RateLimitResult:
-        admitted = outcome.admitted
-        limit = limits[outcome.deciding]
-        backend = "none" if store is None else store.backend
-        degraded = backend != "redis"
-        if mode == "hit":
-            self._counters.add("limits.allowed" if admitted else "limits.denied")
-            if not admitted:
-                self._denied_counts.add(question[0], question[2])
-        if degraded:
-            self._counters.add(f"limits.degraded.{backend}")
-        result = RateLimitResult(
-            admitted,
-            limit,
-            outcome.remaining,
-            outcome.retry_after_us / 1_000_000,
-            outcome.reset_after_us / 1_000_000,
-            None if admitted else limit,
-            backend,
-            degraded,
-        )
-        if admitted:
-            if self._mirror is not None and mode != "peek" and not limit.counted:
-                identity, _, operation, cost = question
-                self._mirror.note(backend, self._keys.rate_limit(operation, identity), limits, cost)
-            if mode == "hit" and store is not None:
-                taken = store, question, outcome.entries
-                result._taken = self._give_back, taken  # type: ignore[misc]  # mypy does not see the slot of the base
-        elif sent is not None and backend in _SERVERS:
-            assert self._denials is not None
-            self._denials.remember(question, result, sent)
-        return result
-
-    def _give_back(self, store: Window, question: Question, entries: Any) -> bool:
-        identity, _, operation, cost = question
-        try:
-            return store.refund(self._keys.rate_limit(operation, identity), entries, cost)
-        finally:
-            self._forget(identity, operation)
-
-    def _forget(self, identity: str, operation: str) -> None:
-        if self._denials is not None:
-            self._denials.forget(identity, operation)
+        return lambda function: spec.limit(function, admit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, TypeAlias
 
 from ..errors import refuse
@@ -25,7 +25,8 @@ Algorithm: TypeAlias = Literal["sliding_window_log", "sliding_window_counter"]
 #: The largest count of a limit, by its algorithm.
 MAX_COUNT: dict[str, int] = {"sliding_window_log": 1_000_000, "sliding_window_counter": 10**12}
 MAX_WINDOW = 366 * 86400.0
-#: Each unit is an entry of its own in a log. Counters take any.
+#: Each unit is an entry of its own in a log. Redis, which does one thing at a time, writes this many in 20 to 50 ms.
+#: Ten times as many would take longer than the 0.2 s after which a process takes Redis for away. Counters take any.
 MAX_COST = 10_000
 
 #: How many buckets a counter cuts its window into; as in counter.lua and schema/0007_limit_counters.sql.
@@ -37,17 +38,19 @@ class Limit:
     """At most `count` within any `window` seconds.
 
     "sliding_window_log" keeps every entry: exact, about 85 bytes an entry. "sliding_window_counter" is for limits too
-    large for that: it keeps 60 numbers, whatever the count. They are the entries of each sixtieth of the window, which
-    count as a whole while any moment of it lies within the window. So it is never looser than the log: whatever was
-    admitted within the last `window` seconds counts. And at most a sixtieth stricter: nothing counts for longer than
-    61/60 of `window`, so a call is refused only where a log of that longer window would refuse it too. (Commonly two
-    fixed windows are kept and the older one is weighted, as Cloudflare described in "How we built rate limiting
-    capable of scaling to millions of domains", 2017; a burst at the end of one lets through up to twice the limit.)
+    large for that: it keeps 60 numbers, whatever the count. Each number is the count of a sixtieth of the window, and
+    counts as a whole while any moment of that sixtieth lies within the window.
+
+    So a counter is never looser than the log: every admission within the last `window` seconds counts. And it is at
+    most a sixtieth stricter: no admission counts for longer than 61/60 of `window`. A call is refused only where a log
+    of that longer window would refuse it too. (Commonly two fixed windows are kept and the older one is weighted, as
+    Cloudflare described in "How we built rate limiting capable of scaling to millions of domains", 2017. There a burst
+    at the end of a window lets through up to twice the limit.)
 
     Args:
-        count: 1 to 1,000,000, of a sliding_window_counter to 10^12.
+        count: 1 to 1,000,000; for a sliding_window_counter to 10^12.
         window: seconds, 0.001 to 366 days.
-        algorithm: the same for all limits of one rate. One identity's log and counters know nothing of each other.
+        algorithm: the same for all limits of a rate. An identity's log and its counters do not count each other.
 
     Raises ValueError for anything else.
     """
@@ -82,11 +85,20 @@ class Limit:
         return f"{self.count} per {self.window:g} s"
 
 
+class RateLimits(tuple[Limit, ...]):
+    """The limits of a rate, which are decided together."""
+
+    @cached_property
+    def pairs(self) -> tuple[str, ...]:
+        """Each limit's count, and its window in microseconds, as texts: what scripts are given."""
+        return tuple(text for limit in self for text in (str(limit.count), str(limit.window_us)))
+
+
 Rate: TypeAlias = str | Limit | Sequence[Limit]
 
 
 @lru_cache(maxsize=1024)
-def _parse_text(text: str) -> tuple[Limit, ...]:
+def _parse_text(text: str) -> RateLimits:
     limits = []
     for part in text.split(";"):
         match = _RATE.fullmatch(part)
@@ -94,27 +106,31 @@ def _parse_text(text: str) -> tuple[Limit, ...]:
         if match is None or unit is None:
             raise refuse("rate", text, _WANTED)
         limits.append(Limit(int(match[1]), float(match[2] or 1) * unit))
-    return tuple(limits)
+    return RateLimits(limits)
 
 
-def parse_rate(rate: Rate) -> tuple[Limit, ...]:
+def parse_rate(rate: Rate) -> RateLimits:
     """The limits of a rate. Raises ValueError, saying what a rate may be."""
     if isinstance(rate, str):
         return _parse_text(rate)
     if isinstance(rate, Limit):
-        return (rate,)
+        return RateLimits((rate,))
     if isinstance(rate, list | tuple) and rate and all(isinstance(limit, Limit) for limit in rate):
         if len({limit.algorithm for limit in rate}) > 1:
             raise refuse("rate", rate, "limits of one algorithm: a counter may be small too")
-        return tuple(rate)
+        return RateLimits(rate)
     raise refuse("rate", rate, f"{_WANTED}, a Limit, or a non-empty list of Limit")
 
 
 def check_cost(cost: Any, limits: Sequence[Limit]) -> None:
-    """Raises ValueError for what is no cost, and for one that a limit could never admit. () where they are unknown."""
-    most = MAX_COST if limits and not limits[0].counted else MAX_COUNT["sliding_window_counter"]
-    if type(cost) is not int or not 1 <= cost <= most:
-        raise refuse("cost", cost, f"a whole number from 1 to {most}")
+    """Raises ValueError for a bad cost, or one that a limit never admits. `limits`: () where they are unknown."""
+    if type(cost) is not int or not 1 <= cost <= MAX_COST:
+        logged, most = bool(limits) and not limits[0].counted, MAX_COUNT["sliding_window_counter"]
+        if type(cost) is not int or not 1 <= cost <= most:
+            raise refuse("cost", cost, f"a whole number from 1 to {MAX_COST if logged else most}")
+        if logged:
+            wanted = f"at most {MAX_COST} for a log, which keeps an entry for each"
+            raise refuse("cost", cost, f'{wanted}; algorithm="sliding_window_counter" takes more')
     for limit in limits:
         if cost > limit.count:
             raise refuse("cost", cost, f"at most {limit.count}: more could never be admitted under {limit}")

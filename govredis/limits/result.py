@@ -1,4 +1,4 @@
-"""RateLimitResult: what a limiter decided, and the way to give it back."""
+"""RateLimitResult: a limiter's decision, and the way to give it back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .._pool import PoolExhausted
 from ..errors import BackendUnavailable
 from .rates import Limit
 
@@ -14,22 +15,23 @@ class _Refundable:
     # No field of the dataclass below: it is neither shown nor compared, and does not go along where that is pickled.
     __slots__ = ("_taken",)
 
-    #: What gives back the entries of an admitted hit, and its arguments. Of any other result it is not set.
+    #: The function that gives back an admitted hit, and its arguments. Any other result does not have it.
     _taken: tuple[Callable[..., bool], tuple[Any, ...]]
 
 
 @dataclass(slots=True)
 class RateLimitResult(_Refundable):
-    """What a limiter decided. True in a boolean context if allowed. Durations are seconds.
+    """A limiter's decision. True in a boolean context if allowed. Durations are seconds.
 
     Attributes:
         allowed: whether the call was admitted.
-        limit: the Limit that decided: the one violated longest, else the one with the least left.
+        limit: the Limit that decided: the Limit violated longest, else the Limit with the least left.
         remaining: how much of it was left after this call.
         retry_after: 0 if allowed; else when the call would be admitted if nobody else came, and not before.
         reset_after: when `limit` would be full again if nobody came.
         violated: `limit` if denied, else None.
-        backend: "redis", "postgres", "local" (this process only) or "none" (GOVREDIS_LIMIT_FALLBACK decided).
+        backend: "redis", "postgres", "local" (this process only) or "none" (GOVREDIS_LIMIT_FALLBACK decided; in
+            `hit_many` also: the key holds something else).
         degraded: True if it was not Redis that decided.
     """
 
@@ -46,26 +48,27 @@ class RateLimitResult(_Refundable):
         return self.allowed
 
     def refund(self) -> bool:
-        """Give back what this hit took, in the store that admitted it: exactly its own entries, and once.
+        """Give back what this hit took, to the backend that admitted it: exactly its own entries, and once.
 
-        Returns True if something was given back. False, and nothing is written, the second time, for a result that took
-        nothing (a denial, a `peek`, one that GOVREDIS_LIMIT_FALLBACK let through), for one whose entries have aged out
-        or were reset, and for a copy (pickled or not): that of the caller alone gives back. With GOVREDIS_LIMIT_MIRROR
-        the other server keeps what it was told: it is stricter by that.
+        Returns True if something was given back. Otherwise it returns False and writes nothing: the second time,
+        where the entries have aged out or were reset, and for a result that took nothing (a denial, a `peek`, a hit
+        that GOVREDIS_LIMIT_FALLBACK let through). A copy, pickled or not, gives nothing back either. With
+        GOVREDIS_LIMIT_MIRROR the other server keeps the entries that it was told: it is stricter by them.
 
-        Raises BackendUnavailable where that store is away; BackendError. It may have been given back all the same.
-        Where it was Redis, a second try is harmless; else there is none.
+        Raises BackendUnavailable where that backend is away, or all of this process's connections to it are in use;
+        BackendError. The entries may have been given back all the same. A second try is harmless after an error of
+        Redis, and where there was no connection; else it returns False.
         """
         try:
             taken = self._taken
-            del self._taken  # of two threads, one gets past this line
+            del self._taken  # only one of two threads gets past this line
         except AttributeError:
             return False
         give_back, which = taken
         try:
             return give_back(*which)
-        except BackendUnavailable:
-            if not self.degraded:
+        except BackendUnavailable as error:
+            if not self.degraded or isinstance(error, PoolExhausted):
                 self._taken = taken  # type: ignore[misc]  # mypy does not see the slot of the base
             raise
 

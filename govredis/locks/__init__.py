@@ -3,6 +3,6 @@
 from .held import HeldLock, HeldLocks
 from .holders import LockHolder
 from .lock import DistributedLock
-from .shared import ReadWriteLock, Semaphore
+from .shared_locks import ReadWriteLock, Semaphore
 
 __all__ = ["DistributedLock", "HeldLock", "HeldLocks", "LockHolder", "ReadWriteLock", "Semaphore"]

@@ -1,4 +1,4 @@
-"""HeldLock: the handle of a lock that is held; HeldLocks, of several."""
+"""HeldLock and HeldLocks: the handles of a lock that is held, and of several."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Literal
 
+from .._boottime import clock
+from .._fork import notice_fork
+from .._uncopied import Uncopied
 from ..errors import BackendError, GovRedisError, LockLost, check_ttl
-from .guard import clock
-from .lease import Lease
+from ..keys import Id, id_text
+from .lease import LeaseState, LockLease
 
 log = logging.getLogger("govredis")
 
 
-class HeldLock:
+class HeldLock(Uncopied):
     """A lock that is held: use it with `with`, or call `release`.
 
-    It belongs to whoever has the handle, not to a thread. Unless acquired with renew=False, one thread per process
-    renews it at a third of its ttl. Its lease counts from when each grant or renewal was *sent*: at its end the lock is
-    lost, and said to be so, never later than Redis forgets it.
+    It belongs to the code that has the handle, not to a thread; it cannot be copied or pickled (TypeError). Unless
+    acquired with renew=False, one thread per process renews it at a third of its ttl. Its lease counts from when each
+    grant or renewal was *sent*: at its end the lock is lost, and says so, never later than Redis forgets it.
 
     No lease can promise that the holder is still running when it ends: a stopped process wakes up and goes on writing.
     Where that matters the resource must check `token` and refuse one lower than the highest it has seen.
@@ -33,14 +36,15 @@ class HeldLock:
 
     __slots__ = ("__weakref__", "_lease", "degraded", "name", "token")
 
-    def __init__(self, name: str, lease: Lease) -> None:
+    def __init__(self, name: str, lease: LockLease) -> None:
         self._lease = lease
         self.name = name
         self.token = lease.token
         self.degraded = lease.degraded
 
     def remaining(self) -> float:
-        """Seconds until the lease ends if it is not renewed; 0 if it has, was lost or released. Asks nobody."""
+        """Seconds until the lease ends if it is not renewed; 0 if it has ended, was lost or released. Asks nobody."""
+        notice_fork()
         lease = self._lease
         if lease.over or lease.lost is not None:
             return 0.0
@@ -48,6 +52,7 @@ class HeldLock:
 
     def raise_if_lost(self) -> None:
         """Raise LockLost if the lease has ended while held. Asks nobody: cheap enough for every step of a loop."""
+        notice_fork()
         lease = self._lease
         if lease.lost is not None or (not lease.over and clock() >= lease.deadline and lease.left() <= 0):
             raise LockLost(f"lock {self.name!r} was lost: {lease.lost or 'its lease ran out'}")
@@ -58,12 +63,14 @@ class HeldLock:
         Raises LockLost if it is not held any more; BackendUnavailable when Redis is away: the lease ends when it would
         have, or after `ttl` if that is sooner.
         """
+        notice_fork()
         self._lease.extend(self._lease.ttl if ttl is None else check_ttl(ttl))
 
     def release(self) -> bool:
         """Let go. True if the lock was held until now, False if it was lost or released before. Never raises for Redis
         being away: the release is then carried out when it is back, and the lease ends anyway.
         """
+        notice_fork()
         return self._lease.end()
 
     def on_lost(self, callback: Callable[[], object]) -> None:
@@ -71,12 +78,8 @@ class HeldLock:
 
         It holds up the renewal of all locks of this process, so it should set an Event, say, and not more.
         """
-        lease = self._lease
-        with lease._mutex:
-            if lease.lost is None:
-                lease.callbacks.append(callback)
-                return
-        callback()
+        notice_fork()
+        self._lease.on_lost(callback)
 
     def __enter__(self) -> HeldLock:
         return self
@@ -85,6 +88,7 @@ class HeldLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
         """Release. Raises LockLost if the lock was lost and the body succeeded; never hides the body's own error."""
+        notice_fork()
         lease = self._lease
         was_over = lease.over
         try:
@@ -99,6 +103,7 @@ class HeldLock:
         return False
 
     def __del__(self) -> None:
+        notice_fork()
         lease = getattr(self, "_lease", None)
         if lease is not None and not lease.over:
             lease.abandon()
@@ -107,22 +112,23 @@ class HeldLock:
             )
 
     def __repr__(self) -> str:
-        state = "over" if self._lease.over else f"{self.remaining():.1f} s left"
+        notice_fork()
+        state = "over" if self._lease.state is LeaseState.ENDED else f"{self.remaining():.1f} s left"
         return f"<HeldLock {self.name!r} token={self.token} {state}{' degraded' if self.degraded else ''}>"
 
 
-class HeldLocks(Mapping[str, HeldLock]):
+class HeldLocks(Uncopied, Mapping[str, HeldLock]):
     """Several locks that are held together, by name: use it with `with`, or call `release`.
 
-    `degraded` is True if one of them is. Each is a HeldLock of its own, with its own token and lease.
+    `degraded` is True if any of them is. Each is a HeldLock with a token and lease of its own.
     """
 
     def __init__(self, held: dict[str, HeldLock]) -> None:
         self._held = held
         self.degraded = any(lock.degraded for lock in held.values())
 
-    def __getitem__(self, name: str) -> HeldLock:
-        return self._held[name]
+    def __getitem__(self, name: Id) -> HeldLock:
+        return self._held[id_text(name)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._held)
@@ -154,7 +160,7 @@ class HeldLocks(Mapping[str, HeldLock]):
         return False
 
     def _each(self, end: Callable[[HeldLock], bool]) -> list[bool]:
-        """End all, the last first, whatever becomes of the others. Raises the first error, or what struck meanwhile."""
+        """End all, the last first, whatever becomes of the others. Raises the first error, a foreign before ours."""
         ended: list[bool] = []
         failed: BaseException | None = None
         for lock in reversed(self._held.values()):

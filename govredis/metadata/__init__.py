@@ -1,10 +1,9 @@
-"""Metadata: MetadataCache in front of PostgreSQL, AgentStore, the agents' records there, the outbox and the guard."""
+"""Metadata: MetadataCache in front of PostgreSQL, and AgentStore, the agents' records there."""
 
 from .agents import AgentRecord, AgentStore
 from .cache import MetadataCache
-from .generation import Generation
-from .guard import Guard
-from .local import LocalTier
-from .outbox import Outbox
+from .caches import MetadataCaches
+from .entry_keys import CachedValues
+from .options import CacheOptions
 
-__all__ = ["AgentRecord", "AgentStore", "Generation", "Guard", "LocalTier", "MetadataCache", "Outbox"]
+__all__ = ["AgentRecord", "AgentStore", "CacheOptions", "CachedValues", "MetadataCache", "MetadataCaches"]

@@ -2,118 +2,103 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .._counters import Counters
-from .._fork import renew_in_child
-from ..client import RedisClient
+from .._context import Context
+from .._fork import notice_fork
+from .._templates import only_begins
+from .._uncopied import Uncopied
 from ..errors import BackendError, BackendUnavailable, ConfigurationError, check_ttl, refuse
-from ..keys import Keys, check_namespace
-from . import cells
+from ..keys import Id, id_text
+from ..outbox.freshness import FreshnessSnapshot
+from . import entry_keys
+from .backends.redis_backend import RedisMetadataBackend
 from .cached import Decorator
 from .commit import AfterCommit
-from .generation import Generation
-from .guard import Guard
-from .loading import Loads, is_due, is_over
-from .local import MISS, LocalValues
-from .shelf import Shelf
-from .values import check
+from .loading import LoadRequest, Loads, is_due
+from .local import MISS
+from .options import CacheOptions, SharedParts
+from .pending import PendingInvalidations
+from .values import Codec
 
 __all__ = ["MetadataCache"]
 
-#: Owed invalidations told, and noted as told, at once.
-_AT_ONCE = 500
 
-
-class MetadataCache:
-    """Values by id, at `{namespace}:{id}`, for `ttl` seconds or until invalidated. A hit is one GET.
+class MetadataCache(Uncopied):
+    """Values by id, at `{namespace}:{id}`, for `ttl` seconds or until invalidated. A hit is one MGET.
 
     `get_or_load` takes a lease before it loads and stores only if no invalidation came between: once `invalidate` has
     returned, no later hit is older than the write it followed. `get` and `set` are two steps without a lease; `set` is
     refused for 10 s after an invalidation, and a reader slower than that can put a stale value back: prefer
     `get_or_load`.
 
-    **With PostgreSQL** what was lost is bounded too: an invalidation, a process before it, a key, Redis's data, wholly
-    or back to an older state. Of what the outbox tells (`gov.agents`, the tables of `govredis outbox watch`,
-    `after_commit`) no hit is more than `metadata_staleness` (5 s) behind what is committed. Where that cannot be shown,
-    because nobody has been able to tell Redis for so long, values are loaded: one load at a time for each id, ten at
-    once in a process, counted as `bypassed`. While PostgreSQL is away values are used until their TTL, counted as
-    `degraded.unguarded`, or, by a `strict` cache, not at all: BackendUnavailable. What is invalidated by `invalidate`
-    alone may come back, until its TTL, with a Redis that restarts with older data.
+    **With PostgreSQL** losses are bounded too: of an invalidation, of a process before it, of a key, of Redis's data,
+    wholly or back to an older state. The outbox has the writes of `gov.agents`, of the tables of `govredis outbox
+    watch` and of `after_commit`: no hit is more than `metadata_staleness` (5 s) behind a committed one. Where that
+    cannot be shown, because no process was able to tell Redis for so long, values are loaded: one load at a time for
+    each id, ten at once in a process, counted as `bypassed`. While PostgreSQL is away, values are used until their TTL,
+    counted as `degraded.unguarded`; a `strict` cache raises BackendUnavailable instead. A value that was invalidated by
+    `invalidate` alone may come back, until its TTL, with a Redis that restarts with older data.
 
     **Without PostgreSQL** all of these may be served until their TTL.
 
     When Redis is away: `get_or_load` and `get_many` call their loader, bounded as above, `get` is a miss, `set` returns
-    False, and `invalidate` raises. What another process invalidated, or failed to, while it could not reach Redis may
-    be served as said.
+    False, and `invalidate` raises. Another process's invalidation that could not reach Redis meanwhile may be missed,
+    as said above.
 
     **With `local_cache`** values are also kept in this process, until Redis says that they have changed; local.py says
     why that is as good. A hit costs half a microsecond and asks nobody. An invalidation is heard of by other processes
-    in about a millisecond, and holds there 1 s later at the latest. What such a cache gives is shared by all who read
-    it, and therefore read-only, hit or miss: dicts and lists that compare as such, refuse changes with a TypeError, and
-    of which `copy.deepcopy` makes plain ones.
+    in about a millisecond, and holds there 1 s later at the latest. All readers share the values of such a cache, and
+    therefore they are immutable, hit or miss: dicts and lists that compare as such and refuse changes with a TypeError.
+    `copy.deepcopy` makes plain ones.
 
-    Values are anything JSON can hold but None, and come back as JSON gives them back (a tuple as a list), from hit and
-    miss alike. Every method raises ValueError for a bad id or value before anything is sent, BackendError where Redis
-    answers with an error, and ConfigurationError where PostgreSQL's tables are missing (`govredis migrate`).
+    **Beside others**, such as an async service, that set and delete these keys: a value is its plain JSON and nothing
+    else. Without PostgreSQL their value is one like any other, until its TTL. With PostgreSQL it is a miss, and is
+    loaded again; a cache with `foreign="use"` uses it, and `metadata_staleness` does not bound it. For 10 s after an
+    `invalidate` it is a miss in any case. While a process of ours loads, their SET wins if it still stands, and so does
+    their DEL of a value that stood when the load began: the loaded value is returned and not stored. A DEL where
+    nothing stands leaves no trace: an old value may then be stored, for `metadata_staleness`, or without PostgreSQL
+    until its TTL. Their values are not kept in the process.
+
+    Values are anything but None that JSON can hold, or that the cache's `default` turns into it. They come back as JSON
+    and the cache's `object_hook` give them back (a tuple as a list), from hit and miss alike. Without a `default`:
+    datetime, date and time in ISO 8601, Decimal and UUID as their str, bytes as base64. Every method raises ValueError
+    for a bad id or value before anything is sent; for a loader's value, before it is stored. It raises BackendError
+    where Redis answers with an error, and ConfigurationError where PostgreSQL's tables are missing (`govredis
+    migrate`).
     """
 
-    def __init__(
-        self,
-        keys: Keys,
-        redis: RedisClient | None,
-        guard: Guard | None,
-        *,
-        namespace: str,
-        ttl: float,
-        strict: bool = False,
-        negative_ttl: float | None = None,
-        stale: float = 0.0,
-        max_bytes: int = 1_000_000,
-        generation: Generation | None = None,
-        local: LocalValues | None = None,
-        counters: Counters,
-    ) -> None:
-        self.namespace = check_namespace(namespace)
-        self.ttl = check_ttl(ttl)
-        if strict and guard is None and redis is not None:
+    def __init__(self, context: Context, *, options: CacheOptions, shared: SharedParts) -> None:
+        if options.strict and shared.freshness is None and context.redis is not None:
             raise ConfigurationError("strict needs PostgreSQL: GOVREDIS_DATABASE_URL is not set")
-        self._keys = keys
-        self._redis = redis
-        self._counters = counters
-        self._local = local
-        self._generation = Generation(keys.generation(namespace)) if generation is None else generation
-        self._shelf = Shelf(
-            redis, guard, self._generation, local, namespace=namespace, strict=strict, counters=counters
-        )
-        self._loads = Loads(
-            self._shelf,
-            namespace=namespace,
-            negative_ttl=None if negative_ttl is None else check_ttl(negative_ttl, "negative_ttl"),
-            stale=check_ttl(stale, "stale") if stale else 0.0,
-            max_bytes=max_bytes,
-        )
-        if redis is not None:
-            redis.on_recovery(self._replay)
-        self.renew_after_fork()
-        renew_in_child(self)
+        self.namespace = options.namespace
+        self.ttl = options.ttl
+        self._keys = context.keys
+        self._redis = context.redis
+        self._counters = context.counters
+        self._schema = context.config.schema
+        self._codec = Codec(options.default, options.object_hook)
+        self._generation = shared.generation
+        self._functions = shared.functions
+        self._local = shared.local
+        self._backend = RedisMetadataBackend(context, options, shared, self._codec)
+        max_bytes = context.config.metadata_max_bytes
+        self._loads = Loads(self._backend, options, self._codec, shared.renewals, max_bytes=max_bytes)
+        self._pending = PendingInvalidations(context.redis, lambda i: self._keys.cached(self.namespace, i))
 
-    def renew_after_fork(self) -> None:
-        self._lock = threading.RLock()  # a signal handler may make calls of its own
-        #: Invalidations that could not be carried out; they are the parent's to carry out.
-        #: By id, with a token: one owed anew while it is told of is owed still.
-        self._owed: dict[str, object] = {}
-
-    def get(self, identity: str) -> Any | None:
-        """The cached value; None for a miss, which one that cannot be used now is too (Redis away, no guard)."""
+    def get(self, identity: Id) -> Any | None:
+        """The cached value; None for a miss. A value that may not be used now is a miss too (Redis away, no valid
+        freshness lease)."""
+        notice_fork()
+        if type(identity) is not str:
+            identity = id_text(identity)
         if self._local is not None and (value := self._local.get(identity)) is not MISS:
             return value
-        (record,), _ = self._shelf.read({identity: self._keys.cached(self.namespace, identity)})
-        return None if record is None or is_over(record) else record.value
+        (entry,), _ = self._backend.read({identity: self._keys.cached(self.namespace, identity)})
+        return None if entry is None else entry.value
 
-    def set(self, identity: str, value: Any, *, ttl: float | None = None) -> bool:
+    def set(self, identity: Id, value: Any, *, ttl: float | None = None) -> bool:
         """Store a value, unless it was invalidated within the last 10 s (a record of `gov.agents`: for a later write).
 
         Args:
@@ -122,68 +107,108 @@ class MetadataCache:
         Returns whether it was stored: False also when it is too large, Redis is away, or nothing cached could be used
         now.
         """
+        notice_fork()
+        identity = id_text(identity)
         key = self._keys.cached(self.namespace, identity)
-        check(value)
-        stored = self._loads.store(key, value, self._ttl(ttl))
+        stored = self._loads.store(key, value, self._codec.encode(value), self._ttl(ttl))
         self._drop(identity)
         return stored
 
-    def get_or_load(self, identity: str, loader: Callable[[str], Any], *, ttl: float | None = None) -> Any | None:
+    def get_or_load(self, identity: Id, loader: Callable[[str], Any], *, ttl: float | None = None) -> Any | None:
         """The cached value, else what `loader(identity)` returns, which is then cached.
 
-        One caller loads, of all threads and processes; the others wait for it, 2 s at most, and then load themselves,
-        ten at once in a process. Shortly before a value's TTL is over one caller loads it anew, the sooner the longer
-        loads take (XFetch: Vattani et al., "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015), and the
-        others go on with the old one; so does that caller if its load fails, which is counted as `degraded.loads`.
+        A single caller loads, of all threads and processes. The others wait as long as it takes, so give the loader a
+        timeout of its own. If that load stores nothing (it raises, finds none, or finds too much), the waiters take
+        turns. A single process loads at a time, and its threads share its result. For a loader that was killed with its
+        process they wait 3 s; where its process lets no other thread run for 2 s, another may load meanwhile. Where
+        nothing can be stored now, one thread of each process loads, and ten at once in a process. A loader that needs
+        other values waits 2 s for what others load, and then loads it itself.
+
+        Shortly before a value's TTL is over one caller loads it anew, the sooner the longer loads take (XFetch: Vattani
+        et al., "Optimal Probabilistic Cache Stampede Prevention", VLDB 2015). The others go on with the old one. So
+        does that caller if its load fails, which is counted as `degraded.loads`.
 
         Args:
             loader: reads the value from where it is kept, in a snapshot not older than its call; None: there is none,
-                which is not cached but by a `negative_ttl`. Its exceptions reach the caller.
+                which is not cached but by a `negative_ttl`. Its exceptions reach its own caller.
             ttl: seconds, less up to a tenth, so that what was loaded together does not end together; None: the cache's.
+
+        Raises RecursionError where a loader asks for its own value, also through other loaders.
         """
+        notice_fork()
+        if type(identity) is not str:
+            identity = id_text(identity)
         if self._local is not None and (value := self._local.get(identity)) is not MISS:
             return value
         key = self._keys.cached(self.namespace, identity)
         ttl = self._ttl(ttl)
-        (record,), seen = self._shelf.read({identity: key})
-        if record is not None and not is_due(record):
-            return record.value
-        return self._loads.one(identity, key, loader, ttl, record, seen)
+        (entry,), snapshot = self._backend.read({identity: key})
+        if entry is not None and not is_due(entry):
+            return entry.value
+        _check_loader(loader, "loader")
+        try:
+            return self._loads.one(LoadRequest(identity, key, loader, ttl), entry, snapshot)
+        except BackendUnavailable:
+            if (kept := self._kept({identity: key}, snapshot)) is None:
+                raise
+            return kept[identity]
 
     def reload(self, identity: str, loader: Callable[[str], Any]) -> Any | None:
-        """What `loader(identity)` returns now; cached then, and the old value until then. Private to `cached`."""
-        return self._loads.again(identity, self._keys.cached(self.namespace, identity), loader, self.ttl)
+        """The result of `loader(identity)`, called now. The old value is used until it is cached. Private to
+        `cached`."""
+        notice_fork()
+        key = self._keys.cached(self.namespace, identity)
+        return self._loads.again(LoadRequest(identity, key, loader, self.ttl))
 
     def get_many(
-        self, identities: Iterable[str], load_many: Callable[[list[str]], Mapping[str, Any]] | None = None
+        self, identities: Iterable[Id], load_many: Callable[[list[str]], Mapping[Any, Any]] | None = None
     ) -> dict[str, Any]:
         """The values of several ids: one round trip, and one call of `load_many` for the misses, which are then cached.
 
         Args:
-            load_many: gets the ids that missed, returns a mapping of those it found; None: misses stay out. It waits
-                for nobody who is loading one of them.
+            load_many: gets the ids that missed, as str, and returns a mapping of those it found; None: misses stay out.
+                It does not wait for other loads of these values.
 
-        Returns a dict of the ids that have a value, in the order given.
+        Returns a dict of the ids that have a value, as str, in the order given.
         """
-        keys = {i: self._keys.cached(self.namespace, i) for i in identities}
+        notice_fork()
+        if isinstance(identities, str | bytes) or not isinstance(identities, Iterable):
+            raise refuse("identities", identities, "an iterable of ids")
+        keys = {i: self._keys.cached(self.namespace, i) for i in map(id_text, identities)}
         found: dict[str, Any] = {}
         if self._local is not None:
             found = {i: value for i in keys if (value := self._local.get(i)) is not MISS}
         asked = {i: key for i, key in keys.items() if i not in found}
         if asked:
-            records, seen = self._shelf.read(asked)
-            found.update(
-                (i, record.value)
-                for i, record in zip(asked, records, strict=True)
-                if record is not None and not is_over(record)
-            )
+            entries, snapshot = self._backend.read(asked)
+            found.update((i, entry.value) for i, entry in zip(asked, entries, strict=True) if entry is not None)
             missing = [i for i in asked if i not in found]
             if missing and load_many is not None:
-                found.update(self._loads.many({i: keys[i] for i in missing}, load_many, self.ttl, seen))
+                _check_loader(load_many, "load_many")
+                load, missed = _by_text(load_many), {i: keys[i] for i in missing}
+                try:
+                    found.update(self._loads.many(missed, load, self.ttl, snapshot))
+                except BackendUnavailable:
+                    if (kept := self._kept(missed, snapshot)) is None:
+                        raise
+                    found.update(kept)
         return {i: found[i] for i in keys if found.get(i) is not None}
 
-    def cached(self, template: str) -> Decorator:
-        """Decorator: what the function returns is cached, by an id made of its arguments.
+    def _kept(self, keys: dict[str, str], snapshot: FreshnessSnapshot | None) -> dict[str, Any] | None:
+        """The values of these ids, if all are cached, after their load has failed.
+
+        Where no freshness lease was valid they were loaded, cached or not. If PostgreSQL is known to be away by now,
+        the cached values may be used: a reader that begins later uses them.
+        """
+        entries = [None] if snapshot is not None else self._backend.read(keys, counted=False)[0]
+        kept = {i: entry.value for i, entry in zip(keys, entries, strict=False) if entry is not None}
+        if len(kept) < len(keys):
+            return None
+        self._backend.count("degraded.loads")
+        return kept
+
+    def cached(self, key: str, *, shared: bool = False) -> Decorator:
+        """Decorator: the function's results are cached, by an id made of its arguments.
 
             @gov.cache("report", ttl=60).cached("{agent_id}:{month}")
             def report(agent_id: str, month: str) -> dict: ...
@@ -193,19 +218,24 @@ class MetadataCache:
             report.refresh("a", "2026-11")     # calls the function, caches and returns what it returns
             report.uncached("a", "2026-11")    # the function itself
 
-        What it returns must be what JSON holds, and comes back as JSON gives it back. None is not cached but by a
-        `negative_ttl`.
+        Results must be values that JSON holds, and come back as JSON gives them back. A result of None is cached with a
+        `negative_ttl` only.
 
         Args:
-            template: names arguments of the function in braces. Every call with the same id shares one value: name all
-                that the result depends on, and give each function a namespace of its own, or a word in the template.
+            key: a template that names arguments of the function in braces: name all that the result depends on. Calls
+                share a value where these arguments are equal and of one type: 1, "1" and None are three. An object
+                counts by its type and its `str()`, which must not be the default. For a function without arguments: a
+                plain name, such as "rates".
+            shared: another function of the namespace may have the same keys, if it says shared=True too and gives the
+                same values. Functions are told apart by module and name.
 
-        Raises ValueError for a template that names no argument, or what is none, and for what only begins when it is
-        called (async functions, generators).
+        Raises ValueError for a template that names no argument of a function that has some, or a name that is no
+        argument, and for an async function or a generator. Raises it too for a key that another function could have. A
+        call raises ValueError for an argument without a text of its own (the default repr, which has an address).
         """
-        return Decorator(self, template)
+        return Decorator(self, key, self._functions, shared)
 
-    def invalidate(self, identity: str, *, version: int | None = None) -> None:
+    def invalidate(self, identity: Id, *, version: int | None = None) -> None:
         """Drop the value. Call it after the write has been committed; `after_commit` does.
 
         Once it has returned, no later hit, in any process, is older than that write. If it cannot be carried out it
@@ -215,30 +245,47 @@ class MetadataCache:
             version: of the write, where it is the `version` of an AgentRecord: a value that is this new stays, and one
                 older than it is not stored for the next 10 s.
         """
+        notice_fork()
         if version is not None and (not isinstance(version, int) or isinstance(version, bool) or version < 0):
             raise refuse("version", version, "a whole number of 0 or more, or None")
+        identity = id_text(identity)
         key = self._keys.cached(self.namespace, identity)
         if self._redis is None:
             return
         self._drop(identity)
-        cells.invalidate(self._redis, key, version)
+        entry_keys.invalidate(self._redis, key, version)
         self._drop(identity)  # again: what was being read meanwhile goes nowhere
-        self._shelf.count("invalidated")
+        self._backend.count("invalidated")
 
     def invalidate_all(self) -> None:
-        """Drop all values of the namespace, however many: a mark that they carry is no longer the current one.
+        """Drop all values of the namespace, however many, and whether or not govredis has set them.
 
-        Once it has returned, this process uses none of them, nor does any other 1 s later; what is being loaded
-        meanwhile is not used either. Raises BackendUnavailable if it cannot be carried out. Not part of what
-        `metadata_staleness` bounds: a Redis that loses its data may forget it.
+        They are deleted, and a mark that ours carry is no longer the current one. Once it has returned, this process
+        uses none of them, nor does any other 1 s later; what is being loaded meanwhile is neither stored nor used.
+
+        It walks all keys of that Redis twice, a thousand at a time, whatever they are: for a million keys 2,000 round
+        trips of 1 to 3 ms of Redis's time each, between which others are served. Keys that may be those of a longer
+        prefix stay, as `report:session:x` for the namespace "report": values of such ids are not used here any more,
+        and others may read them until their TTL.
+
+        Raises BackendUnavailable if it cannot be carried out; where that struck in the middle, repeat it. Not part of
+        what `metadata_staleness` bounds: a Redis that loses its data may forget it.
         """
+        notice_fork()
         if self._redis is None:
             return
         self._redis.call(*self._generation.next())
         self._generation.forget()
         if self._local is not None:
-            self._local.cells.clear()
-        self._shelf.count("invalidated_all")
+            self._local.clear()
+        start = self._keys.values(self.namespace)
+        # Leases first: of a load that they stop, no value appears behind the walk over the values.
+        for keys in entry_keys.walk(self._redis, f"{{{start}", "}:lease"):
+            self._redis.pipeline([("UNLINK", key) for key in keys])
+        for keys in entry_keys.walk(self._redis, start):
+            ours = [key for key in keys if not self._keys.may_be_another_kind(key[len(start.encode()) :])]
+            self._redis.pipeline([("UNLINK", key) for key in ours])
+        self._backend.count("invalidated_all")
 
     def after_commit(self, connection: Any) -> AfterCommit:
         """A transaction of your own psycopg2 connection, and the invalidations that belong to it.
@@ -248,45 +295,42 @@ class MetadataCache:
                 tx.invalidate(user_id)
 
         In place of psycopg2's `with connection:`: it commits where the body succeeds, and then the values are
-        invalidated; otherwise it rolls back, and nothing is. The invalidations are part of the transaction, in the
-        outbox, where the connection's database has our tables: then a crash after the commit, or a Redis that is away,
-        is made good for within `metadata_staleness`. Where it has not, this process carries them out when Redis is
-        back.
+        invalidated; otherwise it rolls back, and nothing is. Where the connection's database has our tables, in
+        GOVREDIS_SCHEMA, the invalidations are part of the transaction, in the outbox. A crash after the commit, or a
+        Redis that is away, is then made good for within `metadata_staleness`. Elsewhere this process carries them out
+        when Redis is back.
 
-        Raises ValueError for a connection in autocommit mode, and what the connection raises.
+        Raises ValueError for a connection in autocommit mode or of another driver, and the connection's own errors.
         """
-        return AfterCommit(connection, self.namespace, self._keys, self.invalidate_or_owe)
+        return AfterCommit(connection, self.namespace, self._keys, self._schema, self.invalidate_committed)
 
-    def invalidate_or_owe(self, identity: str, *, version: int | None = None) -> None:
+    def invalidate_committed(self, identity: Id, *, version: int | None = None) -> None:
         """`invalidate` for a write that is committed already: what cannot be carried out now is done on recovery.
 
         Private. Until then this process does not read from Redis; another process may serve the old value for as long
-        as it can reach Redis and this one cannot: where the outbox has the write, until the next tick of anybody.
+        as it can reach Redis and this one cannot: where the outbox has the write, until the next run of any relay.
         """
-        token = object()
-        with self._lock:
-            self._owed[identity] = token  # before trying: an exception may strike (a signal's, a soft time limit's)
+        notice_fork()
+        identity = id_text(identity)
+        token = self._pending.add(identity)  # first: an exception may strike (a signal's, a soft time limit's)
         try:
             self.invalidate(identity, version=version)
         except BackendError as error:
             if not isinstance(error, BackendUnavailable):
-                self._paid(identity, token)
+                self._pending.done(identity, token)
                 raise
-            self._shelf.count("invalidations_owed")
-            self._replay_soon()
+            self._backend.count("invalidations_owed")
+            self._pending.replay_soon()
         except BaseException:
-            self._replay_soon()
+            self._pending.replay_soon()
             raise
         else:
-            self._paid(identity, token)
-
-    def _replay_soon(self) -> None:
-        if self._redis is not None:
-            self._redis.replay_soon("invalidations are owed to it")
+            self._pending.done(identity, token)
 
     def stats(self) -> dict[str, int]:
         """Counts of this process for this namespace: hits, misses, loads, fills, fills_refused, invalidated,
         bypassed, degraded.unguarded, ..."""
+        notice_fork()
         mine = f"{self.namespace}."
         counts = {name[len(mine) :]: n for name, n in self._counters.read().items() if name.startswith(mine)}
         return counts if self._local is None else {**counts, "local_hits": self._local.hits()}
@@ -300,17 +344,12 @@ class MetadataCache:
         if self._local is not None:
             self._local.drop(identity)
 
-    def _replay(self, redis: RedisClient) -> None:
-        with self._lock:
-            owed = list(self._owed.items())
-        for i in range(0, len(owed), _AT_ONCE):
-            some = owed[i : i + _AT_ONCE]
-            keys = [self._keys.cached(self.namespace, identity) for identity, _ in some]
-            redis.pipeline([cells.invalidation(key, None) for key in keys], (cells.INVALIDATE,))
-            for identity, token in some:
-                self._paid(identity, token)
 
-    def _paid(self, identity: str, token: object) -> None:
-        with self._lock:
-            if self._owed.get(identity) is token:
-                del self._owed[identity]
+def _by_text(load_many: Callable[[list[str]], Mapping[Any, Any]]) -> Callable[[list[str]], dict[str, Any]]:
+    """The ids that it finds may be what the database has for them."""
+    return lambda missing: {id_text(identity): value for identity, value in load_many(missing).items()}
+
+
+def _check_loader(loader: Any, name: str) -> None:
+    if not callable(loader) or only_begins(loader):
+        raise refuse(name, loader, "a plain function: not async, and no generator")

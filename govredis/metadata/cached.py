@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
 from .._templates import KeyTemplate, refuse_unless_plain
+from ..errors import refuse
+from ..keys import check_id
 
 if TYPE_CHECKING:
     from .cache import MetadataCache
@@ -15,7 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Cached(Generic[P, R]):
+class CachedFunction(Generic[P, R]):
     """A function whose results are cached. Calls are `get_or_load`; also of a method, on its instance."""
 
     def __init__(
@@ -50,16 +53,61 @@ class Cached(Generic[P, R]):
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self
-        return Cached(self._cache, self._template, self._function, (instance,))
+        return CachedFunction(self._cache, self._template, self._function, (instance,))
+
+
+class Functions:
+    """The functions whose results one namespace holds: no two may give one key, or one would answer for the other."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, tuple[KeyTemplate, bool]] = {}
+
+    def add(self, function: Callable[..., Any], template: KeyTemplate, shared: bool) -> None:
+        """Raises ValueError where a call of another one could have the same key, unless both are shared.
+
+        A function that was decorated before, as where its module is loaded again, takes its own place.
+        """
+        added = _identity(function)
+        for known, (others, others_shared) in list(self._known.items()):
+            if known != added and template.may_meet(others) and not (shared and others_shared):
+                raise ValueError(
+                    f"{_shown(added)} with the template {template.template!r} could have a key of {_shown(known)} with"
+                    f" {others.template!r}; begin each template with a word of its own, use two namespaces,"
+                    " or say shared=True for both"
+                )
+        self._known[added] = template, shared
+
+
+def _identity(function: Any) -> object:
+    """The name of a function in any process that has loaded it."""
+    inner = function.__func__ if isinstance(function, staticmethod) else function
+    name = getattr(inner, "__qualname__", None)
+    if name is None:  # a partial, say: nothing but itself
+        return inner
+    # All lambdas of a module have one name.
+    return inner.__module__, name, inner.__code__ if name.endswith("<lambda>") else None
+
+
+def _shown(identity: object) -> str:
+    return f"{identity[0]}.{identity[1]}" if isinstance(identity, tuple) else repr(identity)
 
 
 class Decorator:
-    """What makes a function one whose results are cached."""
+    """Decorates a function, whose results are then cached."""
 
-    def __init__(self, cache: MetadataCache, template: str) -> None:
+    def __init__(self, cache: MetadataCache, template: str, functions: Functions, shared: bool) -> None:
         self._cache = cache
         self._template = template
+        self._functions = functions
+        self._shared = shared
 
-    def __call__(self, function: Callable[P, R]) -> Cached[P, R]:
+    def __call__(self, function: Callable[P, R]) -> CachedFunction[P, R]:
         refuse_unless_plain(function, "cached")
-        return Cached(self._cache, KeyTemplate(self._template, function), function)
+        if not isinstance(self._template, str):
+            raise refuse("key", self._template, 'a template such as "{agent_id}", or a plain name')
+        # With arguments, one call's result would be another's answer.
+        template = KeyTemplate(self._template, function, typed=True, shared=not inspect.signature(function).parameters)
+        if template.plain is not None:
+            check_id(template.fill((), {}), "key")
+        self._functions.add(function, template, self._shared)
+        return CachedFunction(self._cache, template, function)

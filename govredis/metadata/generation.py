@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -9,12 +11,14 @@ from typing import NamedTuple
 
 from ..client import Command
 
+#: "" until the first `next`.
+_OURS = re.compile(rb"(?:[0-9a-f]{16})?")
 #: Seconds for which a process goes on with the generation that it knows.
 KNOWN_FOR = 1.0
 
 
 class Known(NamedTuple):
-    """What the last answer said, until when it holds, and how often it had been forgotten by then."""
+    """The last answer, until when it holds, and how often the generation had been forgotten by then."""
 
     value: str
     until: float
@@ -30,7 +34,7 @@ class Generation:
 
     def __init__(self, key: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.key = key
-        #: What asks for it, along with the next read.
+        #: Asks for it, along with the next read.
         self.question: Command = ("MGET", key)
         self.known = Known("", 0.0, 0)
         self._clock = clock
@@ -47,12 +51,19 @@ class Generation:
 
     def answered(self, asked: tuple[float, int], reply: list[bytes | None]) -> None:
         sent, serial = asked
-        self.known = Known((reply[0] or b"").decode(errors="replace"), sent + KNOWN_FOR, serial)
+        self.known = Known(_name(reply[0] or b""), sent + KNOWN_FOR, serial)
 
     def forget(self) -> None:
-        """What is being asked now does not count any more."""
+        """A question that is under way does not count any more."""
         self._serial += 1
 
     def next(self) -> Command:
-        """What begins another one."""
+        """The command that begins another generation."""
         return "SET", self.key, secrets.token_hex(8)
+
+
+def _name(held: bytes) -> str:
+    """The generation that values carry. A foreign value stands for a generation too, by a name that is short."""
+    if _OURS.fullmatch(held):
+        return held.decode()
+    return f"-{hashlib.sha256(held).hexdigest()[:16]}"

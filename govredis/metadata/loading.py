@@ -1,4 +1,4 @@
-"""Loads: what is not in Redis is loaded once, by one of those who want it, and stored there."""
+"""Loads: a value that is not in Redis is loaded once, by a single reader, and stored there."""
 
 from __future__ import annotations
 
@@ -6,216 +6,359 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from enum import Enum, auto
+from typing import Any, NamedTuple, TypeVar
 
 from ..client import Command
-from . import cells
-from .flights import Flights
-from .frozen import read_only
-from .guard import Seen
-from .shelf import Lease, Shelf
-from .values import Record, decode, encode, version_of
+from ..outbox import FreshnessSnapshot
+from . import entry_keys
+from .backends.redis_backend import LoadLease, RedisMetadataBackend
+from .immutable import immutable
+from .options import CacheOptions
+from .renewals import Load, Renewals
+from .single_flight import SingleFlight, Start, loads_of_thread, refuse_own, running
+from .values import Codec, MetadataEntry, stamp, too_deep, version_of
 
-#: A loaded value's TTL is shorter by up to this part of it: what was loaded together does not end together.
+#: A loaded value's TTL is shorter by up to this part of it: values that were loaded together do not end together.
 _JITTER = 0.1
-#: Seconds between two looks for what another is loading.
-_LOOKS = 0.002, 0.05
+#: Seconds between two looks for a value that another process loads: a tenth of the wait so far, within these.
+_SOONEST_LOOK, _LATEST_LOOK = 0.002, 0.25
+#: Seconds that a loader waits for another's load: the other may be waiting for the value that this one loads.
+_NESTED_PATIENCE = 2.0
+#: How often a reader looks again at a value that came over a connection too new to judge it.
+_UNCLEAR_LOOKS = 3
 
-# Not the module's own generator: an application that has seeded it shall get its numbers, and forked children theirs.
+T = TypeVar("T")
+
+# Not the module's own generator: an application that has seeded it must get its numbers, and forked children theirs.
 _random = random.SystemRandom()
 
 
+class LoadRequest(NamedTuple):
+    """One value that a reader wants.
+
+    Attributes:
+        ttl: seconds, before jitter.
+    """
+
+    identity: str
+    key: str
+    loader: Callable[[str], Any]
+    ttl: float
+
+
+class Turn(Enum):
+    """The next step of a reader, after a miss and a look at the value's lease: the first row that applies.
+
+    | turn       | the look has found                                        | the reader                             |
+    | ---------- | --------------------------------------------------------- | -------------------------------------- |
+    | `STORED`   | a value that was stored since the miss                    | gives the lease back, takes the value  |
+    | `UNCLEAR`  | something, over a connection that is too new to judge it  | gives the lease back, looks again      |
+    | `LOADING`  | that the lease is its own                                 | loads and stores                       |
+    | `CIRCULAR` | that the lease is of a load in which this thread is       | raises RecursionError                  |
+    | `OVERDUE`  | another's lease, after all its patience                   | loads and stores, under that lease     |
+    | `WAITING`  | another's lease                                           | sleeps, looks again                    |
+
+    `UNCLEAR` comes three times at most; then the value is loaded, and written over. A reader looks again after it took
+    the lease, so of those who wait for a load that stored nothing a single one loads.
+    """
+
+    STORED = auto()
+    UNCLEAR = auto()
+    LOADING = auto()
+    CIRCULAR = auto()
+    OVERDUE = auto()
+    WAITING = auto()
+
+
 class Loads:
-    """The loads of one cache, and what they store.
+    """The loads of one cache, and the values that they store.
 
     Args:
-        negative_ttl: seconds that it is remembered that there is no value; None: it is not.
-        stale: seconds for which a value stays after its TTL, to be used while it is loaded anew.
+        renewals: of the leases of running loads; None: nothing is stored, so there are no leases.
         max_bytes: of a value, in JSON; larger ones are not stored.
     """
 
     def __init__(
-        self, shelf: Shelf, *, namespace: str, negative_ttl: float | None, stale: float, max_bytes: int
-    ) -> None:
-        #: Seconds that a reader waits for what another loads, before it loads itself.
-        self.patience = 2.0
-        self._shelf = shelf
-        self._negative_ttl = negative_ttl
-        self._stale = stale
-        self._max_bytes = max_bytes
-        self._flights = Flights(namespace)
-
-    def one(
         self,
-        identity: str,
-        key: str,
-        loader: Callable[[str], Any],
-        ttl: float,
-        record: Record | None,
-        seen: Seen | None,
-    ) -> Any | None:
-        """Load, or have somebody else's load; `record` is what there is meanwhile."""
-        give_up = time.monotonic() + self.patience
-        pause, longest = _LOOKS
-        while True:
-            leases = self._shelf.take([key], seen)
-            if leases is None:
-                return self._alone(identity, key, loader)
-            lease = leases[key]
-            found = lease.record
-            if found is not None and not is_over(found) and (record is None or found.ends_at != record.ends_at):
-                self._shelf.give_back(leases)  # somebody else was sooner
-                return self._value(found)
-            if lease.is_unclear and time.monotonic() < give_up:  # then it is loaded, and written over
-                self._shelf.give_back(leases)
-            elif lease.is_ours:
-                return self._under(lease, identity, key, loader, ttl, record, seen)
-            elif record is not None:
-                return record.value
-            elif time.monotonic() >= give_up:
-                break
-            else:
-                if pause == _LOOKS[0]:
-                    self._shelf.count("waits")
-                time.sleep(pause * _random.uniform(0.5, 1.0))
-                pause = min(longest, 2 * pause)
-            (record,), seen = self._shelf.read({identity: key})
-            if record is not None:
-                return record.value
-        return self._flights.alone(lambda: self._under(lease, identity, key, loader, ttl, None, seen))
+        backend: RedisMetadataBackend,
+        options: CacheOptions,
+        codec: Codec,
+        renewals: Renewals | None,
+        *,
+        max_bytes: int,
+    ) -> None:
+        #: Seconds that a reader waits for another process's load before it loads itself: as long as that one lives.
+        self.patience = math.inf
+        self._backend = backend
+        self._codec = codec
+        self._renewals = renewals
+        self._negative_ttl = options.negative_ttl
+        self._stale = options.stale
+        self._max_bytes = max_bytes
+        self._single_flight = SingleFlight(options.namespace, lambda: backend.count("waits"))
 
-    def again(self, identity: str, key: str, loader: Callable[[str], Any], ttl: float) -> Any | None:
+    def one(self, request: LoadRequest, entry: MetadataEntry | None, snapshot: FreshnessSnapshot | None) -> Any | None:
+        """Load, or have another's load; until then `entry` is used, if there is one.
+
+        Args:
+            snapshot: under which the entry was looked for; None: nothing can be stored.
+        """
+        identity, key, *_ = request
+        if entry is None and self._stale:
+            entry, snapshot = self._backend.read_stale(key)
+        if entry is not None:
+            return self._refreshed(request, entry, snapshot)
+        self._refuse_own(key)
+        while True:
+            # A default, not a closure: the next round has another snapshot.
+            def go(start: Start, snapshot: FreshnessSnapshot | None = snapshot) -> str | MetadataEntry:
+                return self._found_or_loaded(request, snapshot, start)
+
+            found, is_mine = self._single_flight.run(key, go)
+            if is_mine or isinstance(found, str):
+                return self._shown(found)
+            # Another thread has found a value in Redis, perhaps before this one came: look there.
+            (entry,), snapshot = self._backend.read({identity: key})
+            if entry is not None:
+                return entry.value
+
+    def again(self, request: LoadRequest) -> Any | None:
         """Load now; the old value is used until the new one is stored."""
-        seen = self._shelf.look()
-        lease = self._shelf.take_over(key, seen)
-        if lease is None:
-            return self._alone(identity, key, loader)
-        return self._under(lease, identity, key, loader, ttl, None, seen)
+        snapshot = self._backend.look()
+        lease = self._backend.take_over(request.key, snapshot)
+        return self._bypass(request) if lease is None else self._shown(self._under(lease, request, snapshot))
 
     def many(
         self,
         keys: dict[str, str],
         load_many: Callable[[list[str]], Mapping[str, Any]],
         ttl: float,
-        seen: Seen | None,
+        snapshot: FreshnessSnapshot | None,
     ) -> dict[str, Any]:
+        """Load the values of several ids by one call; `keys`: by id. Waits for nobody else's load."""
         missing = list(keys)
-        self._shelf.count("loads", len(missing))
-        leases = self._shelf.take(list(keys.values()), seen)
+        self._backend.count("loads", len(missing))
+        leases = self._backend.take(list(keys.values()), snapshot)
         if leases is None:
-            loaded = self._flights.alone(lambda: load_many(missing))
-            texts = {i: encode(loaded[i]) for i in missing if loaded.get(i) is not None}
-            return {i: self._given(text) for i, text in texts.items()}
-        found = {i: self._value(record) for i in missing if (record := leases[keys[i]].record) and not is_over(record)}
+            load = Load(self, keys.values(), {})
+            loaded = self._single_flight.alone(lambda: self._run(load, lambda: load_many(missing)))
+            return {i: self._given(text) for i in missing if (text := self._text(loaded.get(i)))}
+        found = {i: self._value(entry.value) for i in missing if (entry := leases[keys[i]].entry)}
         missing = [i for i in missing if i not in found]
-        generation = self._shelf.generation.known.value
+        generation = self._backend.generation.known.value
         fills: dict[str, Command] = {}
         texts = {}
         began = time.monotonic()
         try:
-            loaded = load_many(missing) if missing else {}
+            load = Load(self, keys.values(), {key: lease.token for key, lease in leases.items() if lease.is_ours})
+            loaded = self._run(load, lambda: load_many(missing)) if missing else {}
             cost = (time.monotonic() - began) / max(1, len(missing))
             for i in missing:
-                key, shorter = keys[i], ttl * (1 - _JITTER * _random.random())
-                fill, texts[i] = self._filling(key, loaded.get(i), seen, generation, leases[key].token, shorter, cost)
+                key, value = keys[i], loaded.get(i)
+                texts[i] = self._text(value)
+                fill = self._filling(key, value, texts[i], snapshot, generation, leases[key], _jittered(ttl), cost)
                 if fill is not None:
                     fills[key] = fill
         finally:
-            self._shelf.give_back({key: lease for key, lease in leases.items() if key not in fills})
-        self._shelf.store(fills.values())
+            self._backend.give_back({key: lease for key, lease in leases.items() if key not in fills})
+        self._backend.store(fills.values())
         found.update((i, self._given(text)) for i, text in texts.items())
         return found
 
-    def store(self, key: str, value: Any, ttl: float) -> bool:
-        """Store what was not loaded here, without a lease."""
-        for _ in range(2):  # again over a new connection, where what was known of the guard says nothing
-            seen = self._shelf.look()
-            generation = None if seen is None else self._shelf.known_generation()
-            if seen is None or generation is None:
+    def store(self, key: str, value: Any, text: str, ttl: float) -> bool:
+        """Store a value that was not loaded here, without a lease; `text`: its JSON."""
+        for _ in range(2):  # again over a new connection, under which the snapshot from before says nothing
+            snapshot = self._backend.look()
+            generation = None if snapshot is None else self._backend.known_generation()
+            if snapshot is None or generation is None:
                 return False
-            fill, _ = self._filling(key, value, seen, generation, "", ttl, 0.0)
-            if fill is None or not self._shelf.store([fill]):
+            fill = self._filling(key, value, text, snapshot, generation, None, ttl, 0.0)
+            if fill is None or not self._backend.store([fill]):
                 return False
-            if self._shelf.stands(seen):
+            if self._backend.stands(snapshot):
                 return True
         return False
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _alone(self, identity: str, key: str, loader: Callable[[str], Any]) -> Any | None:
-        """Where nothing can be stored."""
-        self._shelf.count("loads")
-        text = self._flights.run(key, lambda: None if (value := loader(identity)) is None else encode(value))
-        return None if text is None else self._given(text)
+    def _found_or_loaded(
+        self, request: LoadRequest, snapshot: FreshnessSnapshot | None, start: Start
+    ) -> str | MetadataEntry:
+        """The JSON of the loaded value; or, where another was sooner, the entry that it has stored. See Turn."""
+        identity, key, *_ = request
+        began, waits, unclear = time.monotonic(), 0, 0
+        while True:
+            leases = self._backend.take([key], snapshot)
+            if leases is None:
+                return self._loaded_alone(request, start)
+            lease, waited = leases[key], time.monotonic() - began
+            turn = self._turn(lease, waited, unclear)
+            if turn is Turn.STORED:
+                self._backend.give_back(leases)
+                return lease.entry  # type: ignore[return-value]
+            if turn is Turn.LOADING:
+                start(False)
+                return self._under(lease, request, snapshot)
+            if turn is Turn.CIRCULAR:
+                raise refuse_own(loads_of_thread(), key)
+            if turn is Turn.OVERDUE:
+                start(False)
+                return self._single_flight.alone(lambda: self._under(lease, request, snapshot))  # noqa: B023
+            if turn is Turn.UNCLEAR:
+                unclear += 1
+                self._backend.give_back(leases)
+            else:
+                if not waits:
+                    self._backend.count("waits")
+                waits += 1
+                time.sleep(min(max(_SOONEST_LOOK, waited / 10), _LATEST_LOOK) * _random.uniform(0.5, 1.0))
+            (entry,), snapshot = self._backend.read({identity: key}, counted=False)
+            if entry is not None:
+                return entry
+
+    def _turn(self, lease: LoadLease, waited: float, unclear: int) -> Turn:
+        """Args: the seconds waited so far, and how many looks were unclear."""
+        if lease.entry is not None:
+            return Turn.STORED
+        if lease.is_unclear and unclear < _UNCLEAR_LOOKS:
+            return Turn.UNCLEAR
+        if lease.is_ours:
+            return Turn.LOADING
+        mine = loads_of_thread()
+        if any(lease.token in load.leases.values() for load in mine):
+            return Turn.CIRCULAR
+        return Turn.OVERDUE if waited >= self.patience or (mine and waited >= _NESTED_PATIENCE) else Turn.WAITING
+
+    def _refreshed(self, request: LoadRequest, entry: MetadataEntry, snapshot: FreshnessSnapshot | None) -> Any | None:
+        """Load a value whose entry is still used, unless another does, or has."""
+        key = request.key
+        leases = self._backend.take([key], snapshot)
+        if leases is None:
+            return self._bypass(request)
+        lease = leases[key]
+        if not lease.is_ours:
+            return entry.value
+        stored = lease.entry
+        if lease.is_unclear or (stored is not None and stored.ends_at != entry.ends_at):
+            self._backend.give_back(leases)
+            return self._value((stored or entry).value)
+        return self._shown(self._under(lease, request, snapshot, old=entry))
+
+    def _bypass(self, request: LoadRequest) -> Any | None:
+        """Load where nothing can be stored, once for all threads that ask meanwhile."""
+        text, _ = self._single_flight.run(request.key, lambda start: self._loaded_alone(request, start))
+        return self._shown(text)
+
+    def _loaded_alone(self, request: LoadRequest, start: Start) -> str:
+        """The JSON of a value that cannot be stored."""
+
+        def load() -> str:
+            self._backend.count("loads")
+            return self._text(self._run(Load(self, [request.key], {}), lambda: request.loader(request.identity)))
+
+        start(True)
+        return self._single_flight.alone(load)
 
     def _under(
         self,
-        lease: Lease,
-        identity: str,
-        key: str,
-        loader: Callable[[str], Any],
-        ttl: float,
-        record: Record | None,
-        seen: Seen | None,
-    ) -> Any | None:
-        generation = self._shelf.generation.known.value  # from before the load
-        self._shelf.count("loads")
+        lease: LoadLease,
+        request: LoadRequest,
+        snapshot: FreshnessSnapshot | None,
+        *,
+        old: MetadataEntry | None = None,
+    ) -> str | MetadataEntry:
+        """The JSON of the value that is loaded and stored; `old`, where there is one and the loader fails."""
+        key = request.key
+        generation = self._backend.generation.known.value  # from before the load
+        self._backend.count("loads")
         fill: Command | None = None
         began = time.monotonic()
         try:
+            load = Load(self, [key], {key: lease.token} if lease.is_ours else {})
             try:
-                value = loader(identity)
+                value = self._run(load, lambda: request.loader(request.identity))
             except Exception:
-                if record is None:
+                if old is None:
                     raise
-                self._shelf.count("degraded.loads")
-                return record.value
-            ttl *= 1 - _JITTER * _random.random()
-            fill, text = self._filling(key, value, seen, generation, lease.token, ttl, time.monotonic() - began)
-            if fill is None and record is not None:
-                self._shelf.drop(key)  # what is there is not it
+                self._backend.count("degraded.loads")
+                return old
+            cost, text = time.monotonic() - began, self._text(value)
+            fill = self._filling(key, value, text, snapshot, generation, lease, _jittered(request.ttl), cost)
+            if fill is None and old is not None:
+                self._backend.drop(key)  # the value that is there has ended
         finally:
             if fill is None:
-                self._shelf.give_back({key: lease})
+                self._backend.give_back({key: lease})
         if fill is not None:
-            self._shelf.store([fill])
-        return self._given(text)
+            self._backend.store([fill])
+        return text
+
+    def _run(self, load: Load, loader: Callable[[], T]) -> T:
+        with load.running:
+            if load.leases and self._renewals is not None:
+                self._renewals.add(load)
+            return running(load, loader)
+
+    def _refuse_own(self, key: str) -> None:
+        loads = loads_of_thread()
+        if any(load.of is self and key in load.keys for load in loads):
+            raise refuse_own(loads, key)
 
     def _filling(
-        self, key: str, value: Any, seen: Seen | None, generation: str, lease: str, ttl: float, cost: float
-    ) -> tuple[Command | None, str]:
-        """The command that stores a value, None where it is not to be stored; and what it stores."""
+        self,
+        key: str,
+        value: Any,
+        text: str,
+        snapshot: FreshnessSnapshot | None,
+        generation: str,
+        lease: LoadLease | None,
+        ttl: float,
+        cost: float,
+    ) -> Command | None:
+        """The command that stores a value, or that there is none; None where that cannot be stored."""
         stale = self._stale
-        if value is None and self._negative_ttl is not None:
+        if value is None:
+            if self._negative_ttl is None:
+                return None
             ttl, stale = self._negative_ttl, 0.0
-        epoch = None if seen is None or seen.epoch < 0 else seen.epoch
-        text = encode(value, epoch, ttl=ttl, cost=cost, generation=generation)
-        if value is None and self._negative_ttl is None:
-            return None, text
         if len(text) > self._max_bytes:
-            self._shelf.count("too_large")
-            return None, text
-        return cells.fill(key, text, str(max(1, int((ttl + stale) * 1000))), lease, version_of(value)), text
+            self._backend.count("too_large")
+            return None
+        epoch, version = None if snapshot is None or snapshot.epoch < 0 else snapshot.epoch, version_of(value)
+        about = stamp(text, version, ttl=ttl, cost=cost, epoch=epoch, generation=generation)
+        token, stood = ("", b"") if lease is None else (lease.token, lease.stood)
+        return entry_keys.fill(key, text, about, ttl=ttl, stale=stale, lease=token, stood=stood, version=version)
+
+    def _text(self, value: Any) -> str:
+        """The JSON of a loaded value, "" for none. Raises ValueError."""
+        return "" if value is None else self._codec.encode(value)
+
+    def _shown(self, found: str | MetadataEntry) -> Any:
+        return self._given(found) if isinstance(found, str) else self._value(found.value)
 
     def _given(self, text: str) -> Any:
-        """The value as a hit gives it."""
-        record = decode(text)
-        return None if record is None else self._value(record)
+        """The value as a hit gives it; None for "". Raises ValueError for a value that no hit could give."""
+        return self._value(self._codec.decode(text)) if text else None
 
-    def _value(self, record: Record) -> Any:
-        return record.value if self._shelf.local is None else read_only(record.value)
+    def _value(self, value: Any) -> Any:
+        if self._backend.local is None:
+            return value
+        try:
+            return immutable(value)
+        except RecursionError:
+            raise too_deep() from None
 
 
-def is_over(record: Record) -> bool:
-    """Is its TTL over, and is it there for its `stale` time only?"""
-    return record.ends_at is not None and time.time() >= record.ends_at
-
-
-def is_due(record: Record) -> bool:
-    """Is it time to load it anew? Before the end of its TTL, with a chance that grows the nearer that is."""
-    if record.ends_at is None:
+def is_due(entry: MetadataEntry) -> bool:
+    """Is it time to load it again? Before the end of its TTL, with a chance that grows as the end comes near."""
+    if entry.ends_at is None:
         return False
-    left = record.ends_at - time.time()
-    if left > 40 * record.cost:  # the logarithm of what is random has no more than 53 bits
+    left = entry.ends_at - time.time()
+    if left > 40 * entry.cost:  # the logarithm of a random number has no more than 53 bits
         return False
-    return left <= -record.cost * math.log(1 - _random.random())
+    return left <= -entry.cost * math.log(1 - _random.random())
+
+
+def _jittered(ttl: float) -> float:
+    return ttl * (1 - _JITTER * _random.random())

@@ -1,386 +1,365 @@
-"""SessionCache: which agent a session belongs to, by PostgreSQL and Redis, or by what this process remembers."""
+"""SessionCache: which agent a session belongs to."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-from .._counters import Counters
-from ..breaker import Rejected
-from ..client import RedisClient
+from .._context import Context
+from .._fork import notice_fork
+from .._uncopied import Uncopied
 from ..errors import (
-    BackendError,
     BackendUnavailable,
     ConfigurationError,
     SessionAlreadyBound,
+    SessionChanged,
     SessionStoreUnavailable,
     check_ttl,
+    refuse,
 )
-from ..keys import Keys, check_id
-from .binding import Order, SessionBinding, encode_data
-from .copies import Copies, Guard
-from .durable import DurableSessions
-from .local import Debt, LocalSessions
-from .postgres_store import SessionRows
-from .redis_store import RedisSessions
-from .stores import Sessions
-from .verify import SessionParity, compare
-
-if TYPE_CHECKING:
-    from ..postgres import Postgres
+from ..keys import Id, check_id, id_text, is_id
+from ..outbox import FreshnessLease
+from .backends.backend import NOTHING_TO_COMPARE, SessionBackend
+from .backends.chain import SessionBackends
+from .binding import BindRequest, SessionBinding, encode_data
+from .parity import SessionParity
+from .replay import Replay
+from .updates import Updates
 
 __all__ = ["SessionBinding", "SessionCache", "SessionParity"]
 
-log = logging.getLogger("govredis")
 
-T = TypeVar("T")
-
-_REPLAY_AT_ONCE = 500
-
-
-def _utc_now() -> datetime:
+def utc_now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-class SessionCache:
+class SessionCache(Uncopied):
     """Sessions bound to agents, with a TTL that slides when touched: JSON at `session:{id}`, as the async service has.
 
-    `get` takes one round trip; it takes a second one to slide the TTL, which it does when a tenth of that has passed.
+    `get` takes one round trip, and a second one to slide the TTL, once a tenth of that has passed.
     A revoked session does not come back: a bind that a revocation overtakes is ended by it, however late it is carried
-    out; one that begins after it binds as ever.
+    out. A bind that begins after the revocation binds as ever.
 
     **With PostgreSQL** a session is a row there, and Redis caches it. A Redis that is flushed, or restarted empty or
-    with old data, logs nobody out; and a revoked session is found nowhere later than metadata_staleness (5 s) after it
-    was revoked, at once where Redis is well. A hit takes no statement; one each: a miss, unknown ids among them, a TTL
-    that slides, a revocation; a bind two.
+    with old data, logs nobody out. A revoked session is found nowhere later than metadata_staleness (5 s) after it was
+    revoked, and where Redis is well it ends at once. A hit takes no statement. A miss takes one, also for an unknown
+    id; so does a TTL that slides, and a revocation; a bind takes two.
+
+    **Without PostgreSQL** Redis has the record. A session that it loses is lost; restored older data counts.
+
+    **While a server is away**, each SessionBinding says which backend answered:
 
     - Redis away: the rows answer (backend "postgres").
-    - PostgreSQL away: what Redis has is believed, though it may be older than 5 s (`sessions.degraded.unguarded`).
-      `bind` and `unbind` are carried out in Redis and here, and told to PostgreSQL when it is back; what this process
-      has not told is lost to PostgreSQL if it ends before.
-    - Both away: this process's memory, as below. What Redis has not is unknown then, too.
+    - PostgreSQL away: Redis is believed, though it may be older than 5 s (`sessions.degraded.unguarded`). Changes are
+      carried out in Redis and here, and told to PostgreSQL when it is back.
+    - PostgreSQL read-only (a standby, a setting): the rows answer, and Redis as ever. Changes are carried out as while
+      it is away, and told before this process writes anything else to it. `touch` lengthens nothing there.
+    - No server left: this process's memory answers (backend "local"). It finds what was bound or seen here, until its
+      TTL, also if another process has revoked it since. An unknown session raises SessionStoreUnavailable, for unknown
+      is not logged out. `touch` counts here only, and is told to nobody. Changes are told on the return, before this
+      process uses the server again: first revocations, then bindings where nobody is bound and no revocation is later
+      by the clocks. They are lost if the process ends before.
 
-    **Without PostgreSQL** Redis has the record. What it loses is lost, and older data, restored, counts.
+    If this process's connections to the record are all in use, its memory is not asked: every method raises
+    SessionStoreUnavailable. docs/guarantees.md says what holds in an outage, and what does not.
 
-    **With nobody to ask** this process answers from its own memory, and each SessionBinding says so (backend "local"):
+    **Beside the async service** the newest binding wins, from either side; see docs/async-service.md. A session that it
+    deletes in Redis comes back from its row: `unbind` it here.
 
-    - a session bound or seen here before is found, until its TTL. One that another process revoked meanwhile is found
-      too: this process cannot know. Where that matters, look at `backend`;
-    - an unknown one raises SessionStoreUnavailable: unknown is not the same as logged out;
-    - `touch` lengthens it here only, and is told to nobody;
-    - `bind` and `unbind` work, here only, and are told when PostgreSQL (where there is none: Redis) is back, before
-      this process uses it again: revocations first, then bindings where the session is still unbound and has not been
-      revoked since, by the clocks. They are lost if the process ends before.
+    Every method raises ValueError for a bad id before anything is sent, BackendError where a server answers with an
+    error, and ConfigurationError where there is a PostgreSQL without our tables.
 
-    Sessions bound by the async service are found by `get`, but stand in no index and have no row: `for_agent` and
-    `unbind_agent` do not see them. With PostgreSQL a session that it ends (DEL) comes back from its row: `unbind` it
-    here. Every method raises ValueError for a bad id before anything is sent, BackendError where a server answers with
-    an error, and ConfigurationError where there is a PostgreSQL without our tables.
+    A value of another client's at one of our keys that is no record is counted (`sessions.malformed`), and replaced by
+    the next `bind`. Until then the session's row counts; without a row `get` raises BackendError. The sessions beside
+    it are found, listed and ended as ever. The `get` of an id that nobody has bound leaves nothing behind.
+
+    With session_hash_ids, keys, index and rows keep a SHA-256 of each session id, so that a reader of them can use no
+    session. The hash has no key: an id that can be guessed can be looked for. The async service does not see such
+    sessions, and `for_agent` names hashes.
 
     Args:
-        hash_ids: keep a SHA-256 of each session id in keys, index and rows, so that nobody can use what he reads there.
-            The hash has no key: an id that can be guessed can be looked for. The async service does not see such
-            sessions, and `for_agent` names hashes.
+        freshness: says whether a row's copy in Redis may be believed; None: none is.
+        now: aware UTC.
     """
 
     def __init__(
-        self,
-        keys: Keys,
-        redis: RedisClient | None,
-        postgres: Postgres | None = None,
-        guard: Guard[Any] | None = None,
-        *,
-        ttl: float,
-        local_entries: int,
-        counters: Counters,
-        hash_ids: bool = False,
-        now: Callable[[], datetime] = _utc_now,
+        self, context: Context, *, freshness: FreshnessLease | None = None, now: Callable[[], datetime] = utc_now
     ) -> None:
-        self._keys = keys
-        self._ttl = check_ttl(ttl)
-        self._counters = counters
-        self._hash_ids = hash_ids
+        config = context.config
+        self._ttl_ms = int(config.session_ttl * 1000)
+        self._hash_ids = config.session_hash_ids
+        self._counters = context.counters
         self._now = now
-        self._rows = None if postgres is None else SessionRows(keys, postgres, ttl=ttl)
-        self._copies: Copies | None = None
-        self._store: Sessions | None = None
-        if redis is not None:
-            in_redis = RedisSessions(keys, redis, ttl=ttl, counters=counters, now=now)
-            self._store = in_redis
-            if postgres is not None:
-                self._copies = Copies(keys, redis, guard, in_redis, entries=local_entries, counters=counters)
-        if self._rows is not None:
-            self._store = DurableSessions(self._rows, self._copies, counters=counters)
-        #: Who is told what was done without it.
-        self._record: Postgres | RedisClient | None = postgres if postgres is not None else redis
-        self._local = LocalSessions(local_entries, now, None if self._record is None else self._record.name)
-        if self._record is not None:
-            self._record.on_recovery(lambda _: self._replay())
+        self._backends = SessionBackends(context, freshness=freshness, now=now)
+        self._memory = self._backends.memory
+        self._updates = Updates(self._backends)
+        primary, server = self._backends.primary, self._backends.server
+        if primary is not None and server is not None:
+            replay = Replay(primary, self._memory, self._backends.outage, now=now, counters=self._counters)
+            server.on_recovery(lambda _: replay())
 
     def bind(
-        self, session_id: str, agent_id: str, *, ttl: float | None = None, if_absent: bool = False, data: Any = None
+        self, session_id: Id, agent_id: Id, *, ttl: float | None = None, if_absent: bool = False, data: Any = None
     ) -> SessionBinding:
         """Bind a session to an agent; a session bound before is rebound, and its bind_count goes up.
 
         Args:
             session_id, agent_id: the two.
-            ttl: seconds until it ends unless touched; None: session_ttl.
+            ttl: seconds until it ends unless touched, 0.001 or more; None: session_ttl, but it ends no sooner than it
+                would without this bind.
             if_absent: bind only an unbound session. One that is this agent's already is returned as it is.
             data: anything JSON can hold, up to 64 KiB.
 
         Returns the SessionBinding. Raises SessionAlreadyBound(existing) for if_absent, ValueError for a bad argument,
-        SessionStoreUnavailable with nobody to ask if this process's memory of what it owes is full; with
-        if_absent also when this process does not know whether the session is bound.
+        SessionStoreUnavailable where no server can be asked and there is no room for another pending write. With
+        if_absent it is also raised where this process does not know whether the session is bound.
         """
-        order = Order(
+        notice_fork()
+        agent_id = check_id(agent_id, "agent_id")
+        request = BindRequest(
             self._name(session_id),
-            check_id(agent_id, "agent_id"),
+            agent_id,
             self._now(),
-            int((self._ttl if ttl is None else check_ttl(ttl)) * 1000),
+            self._ttl_ms if ttl is None else int(check_ttl(ttl) * 1000),
             encode_data(data),
             if_absent,
+            keeps_ttl=ttl is None,
         )
-        binding = self._shown(self._bind(order), session_id)
+        binding = self._shown(self._bind(request), session_id)
         if binding.agent_id != agent_id:
             raise SessionAlreadyBound(binding)
         return binding
 
-    def _bind(self, order: Order) -> SessionBinding:
-        name = order.session_id
-        if self._store is not None:
-            try:
-                binding, stands = self._store.bind(order)
-            except BackendUnavailable as error:
-                self._degraded("bind", error if order.if_absent and not self._knows(name) else None)
+    def _bind(self, request: BindRequest) -> SessionBinding:
+        name = request.session_id
+        unless_unknown = name if request.if_absent else None
+        (binding, stands), by_primary = self._backends.ask(
+            "bind", lambda backend: backend.bind(request), unless_unknown=unless_unknown
+        )
+        if by_primary:
+            if stands:
+                self._memory.remember(binding)
             else:
-                if stands:
-                    self._local.remember(binding)
-                else:
-                    self._counters.add("sessions.overtaken")
-                    self._local.forget(name)
-                if binding.agent_id == order.agent_id:
-                    self._counters.add("sessions.bound")
-                return binding
-        known = self._local.get(name)
-        if order.if_absent and known is not None:
-            return known
-        binding = self._local.bind(order.binding("local"))
-        self._meanwhile(lambda redis: redis.bind(order._replace(if_absent=False)))
-        self._replay_soon()
+                self._counters.add("sessions.overtaken")
+                self._memory.forget(name)
+            if binding.agent_id == request.agent_id:
+                self._counters.add("sessions.bound")
+        elif binding.bound_at == request.bound_at:  # else another binding was found here
+            self._backends.show(lambda redis: redis.bind(request._replace(if_absent=False)))
+            self._backends.tell_soon()
         return binding
 
-    def get(self, session_id: str, *, touch: bool = False) -> SessionBinding | None:
+    def get(self, session_id: Id, *, touch: bool = False) -> SessionBinding | None:
         """The session's binding, or None if it is bound to nobody (ended, revoked, never bound).
 
         Args:
             touch: also give it its whole TTL again (session_ttl), if a tenth of that has passed.
 
-        Raises SessionStoreUnavailable where nobody can be asked and this process does not know the session.
+        Raises SessionStoreUnavailable where no server can be asked and this process does not know the session.
         """
-        name = self._name(session_id)
-        if self._store is None:
-            binding = self._get_local(name, touch, None)
-        else:
-            changes = self._local.changes
-            try:
-                binding = self._store.get(name, touch)
-            except BackendUnavailable as error:
-                binding = self._get_local(name, touch, error)
-            else:
-                hit = binding is not None and binding.backend == "redis"
-                self._counters.add("sessions.hits" if hit else "sessions.misses")
-                if binding is None:
-                    self._local.forget(name)
-                elif self._local.revoked(name, binding.agent_id):
-                    binding = None
-                else:
-                    self._local.remember(binding, since=changes)
+        notice_fork()
+        name, ends = self._name(session_id), self._memory.ends
+        binding, by_primary = self._backends.ask("get", lambda backend: backend.get(name, touch), unless_unknown=name)
+        if by_primary:
+            hit = binding is not None and binding.backend == "redis"
+            self._counters.add("sessions.hits" if hit else "sessions.misses")
+            binding = self._corrected(name, binding, ends)
         return None if binding is None else self._shown(binding, session_id)
 
-    def get_agent_id(self, session_id: str, *, touch: bool = False) -> str | None:
+    def _corrected(self, name: str, binding: SessionBinding | None, ends: int) -> SessionBinding | None:
+        """The primary's answer, corrected by what it was not told of yet.
+
+        Args:
+            ends: the memory's, as it was before the primary was asked.
+        """
+        memory = self._memory
+        bound = memory.bound_here(name)
+        if bound is not None and (binding is None or binding.bound_at < bound.bound_at):
+            return bound
+        if binding is None:
+            memory.forget(name)
+            return None
+        if memory.is_revoked(name, binding.agent_id):
+            return None
+        memory.remember(binding, since=ends)
+        return memory.with_pending_data(binding)
+
+    def get_agent_id(self, session_id: Id, *, touch: bool = False) -> str | None:
         """The agent_id of `get`."""
         binding = self.get(session_id, touch=touch)
         return binding.agent_id if binding is not None else None
 
-    def touch(self, session_id: str) -> bool:
+    def touch(self, session_id: Id) -> bool:
         """Give the session its whole TTL (session_ttl) again, if a tenth of that has passed. False if there is none.
 
         Raises SessionStoreUnavailable as `get` does.
         """
         return self.get(session_id, touch=True) is not None
 
-    def unbind(self, session_id: str) -> bool:
-        """End a session. True if it was bound (False also where a first answer was lost with its connection, and the
-        session had ended by the time of the second).
+    def exists(self, session_id: Id) -> bool:
+        """Is the session bound? Takes one round trip, as `get` does, and lengthens nothing.
 
-        With nobody to ask: it is ended in this process and, once that is over, everywhere; True if this process knew
-        it. Raises SessionStoreUnavailable if this process's memory of what it owes is full.
+        Raises SessionStoreUnavailable as `get` does.
         """
+        return self.get(session_id) is not None
+
+    def update(self, session_id: Id, data: Any) -> SessionBinding:
+        """Give a living session other data. The rest of its record stays, as do its agent and its TTL.
+
+        >>> gov.sessions.update(sid, {"theme": "dark"})                          # replaces the data
+        >>> gov.sessions.update(sid, lambda data: {**data, "n": data["n"] + 1})  # concurrent ones all count
+
+        It is compare-and-set: if another caller changed the data between read and write, it tries again, up to 100
+        times. It never brings a session back, nor changes one that was bound anew meanwhile.
+
+        Args:
+            data: anything JSON can hold, up to 64 KiB; None for no data. Or a function: it gets a copy of the data as
+                it is, None where there is none, and returns the new data, or None. It may be called several times, and
+                its exceptions are raised.
+
+        Returns the SessionBinding as it is now. Raises SessionChanged(existing) where nothing was changed: the session
+        has ended or was never bound (`existing` is None), was bound anew, or was changed by others at each try.
+
+        While PostgreSQL is away, and where no server can be asked, it is changed here only (backend "local"), and told
+        on the return. If the session's data differs by then from the data that this process knew, the change is
+        dropped, and counted as `sessions.replays_refused`. Raises SessionStoreUnavailable where this process does not
+        know the session.
+        """
+        notice_fork()
+        found, updated = self._updates.update(self._name(session_id), data)
+        if updated is None:
+            raise SessionChanged(None if found is None else self._shown(found, session_id))
+        self._counters.add("sessions.updated")
+        return self._shown(updated, session_id)
+
+    def unbind(self, session_id: Id) -> bool:
+        """End a session. True if it was bound. False also if a first answer was lost with its connection: by the second
+        try the session had ended.
+
+        A note of the revocation, also for an unknown id, is kept for session_ttl: where strangers may send any id,
+        `get` it first.
+
+        Where no server can be asked, it ends in this process and, on the return, everywhere; True if this process knew
+        it. Raises SessionStoreUnavailable if there is no room for another pending write.
+        """
+        notice_fork()
         name = self._name(session_id)
-        if self._store is not None:
-            try:
-                ended = self._store.unbind(name)
-            except BackendUnavailable:
-                self._degraded("unbind", None)
-                self._meanwhile(lambda redis: redis.unbind(name))
-            else:
-                self._local.forget(name)
-                return ended
-        ended = self._local.unbind(name)
-        self._replay_soon()
+        return bool(self._end("unbind", lambda backend: backend.unbind(name), lambda: self._memory.forget(name)))
+
+    def _end(self, operation: str, end: Callable[[SessionBackend], int], forget: Callable[[], None]) -> int:
+        ended, by_primary = self._backends.ask(operation, end, shown=True)
+        if by_primary:
+            forget()
+        else:
+            self._backends.tell_soon()
         return ended
 
-    def rotate(self, session_id: str) -> str | None:
-        """Give a session another id, as at a login: bind a new one, from `secrets`, to the same agent, with the same
-        data and the same end, then end the old one.
+    def start(
+        self, agent_id: Id, *, replacing: Id | None = None, ttl: float | None = None, data: Any = None
+    ) -> SessionBinding:
+        """For a login: begin an agent's session under a new id from `secrets`, then end the one it replaces.
 
-        Returns the new id; None if there is no such session, or if it was ended meanwhile, by whomever: then the new
-        one is, too. Raises as `get`, `bind` and `unbind`.
+        No id that somebody planted in a browser becomes the agent's session.
+
+        Args:
+            agent_id: the agent that has logged in.
+            replacing: the id that the request came with, known or not; None: it came without an id. A cookie may
+                hold anything: a str that cannot be an id counts as an unknown id.
+            ttl, data: the same as for `bind`.
+
+        Returns the SessionBinding, whose session_id the visitor gets. Raises ValueError for a bad argument, and
+        otherwise the errors of `bind` and `unbind`. If the bind fails, the visitor's old session stands. If the unbind
+        does, both stand, and the new session, whose id nobody got, ends with its ttl.
+        """
+        old = None if replacing is None else id_text(replacing)
+        if old is not None and not isinstance(old, str):
+            raise refuse("replacing", old, "the id that the request came with: a str, an int or a UUID; or None")
+        started = self.bind(secrets.token_urlsafe(32), agent_id, ttl=ttl, data=data)
+        if old is not None and is_id(old):
+            self.unbind(old)
+        return started
+
+    def rotate(self, session_id: Id) -> str | None:
+        """Give a session another id; its agent stays. At a login call `start`: `rotate` is for a session whose agent is
+        known already, such as before it gets more rights.
+
+        Binds a new id, from `secrets`, to the same agent, then ends the old session. Data, end and the async service's
+        members stay the same.
+
+        Returns the new id; None if there is no such session, or if it ended meanwhile: then the new one ends, too.
+        Raises the errors of `get`, `bind` and `unbind`.
         """
         old = self.get(session_id)
         if old is None:
             return None
-        left = None if old.expires_at is None else max(0.001, (old.expires_at - self._now()).total_seconds())
+        now = self._now()
+        left = None if old.expires_at is None else max(1, (old.expires_at - now) // timedelta(milliseconds=1))
         new = secrets.token_urlsafe(32)
-        self.bind(new, old.agent_id, ttl=left, data=old.data)
+        data = encode_data(old.data)
+        self._bind(BindRequest(self._name(new), old.agent_id, now, left, data, False, origin=self._name(session_id)))
         if self.unbind(session_id):
             return new
         self.unbind(new)
         return None
 
-    def for_agent(self, agent_id: str) -> list[str]:
+    def for_agent(self, agent_id: Id) -> list[str]:
         """The ids of the agent's sessions, sorted (their hashes, with hash_ids).
 
         Raises SessionStoreUnavailable while neither Redis nor PostgreSQL can be asked.
         """
-        check_id(agent_id, "agent_id")
-        if self._store is None:
-            return self._local.for_agent(agent_id)
+        notice_fork()
+        agent_id = check_id(agent_id, "agent_id")
+        primary = self._backends.primary
+        if primary is None:
+            return self._memory.for_agent(agent_id)
         try:
-            return self._store.for_agent(agent_id)
+            return self._memory.with_pending(agent_id, primary.for_agent(agent_id))
         except BackendUnavailable as error:
             raise SessionStoreUnavailable(f"the sessions of agent {agent_id!r} cannot be listed: {error}") from error
 
-    def unbind_agent(self, agent_id: str) -> int:
-        """End all sessions of an agent; also one whose bind has begun, and is carried out later. Returns how many.
+    def unbind_agent(self, agent_id: Id) -> int:
+        """End all sessions of an agent, also a session whose bind has begun and is carried out later. Returns how many.
 
-        With nobody to ask: those that this process knows, here, and once that is over all of them, everywhere. Raises
-        SessionStoreUnavailable if this process's memory of what it owes is full.
+        Where no server can be asked: those that this process knows end here, and on the return all of them end,
+        everywhere. Raises SessionStoreUnavailable if there is no room for another pending write.
         """
-        check_id(agent_id, "agent_id")
-        if self._store is not None:
-            try:
-                ended = self._store.unbind_agent(agent_id)
-            except BackendUnavailable:
-                self._degraded("unbind_agent", None)
-                self._meanwhile(lambda redis: redis.unbind_agent(agent_id))
-            else:
-                self._local.forget_agent(agent_id)
-                return ended
-        ended = self._local.unbind_agent(agent_id)
-        self._replay_soon()
-        return ended
+        notice_fork()
+        agent_id = check_id(agent_id, "agent_id")
+        return self._end(
+            "unbind_agent",
+            lambda backend: backend.unbind_agent(agent_id),
+            lambda: self._memory.forget_agent(agent_id),
+        )
 
     def purge(self) -> int:
         """Delete the rows of sessions that have been over for session_ttl. Returns how many.
 
         Raises BackendUnavailable, ConfigurationError.
         """
-        return 0 if self._rows is None else self._rows.purge()
+        notice_fork()
+        primary = self._backends.primary
+        return 0 if primary is None else primary.purge()
 
     def verify(self) -> SessionParity:
-        """Compare all rows with their copies in Redis, 500 at a time. Raises BackendUnavailable if either is away,
+        """Compare all rows with their copies in Redis, 500 at a time. Raises BackendUnavailable if either is away, and
         ConfigurationError where there are not both.
         """
-        if self._rows is None or self._copies is None:
-            raise ConfigurationError("there is nothing to compare without both Redis and GOVREDIS_DATABASE_URL")
-        return compare(self._rows, self._copies)
+        notice_fork()
+        primary = self._backends.primary
+        if primary is None:
+            raise ConfigurationError(NOTHING_TO_COMPARE)
+        return primary.verify()
 
-    # -- inside --------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _name(self, session_id: str) -> str:
-        """What the session is called wherever it is kept."""
-        check_id(session_id, "session_id")
+    def _name(self, session_id: Id) -> str:
+        """The session's id as backends keep it."""
+        session_id = check_id(session_id, "session_id")
         return hashlib.sha256(session_id.encode()).hexdigest() if self._hash_ids else session_id
 
-    def _shown(self, binding: SessionBinding, session_id: str) -> SessionBinding:
-        return replace(binding, session_id=session_id) if self._hash_ids else binding
-
-    def _meanwhile(self, change: Callable[[RedisSessions], Any]) -> None:
-        """PostgreSQL is owed a change: Redis, if that can be asked, shows it to others until it is told."""
-        if self._copies is not None:
-            with contextlib.suppress(BackendUnavailable):
-                change(self._copies.sessions)
-
-    def _replay_soon(self) -> None:
-        if self._record is not None:
-            self._record.replay_soon("sessions were changed without it")
-
-    def _outage(self) -> int:
-        return 0 if self._record is None else self._record.breaker.generation
-
-    def _knows(self, name: str) -> bool:
-        return self._local.knows(name, self._outage())
-
-    def _degraded(self, what: str, error: BackendUnavailable | None) -> None:
-        self._counters.add(f"sessions.degraded.{what}")
-        if error is not None:
-            raise SessionStoreUnavailable(f"this process does not know the session, and {error}") from error
-
-    def _get_local(self, name: str, touch: bool, error: BackendUnavailable | None) -> SessionBinding | None:
-        if touch:
-            self._local.touch(name, self._ttl)
-        binding = self._local.get(name)
-        if error is not None:
-            self._degraded("get", None if self._knows(name) else error)
-        return binding
-
-    def _replay(self) -> None:
-        """Tell the record what it missed: revocations first, then bindings where the session is still unbound."""
-        store = self._store
-        assert store is not None
-        sessions, agents, bindings = self._local.debts()
-        for some in _chunks(sessions):
-            with self._telling(some):
-                store.tell_unbound(some)
-        for debt in agents:
-            with self._telling([debt]):
-                store.tell_agent_unbound(debt)
-        for few in _chunks(bindings):
-            others: list[SessionBinding | None] = []
-            with self._telling([debt for debt, _ in few]):
-                others = store.tell_bound([(debt, self._order(binding)) for debt, binding in few])
-            for other in others:
-                if other is not None:  # somebody bound it otherwise while we were cut off: theirs stands
-                    self._counters.add("sessions.replays_refused")
-                    self._local.remember(other)
-
-    def _order(self, binding: SessionBinding) -> Order:
-        """How a binding made here is told of."""
-        left = timedelta(seconds=self._ttl) if binding.expires_at is None else binding.expires_at - self._now()
-        ttl_ms = max(1, left // timedelta(milliseconds=1))
-        data = encode_data(binding.data)
-        return Order(binding.session_id, binding.agent_id, binding.bound_at, ttl_ms, data, True)
-
-    @contextlib.contextmanager
-    def _telling(self, debts: list[Debt]) -> Iterator[None]:
-        """These debts are paid now, also where the answer was an error (a key of another type, say): the others were
-        carried out, and one that never can be must not keep the rest from being told."""
-        try:
-            yield
-        except (BackendUnavailable, Rejected, ConfigurationError):
-            raise
-        except BackendError as error:
-            self._counters.add("sessions.replays_failed")
-            log.error("a change made while %s was away could not be told to it: %s", self._local.owed_to, error)
-        self._local.paid(debts, self._outage())
-
-
-def _chunks(items: list[T]) -> list[list[T]]:
-    return [items[i : i + _REPLAY_AT_ONCE] for i in range(0, len(items), _REPLAY_AT_ONCE)]
+    def _shown(self, binding: SessionBinding, session_id: Id) -> SessionBinding:
+        return replace(binding, session_id=id_text(session_id)) if self._hash_ids else binding

@@ -20,7 +20,7 @@ import redis as redis_py
 from govredis import Config, GovRedis
 
 WAITING = 8
-#: Seconds that a lock is held, so that all the others wait again; and before whoever let go comes back.
+#: Seconds that a lock is held, so that all the others wait again; and before the process that let go comes back.
 HELD, AWAY = 0.003, 0.0015
 #: Seconds to a Redis on another host.
 DISTANCE = 0.0005

@@ -1,4 +1,4 @@
-"""What an identity's windows take in Redis when they are full, by algorithm: `python -m tests.bench.memory`."""
+"""The memory of an identity's windows in Redis when they are full, by algorithm: `python -m tests.bench.memory`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from govredis import Config, GovRedis, Limit
 from govredis.keys import sibling
+from govredis.limits.backends.redis_backend import RedisLimitBackend
 from govredis.testing.servers import RedisServer, redis_binaries
 
 COUNTS = (20, 1_000, 100_000)
@@ -22,13 +23,13 @@ def fill_log(gov: GovRedis, count: int) -> None:
 
 def fill_counter(gov: GovRedis, count: int) -> None:
     """Over the whole window, for that is what takes most: by the script, which takes the time as an argument."""
-    window = gov.limits._windows[0]
+    assert gov.internal.context.redis is not None
+    backend = RedisLimitBackend(gov.internal.context.redis)
     last, at_once = time.time_ns() // 1000, max(1, count // 50)
     for n in range(count // at_once):
         now = str(last + n * WINDOW * 1_000_000 * at_once // count)
         arguments = ("hit", str(at_once), f"{now}-0123456789ab{n}", now, str(count), str(WINDOW * 1_000_000))
-        assert gov._redis is not None
-        assert gov._redis.run(window._counter_script, (sibling(KEY, "counter"),), *arguments)[0] == 1  # type: ignore[attr-defined]
+        assert gov.internal.context.redis.run(backend._counter_script, (sibling(KEY, "counter"),), *arguments)[0] == 1
 
 
 FILL: dict[str, Callable[[GovRedis, int], None]] = {

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from govredis import Config, GovRedis, Limit
+from govredis.limits.backends.redis_backend import RedisLimitBackend
 from govredis.testing.servers import RedisServer
 
 from . import hand_over
@@ -54,11 +55,11 @@ class Raw:
 
 def sent_by(gov: GovRedis, call: Call, replies: list[Any]) -> list[bytes]:
     """The very bytes that `call` sends, one for each reply that it is given in place of the server's."""
-    client: Any = gov._redis
+    client: Any = gov.internal.context.redis
     sent: list[bytes] = []
     pending = iter(replies)
 
-    def record(packed: bytes, _: int = 0) -> Any:
+    def record(packed: bytes, *_: object, **__: object) -> Any:
         sent.append(packed)
         return next(pending)
 
@@ -84,7 +85,8 @@ def contests(gov: GovRedis, url: str, calls: int) -> Iterator[Contest]:
     hit = lambda: gov.limits.hit("bench", rate, operation="op")  # noqa: E731
     hit()
     hits = [sent_by(gov, hit, [[1, 1, 1, 0, 0]])[0] for _ in range(calls)]
-    ours: Any = gov.limits._windows[0]
+    assert gov.internal.context.redis is not None
+    ours = RedisLimitBackend(gov.internal.context.redis)
     script, source = ours._script.sha, ours._script.source
     plain.script_load(source)
     members = itertools.count()
@@ -158,7 +160,7 @@ def contests(gov: GovRedis, url: str, calls: int) -> Iterator[Contest]:
     gov.sessions.bind("bench", "agent-1")
     stored = plain.get("session:bench")
     get_session = lambda: gov.sessions.get("bench")  # noqa: E731
-    (session_bytes,) = sent_by(gov, get_session, [[stored, 3_000_000]])
+    (session_bytes,) = sent_by(gov, get_session, [[[stored], 3_000_000]])
     pipe = plain.pipeline(transaction=False)
 
     def redis_py_session() -> object:
@@ -174,7 +176,8 @@ def contests(gov: GovRedis, url: str, calls: int) -> Iterator[Contest]:
     # -- metadata ----------------------------------------------------------------------------------------------------
     gov.metadata.set("bench", {"team": "search", "tags": ["a", "b"], "n": 1})
     get_metadata = lambda: gov.metadata.get("bench")  # noqa: E731
-    (get_bytes,) = sent_by(gov, get_metadata, [plain.get("agent_meta:bench")])
+    cells = [plain.get(key) for key in ("agent_meta:bench", "{agent_meta:bench}:stamp")]
+    (get_bytes,) = sent_by(gov, get_metadata, [[*cells, None]])
     yield (
         "metadata.get",
         1,

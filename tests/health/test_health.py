@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
+import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psycopg2
 import pytest
+from support import PATIENCE, REDIS_AWAY, Background, WatchedSocket, in_child
 
 from govredis import BackendError, BackendUnavailable, ConfigurationError, GovRedis, HealthReport
 from govredis.health import Check, HealthMonitor
+from govredis.health.heartbeat import Heartbeat
 from govredis.limits.parked import Arrival
 from govredis.testing.servers import PostgresServer, RedisServer
 
@@ -31,7 +34,11 @@ def by_name(report: HealthReport) -> dict[str, Check]:
 def ticking(gov: GovRedis) -> tuple[HealthMonitor, list[float]]:
     """A monitor of the same servers whose clock is the list's only element."""
     now = [100.0]
-    return HealthMonitor(gov._keys, gov._redis, gov._postgres, gov.counters, clock=lambda: now[0]), now
+
+    def clock() -> float:
+        return now[0]
+
+    return HealthMonitor(gov.internal.context, Heartbeat(gov.internal.context, clock), clock=clock), now
 
 
 class TestStatus:
@@ -53,11 +60,14 @@ class TestStatus:
         assert report.stored is None
 
     def test_keys_are_counted_without_a_scan(self, gov: GovRedis, plain_redis: Any) -> None:
+        """It looks at a bounded number of keys only, for locks from outside."""
+        plain_redis.mset({f"other:{n}": n for n in range(15_000)})
         plain_redis.config_resetstat()
         gov.health.check()
-        stats = {name.removeprefix("cmdstat_") for name in plain_redis.info("commandstats")}
-        assert "dbsize" in stats
-        assert not stats & {"scan", "keys"}
+        stats = plain_redis.info("commandstats")
+        assert "cmdstat_dbsize" in stats
+        assert "cmdstat_keys" not in stats
+        assert 1 <= stats["cmdstat_scan"]["calls"] <= 10
 
     def test_redis_away_is_a_warning(self, make_gov: Callable[..., GovRedis], postgres_server: PostgresServer) -> None:
         report = make_gov(redis_url=AWAY, database_url=postgres_server.url).health.check()
@@ -77,9 +87,12 @@ class TestStatus:
         report = make_gov(redis_url=AWAY, database_url=PG_AWAY).health.check()
         assert report.status == "fail"
         assert {check.status for check in report.checks} == {"warn", "pass"}
+        assert by_name(report)["redis"].output.endswith("; fallbacks are in use, and PostgreSQL is away too")
 
     def test_redis_away_without_a_postgres_fails(self, make_gov: Callable[..., GovRedis]) -> None:
-        assert make_gov(redis_url=AWAY).health.check().status == "fail"
+        report = make_gov(redis_url=AWAY).health.check()
+        assert report.status == "fail"
+        assert by_name(report)["redis"].output.endswith("refused; fallbacks are in use, and no PostgreSQL covers it")
 
     def test_redis_away_fails_what_has_no_fallback(self, make_gov: Callable[..., GovRedis]) -> None:
         report = make_gov(redis_url=AWAY, lock_fallback="fail", limit_fallback="deny").health.check()
@@ -110,27 +123,35 @@ class TestStatus:
         assert "0001_limits.sql" in postgres.data["missing_migrations"]
 
     def test_hung_servers_take_no_longer_than_their_deadlines(
-        self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, mortal_postgres: PostgresServer
+        self,
+        make_gov: Callable[..., GovRedis],
+        mortal_redis: RedisServer,
+        mortal_postgres: PostgresServer,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        gov = make_gov(redis_url=mortal_redis.url, database_url=mortal_postgres.url, postgres_timeout=30)
+        monkeypatch.setattr(socket, "socket", WatchedSocket)
+        # PostgreSQL has a deadline of its own here; a check that waited for this timeout would never end.
+        urls = {"redis_url": mortal_redis.url, "database_url": mortal_postgres.url}
+        gov, fresh = (make_gov(**urls, postgres_timeout=10 * PATIENCE) for _ in range(2))
         assert gov.health.check().status == "pass"
-        fresh = make_gov(redis_url=mortal_redis.url, database_url=mortal_postgres.url, postgres_timeout=30)
+
+        def check(hung: GovRedis) -> tuple[str, int, list[float | None]]:
+            status, waits = ticking(hung)[0].check().status, WatchedSocket.waits
+            return status, waits.connects, waits.timeouts
+
         mortal_redis.pause()
         mortal_postgres.pause()
         try:
-            for hung in (gov, fresh):
-                monitor, _ = ticking(hung)
-                began = time.monotonic()
-                assert monitor.check().status == "fail"
-                # 2 s for Redis and 2 s for PostgreSQL, and what a busy machine adds; not the 30 s.
-                assert time.monotonic() - began < 10
+            for hung, connects in ((gov, 0), (fresh, 1)):
+                told = Background(lambda hung=hung: check(hung)).result(PATIENCE)
+                assert told == ("fail", connects, [1]), "it asks Redis once, and waits for the socket timeout"
         finally:
             mortal_redis.resume()
             mortal_postgres.resume()
 
 
 class TestCaching:
-    def test_what_was_seen_holds_for_a_second(self, gov: GovRedis, plain_redis: Any) -> None:
+    def test_a_report_holds_for_a_second(self, gov: GovRedis, plain_redis: Any) -> None:
         monitor, now = ticking(gov)
         first = monitor.check()
         plain_redis.set("k", 1)
@@ -142,12 +163,14 @@ class TestCaching:
     def test_many_at_once_look_once(self, gov: GovRedis) -> None:
         monitor, _ = ticking(gov)
         before = gov.postgres.statements
+        ticking(gov)[0].check()
+        once, before = gov.postgres.statements - before, gov.postgres.statements
         threads = [threading.Thread(target=monitor.check) for _ in range(10)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert gov.postgres.statements - before == 2
+        assert gov.postgres.statements - before == once > 0
 
 
 class TestRatios:
@@ -175,17 +198,13 @@ class TestRatios:
         for _ in range(5):
             gov.metadata.get("none")
         monitor.check()
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                gov.metadata.set("a", 1)
-                gov.metadata.get("a")
-                found = by_name(monitor.check())["counters"].data["hit_ratios"]
-                status = 0 if found == {"agent_meta": 1.0} else 2
-            finally:
-                os._exit(status)
-        assert os.waitpid(pid, 0)[1] == 0
+
+        def ratios() -> object:
+            gov.metadata.set("a", 1)
+            gov.metadata.get("a")
+            return by_name(monitor.check())["counters"].data["hit_ratios"]
+
+        assert in_child(ratios) == {"agent_meta": 1.0}
 
 
 class TestSnapshots:
@@ -223,7 +242,7 @@ class TestSnapshots:
         gov = make_gov(redis_url=AWAY, database_url=postgres_server.url)
         gov.postgres.fetch(
             "INSERT INTO govredis_health_snapshots"
-            " SELECT 'x', now() - n * interval '1 day', '{}' FROM generate_series(29, 33, 2) n"
+            " SELECT 'govredis:health', now() - n * interval '1 day', '{}' FROM generate_series(29, 33, 2) n"
         )
         assert gov.health.snapshot().stored == "postgres"
         days = gov.postgres.fetch("SELECT extract(day FROM now() - at)::int FROM govredis_health_snapshots ORDER BY 1")
@@ -281,7 +300,7 @@ class TestBeat:
         beat = gov.health.check().checks[-1]
         assert (beat.status, beat.data["seconds_since"] < 100) == ("pass", True)
 
-    def test_what_nobody_here_has_written_is_warned_of(self, gov: GovRedis, plain_redis: Any) -> None:
+    def test_a_heartbeat_that_govredis_has_not_written_is_warned_of(self, gov: GovRedis, plain_redis: Any) -> None:
         plain_redis.set("govredis:heartbeat", "x")
         beat = gov.health.check().checks[-1]
         assert (beat.name, beat.status) == ("beat", "warn")
@@ -292,6 +311,7 @@ class TestBeat:
         plain_redis.pexpire("govredis:heartbeat", 1)
         while plain_redis.exists("govredis:heartbeat"):
             time.sleep(0.001)
+        self.age_in_postgres(gov, 86_400)
         assert len(gov.health.check().checks) == 3
 
     def test_is_not_noted_where_redis_is_away(self, make_gov: Callable[..., GovRedis]) -> None:
@@ -319,12 +339,227 @@ class TestBeat:
         one.health.beat(10)
         assert (len(one.health.check().checks), len(other.health.check().checks)) == (4, 3)
 
+    def test_is_missed_where_redis_has_lost_its_data(self, gov: GovRedis, plain_redis: Any) -> None:
+        """PostgreSQL has the last one, for a process that has never looked."""
+        assert gov.health.beat(100) is True
+        plain_redis.flushall()
+        (*_, beat) = ticking(gov)[0].check().checks
+        assert (beat.name, beat.status, beat.data["every"]) == ("beat", "pass", 100), "beat may be alive"
+        self.age_in_postgres(gov, 290)
+        assert ticking(gov)[0].check().checks[-1].status == "pass"
+        self.age_in_postgres(gov, 20)
+        (*_, beat) = ticking(gov)[0].check().checks
+        assert (beat.name, beat.status) == ("beat", "warn")
+        assert beat.output.startswith("no heartbeat for 31")
+        self.age_in_postgres(gov, 86_400)
+        assert "beat" not in {check.name for check in ticking(gov)[0].check().checks}, "after a day"
+        assert gov.health.beat(100) is True
+        assert gov.postgres.fetch("SELECT key FROM govredis_health_snapshots") == [("govredis:heartbeat",)], "one row"
+        assert gov.health.purge() == 0
+
+    def age_in_postgres(self, gov: GovRedis, seconds: int) -> None:
+        gov.postgres.fetch(f"UPDATE govredis_health_snapshots SET at = at - interval '{seconds} seconds'")
+
+    def test_a_process_misses_what_it_has_seen_where_there_is_no_postgres(
+        self, make_gov: Callable[..., GovRedis], redis_server: RedisServer, plain_redis: Any
+    ) -> None:
+        gov = make_gov(redis_url=redis_server.url)
+        gov.health.beat(100)
+        monitor, now = ticking(gov)
+        assert monitor.check().checks[-1].status == "pass"
+        plain_redis.flushall()
+        now[0] += 290
+        assert (monitor.check().checks[-1].name, monitor.check().checks[-1].status) == ("beat", "pass")
+        now[0] += 20
+        (*_, beat) = monitor.check().checks
+        assert (beat.name, beat.status, beat.output[:19]) == ("beat", "warn", "no heartbeat for 31")
+        gov.health.beat(100)
+        now[0] += 2
+        assert monitor.check().checks[-1].status == "pass"
+        plain_redis.flushall()
+        now[0] += 86_401
+        assert "beat" not in {check.name for check in monitor.check().checks}, "after a day"
+
+    def test_is_noted_in_postgres_while_redis_is_away(
+        self, make_gov: Callable[..., GovRedis], postgres_server: PostgresServer
+    ) -> None:
+        for options in ({"redis_url": AWAY}, {"redis_enabled": False}):
+            gov = make_gov(database_url=postgres_server.url, **options)
+            assert gov.health.beat(10) is True
+            assert gov.health.check().checks[-1].name == "beat"
+
+    def test_published_and_not_run_is_warned_of(self, gov: GovRedis, plain_redis: Any) -> None:
+        def beat() -> Check | None:
+            return next((check for check in ticking(gov)[0].check().checks if check.name == "beat"), None)
+
+        def publish(times: int) -> None:
+            for n in range(times):
+                assert gov.internal.heartbeat.note_published(100, "queue\n") > n
+
+        publish(2)
+        assert (found := beat()) is not None
+        assert found.status == "pass"
+        publish(1)
+        assert (found := beat()) is not None
+        assert (found.status, found.data) == ("warn", {"unread": 3, "every": 100})
+        assert "no worker has run the last 3 heartbeats, which went to the queue 'queue\\\\n'" in found.output
+        assert "govredis_queue" in found.output
+        gov.health.beat(100)
+        assert (found := beat()) is not None
+        assert (found.status, "seconds_since" in found.data) == ("pass", True), "they are run again"
+        publish(3)
+        plain_redis.pexpire("govredis:unread_heartbeats", 86_400_000 - 310_000)
+        assert (found := beat()) is not None
+        assert found.status == "pass", "beat is gone too; the heartbeat has run a moment ago"
+        plain_redis.delete("govredis:heartbeat")
+        gov.postgres.fetch("DELETE FROM govredis_health_snapshots")
+        assert (found := beat()) is not None
+        assert (found.status, found.output[:19]) == ("warn", "no heartbeat for 31"), "none has ever run"
+
+    def test_publication_is_noted_for_a_day(self, gov: GovRedis, plain_redis: Any) -> None:
+        gov.internal.heartbeat.note_published(10, "celery")
+        assert plain_redis.hgetall("govredis:unread_heartbeats") == {"count": "1", "every": "10", "queue": "celery"}
+        assert 86_390 < plain_redis.ttl("govredis:unread_heartbeats") <= 86_400
+
+    def test_a_publisher_is_held_up_by_nothing(self, make_gov: Callable[..., GovRedis], plain_redis: Any) -> None:
+        for options, counted in (({"redis_url": AWAY}, 1), ({"redis_enabled": False}, 0)):
+            gov = make_gov(**options)
+            assert gov.internal.heartbeat.note_published(10, "celery") == 0
+            assert gov.counters.get("health.degraded.heartbeats") == counted
+
+    @pytest.mark.parametrize("planted", [{"x": "y"}, {"count": "x", "every": "1", "queue": "q"}, {"count": "3"}])
+    def test_counts_that_govredis_has_not_published_are_warned_of(
+        self, gov: GovRedis, plain_redis: Any, planted: dict[str, str]
+    ) -> None:
+        plain_redis.hset("govredis:unread_heartbeats", mapping=planted)
+        plain_redis.pexpire("govredis:unread_heartbeats", 1000_000)
+        beat = gov.health.check().checks[-1]
+        assert (beat.name, beat.status) == ("beat", "warn")
+        assert "govredis has not written" in beat.output
+
+    @pytest.mark.parametrize("planted", [b"nan", b"inf", b"1e400", b"-5", b"0", b"\xff\xfe", b"9" * 5000, b"true"])
+    def test_no_number_of_seconds_is_warned_of(self, gov: GovRedis, plain_redis: Any, planted: bytes) -> None:
+        plain_redis.set("govredis:heartbeat", planted, px=1000_000)
+        report = gov.health.check()
+        beat = report.checks[-1]
+        assert (report.status, beat.name, beat.status) == ("warn", "beat", "warn")
+        assert "govredis has not written" in beat.output
+        assert len(beat.output) < 400
+        json.dumps(report.as_dict(), allow_nan=False)
+
+    def test_a_heartbeat_that_lasts_for_ever_or_is_of_another_type_is_warned_of(
+        self, gov: GovRedis, plain_redis: Any
+    ) -> None:
+        plain_redis.set("govredis:heartbeat", "10", px=10**15)
+        assert "govredis has not written" in gov.health.check().checks[-1].output
+        plain_redis.delete("govredis:heartbeat")
+        plain_redis.hset("govredis:heartbeat", "a", 1)
+        gov.health.renew_after_fork()
+        report = gov.health.check()
+        assert (report.status, report.checks[0].status) == ("warn", "pass")
+        assert report.checks[-1].output.startswith("the heartbeat cannot be read: ")
+        assert "WRONGTYPE" in report.checks[-1].output
+        plain_redis.delete("govredis:heartbeat")
+        gov.health.renew_after_fork()
+        assert gov.health.check().status == "pass"
+
+
+class TestEviction:
+    @pytest.mark.parametrize(
+        ("policy", "maxmemory", "warns"),
+        [
+            ("allkeys-lru", "100mb", True),
+            ("allkeys-lfu", "100mb", True),
+            ("allkeys-random", "100mb", True),
+            ("volatile-lfu", "100mb", True),
+            ("volatile-random", "100mb", True),
+            ("volatile-ttl", "100mb", True),
+            ("volatile-lru", "100mb", False),
+            ("noeviction", "100mb", False),
+            ("allkeys-lru", "0", False),
+        ],
+    )
+    def test_is_warned_of_where_it_may_drop_what_is_in_use(
+        self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, policy: str, maxmemory: str, warns: bool
+    ) -> None:
+        mortal_redis.command("CONFIG", "SET", "maxmemory", maxmemory)
+        mortal_redis.command("CONFIG", "SET", "maxmemory-policy", policy)
+        report = make_gov(redis_url=mortal_redis.url).health.check()
+        redis, *others = report.checks
+        assert (redis.status, redis.data["maxmemory_policy"]) == ("pass", policy)
+        found = [check for check in others if check.name == "eviction"]
+        assert [check.status for check in found] == ["warn"] * warns
+        assert report.status == ("warn" if warns else "pass")
+        for check in found:
+            assert check.output.startswith(f"maxmemory_policy is {policy}: ")
+            assert "granted twice" in check.output
+            assert check.output.endswith("set it to volatile-lru or noeviction")
+
+    def test_is_unknown_where_info_is_refused(
+        self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer
+    ) -> None:
+        mortal_redis.command("ACL", "SETUSER", "ann", "on", ">pw", "~*", "+@all", "-info", "-dbsize")
+        report = make_gov(redis_url=mortal_redis.url.replace("//", "//ann:pw@")).health.check()
+        assert (report.status, report.checks[0].status) == ("warn", "pass")  # by "rights": see test_acl.py
+        (eviction,) = [check for check in report.checks if check.name == "eviction"]
+        assert eviction.status == "pass"
+        assert eviction.output.startswith("unknown: ")
+        assert "info" in eviction.output
+        assert "keys" not in report.checks[0].data
+
+    def test_an_acl_that_refuses_all_is_a_warning(
+        self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer
+    ) -> None:
+        """All that is looked at is informative: what else the user may do, its calls find out."""
+        mortal_redis.command("ACL", "SETUSER", "ann", "on", ">pw", "~x", "+set")
+        report = make_gov(redis_url=mortal_redis.url.replace("//", "//ann:pw@")).health.check()
+        assert (report.status, report.checks[0].status) == ("warn", "pass")
+
+    def test_refused_credentials_are_a_failure(
+        self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer
+    ) -> None:
+        report = make_gov(redis_url=mortal_redis.url.replace("//", "//ann:pw@")).health.check()
+        assert (report.status, report.checks[0].status) == ("fail", "fail")
+
+
+class TestLockFolder:
+    @pytest.mark.parametrize("settings", [{}, {"redis_enabled": False}, {"lock_fallback": "fail"}])
+    def test_in_which_no_file_can_be_made_is_said(
+        self,
+        make_gov: Callable[..., GovRedis],
+        redis_server: RedisServer,
+        postgres_server: PostgresServer,
+        tmp_path: Path,
+        settings: dict[str, Any],
+    ) -> None:
+        """A process that uses no locks is ready all the same: a warning."""
+        (tmp_path / "file").touch()
+        urls = {"redis_url": redis_server.url, "database_url": postgres_server.url}
+        for folder, said in (tmp_path / "file", "is not a directory"), (Path("/proc/govredis"), "cannot be"):
+            report = make_gov(**{**urls, "lock_folder": str(folder), **settings}).health.check()
+            (locks,) = [check for check in report.checks if check.name == "locks"]
+            # With the fallback "fail" locks do without a folder that cannot be written to, by Redis alone.
+            status = "pass" if settings.get("lock_fallback") == "fail" and said == "cannot be" else "warn"
+            assert (report.status, locks.status) == (status, status)
+            assert str(folder) in locks.output
+            assert said in locks.output
+            assert "locks locks" not in locks.output
+            assert "*" not in locks.output
+
+    def test_a_usable_folder_is_not_mentioned_and_left_as_it_was(
+        self, make_gov: Callable[..., GovRedis], redis_server: RedisServer, tmp_path: Path
+    ) -> None:
+        gov = make_gov(redis_url=redis_server.url, lock_folder=str(tmp_path / "mine"))
+        assert gov.health.check().status == "pass"
+        assert list((tmp_path / "mine").iterdir()) == []
+
 
 class TestPurge:
     def test_deletes_what_is_older_than_thirty_days(self, gov: GovRedis) -> None:
         gov.postgres.fetch(
             "INSERT INTO govredis_health_snapshots"
-            " SELECT 'x', now() - n * interval '1 day' + interval '1 hour', '{}' FROM generate_series(27, 33) n"
+            " SELECT 'govredis:health', now() - n * interval '1 day' + interval '1 hour', '{}'"
+            " FROM generate_series(27, 33) n"
         )
         assert gov.health.purge() == 3
         days = gov.postgres.fetch("SELECT extract(day FROM now() - at)::int FROM govredis_health_snapshots ORDER BY 1")
@@ -364,12 +599,12 @@ class TestForm:
 class TestParked:
     """Celery tasks that wait for their limits."""
 
-    def test_how_many_and_whether_they_are_published_in_time(self, gov: GovRedis, plain_redis: Any) -> None:
-        assert gov._parked is not None
+    def test_their_number_and_whether_they_are_published_in_time(self, gov: GovRedis, plain_redis: Any) -> None:
+        assert gov.internal.parked is not None
         assert "parked" not in {check.name for check in gov.health.check().checks}
         for run, seconds in (("one", 60), ("two", 0)):
-            gov._parked.lot("redis://h:6379/0").park(Arrival(run), seconds, b"{}")
-        gov._parked.lot("amqp://h:5672/").park(Arrival("three"), 60, b"{}")
+            gov.internal.parked.lot("redis://h:6379/0").park(Arrival(run), seconds, b"{}")
+        gov.internal.parked.lot("amqp://h:5672/").park(Arrival("three"), 60, b"{}")
         gov.health.renew_after_fork()  # what was seen last is forgotten
         check = gov.health.check().checks[-1]
         assert (check.name, check.status, check.output, check.data["count"]) == ("parked", "pass", "", 3)
@@ -384,8 +619,10 @@ class TestParked:
         assert check.output.startswith("parked tasks for redis://h:6379/0 are overdue by ")
         assert check.output.endswith("does a worker run that reaches it?")
 
-    def test_where_they_wait_is_away(self, make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> None:
-        gov = make_gov(redis_url=redis_server.url, parking_url="redis://127.0.0.1:1/0")
+    def test_a_parking_server_that_is_away_is_a_warning(
+        self, make_gov: Callable[..., GovRedis], redis_server: RedisServer
+    ) -> None:
+        gov = make_gov(redis_url=redis_server.url, parking_url=REDIS_AWAY)
         check = gov.health.check().checks[-1]
         assert (check.name, check.status) == ("parked", "warn")
         assert "127.0.0.1:1 is away" in check.output

@@ -1,4 +1,4 @@
-"""Every store of sliding windows, its real code on its real server, by a clock that the test sets."""
+"""Every backend of limits, its real code on its real server, by a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ import fakeredis
 import psycopg2
 import pytest
 import redis as redis_py
+from support import POSTGRES_AWAY, REDIS_AWAY, redis_of
 
 from govredis import Config, GovRedis
-from govredis.keys import sibling
+from govredis.keys import Keys, sibling
 from govredis.limits import RateLimiter
-from govredis.limits.local_window import LocalWindow
-from govredis.limits.postgres_window import PostgresWindow
-from govredis.limits.redis_window import RedisWindow
-from govredis.limits.windows import Window
+from govredis.limits.backends.backend import LimitBackend
+from govredis.limits.backends.memory_backend import MemoryLimitBackend
+from govredis.limits.backends.postgres_backend import PostgresLimitBackend
+from govredis.limits.backends.redis_backend import RedisLimitBackend
 from govredis.postgres import Postgres
+from govredis.postgres import postgres as postgres_module
 from govredis.testing.servers import PostgresServer, RedisServer, redis_binaries
 
 START = 1_750_000_000_123_457
 
 
-class Store(Protocol):
-    """A window whose clock reads `now` microseconds.
+class ClockedBackend(Protocol):
+    """A backend whose clock reads `now` microseconds.
 
     Attributes:
         steps_back: its clock may be set back; then `in_order`: entries stand at the newest time known.
@@ -36,7 +38,7 @@ class Store(Protocol):
 
     name: str
     now: int
-    window: Window
+    backend: LimitBackend
     steps_back: bool
     in_order: bool
     by_time: bool
@@ -46,18 +48,18 @@ class Store(Protocol):
 
 
 @dataclass
-class LocalStore:
+class ClockedMemory:
     name: str = "local"
     now: int = START
-    window: LocalWindow = field(init=False)
+    backend: MemoryLimitBackend = field(init=False)
     steps_back, in_order, by_time, foreign = False, True, True, False
 
     def __post_init__(self) -> None:
-        # A float of microseconds, so that whole ones come through; LocalWindow multiplies by a million.
-        self.window = LocalWindow(10_000, clock=lambda: _Micros(self.now))
+        # A float of microseconds, so that whole ones come through; MemoryLimitBackend multiplies by a million.
+        self.backend = MemoryLimitBackend(10_000, clock=lambda: _Micros(self.now))
 
     def entries(self, key: str) -> list[int]:
-        return list(self.window._logs.get(key, ([], 0))[0])
+        return list(self.backend._logs.get(key, ([], 0))[0])
 
 
 class _Micros(float):
@@ -73,7 +75,7 @@ class _Micros(float):
         return int(self.us)  # type: ignore[attr-defined]
 
 
-class RedisStore:
+class ClockedRedis:
     steps_back, in_order, by_time, foreign = True, False, False, True
 
     def __init__(self, name: str, client: Any, command: Callable[..., Any]) -> None:
@@ -88,19 +90,19 @@ class RedisStore:
 
             call = client.call
 
-        self.window = RedisWindow(Clocked())  # type: ignore[arg-type]
+        self.backend = RedisLimitBackend(Clocked())  # type: ignore[arg-type]
 
     @classmethod
     @contextlib.contextmanager
-    def of_server(cls, gov: GovRedis, server: RedisServer) -> Iterator[RedisStore]:
+    def of_server(cls, gov: GovRedis, server: RedisServer) -> Iterator[ClockedRedis]:
         with redis_py.Redis.from_url(server.url, protocol=2, decode_responses=True) as plain:
             plain.flushall()
-            made = cls("redis", gov._redis, plain.execute_command)
+            made = cls("redis", redis_of(gov), plain.execute_command)
             made.server = server
             yield made
 
     @classmethod
-    def of_fakeredis(cls) -> RedisStore:
+    def of_fakeredis(cls) -> ClockedRedis:
         fake = fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2, decode_responses=True)
 
         class Client:
@@ -121,8 +123,12 @@ class RedisStore:
         return [entries, self.command("GET", sibling(key, "window"))]
 
 
-class PostgresStore:
-    """Its clock_timestamp() is one of the test's, in a schema that the search path has before pg_catalog."""
+_CLOCKED = "testclock, pg_catalog, pg_temp"
+
+
+class ClockedPostgres:
+    """Its clock_timestamp() is one of the test's, in a schema that the search path has before pg_catalog: that of our
+    statements and functions, for as long as this lives."""
 
     name = "postgres"
     steps_back, in_order, by_time, foreign = True, True, True, False
@@ -137,11 +143,11 @@ class PostgresStore:
             "CREATE FUNCTION testclock.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS"
             " $$ SELECT 'epoch'::timestamptz + us * interval '1 microsecond' FROM testclock.t $$"
         )
+        self._set_search_path(_CLOCKED)
         self.now = START
-        self.postgres = Postgres(
-            Config(database_url=url + "?options=-csearch_path%3Dtestclock%2Cpg_catalog%2Cpublic", postgres_timeout=10)
-        )
-        self.window = PostgresWindow(self.postgres)
+        self._pinned, postgres_module.PINNED = postgres_module.PINNED, f"SET LOCAL search_path = {_CLOCKED}; "
+        self.postgres = Postgres(Config(database_url=url, postgres_timeout=10))
+        self.backend = PostgresLimitBackend(self.postgres, Keys())
 
     @property
     def now(self) -> int:
@@ -161,7 +167,15 @@ class PostgresStore:
         rows = self.sql("SELECT entries FROM govredis_limit_windows WHERE key = %s", key)
         return list(rows[0][0]) if rows else []
 
+    def _set_search_path(self, path: str) -> None:
+        for (ours,) in self.sql(
+            "SELECT oid::regprocedure::text FROM pg_proc WHERE proname ~ '^govredis_(limit|counter)_'"
+        ):
+            self.sql(f"ALTER FUNCTION {ours} SET search_path = {path}")
+
     def close(self) -> None:
+        self._set_search_path("pg_catalog, pg_temp")
+        postgres_module.PINNED = self._pinned
         self.sql("DROP SCHEMA testclock CASCADE")
         self._admin.close()
         self.postgres.close()
@@ -172,7 +186,7 @@ REDISES = {f"redis-{name}": binary for name, binary in (redis_binaries() or {"no
 
 @pytest.fixture(scope="session")
 def window_redis() -> Iterator[Callable[[str], RedisServer]]:
-    """A living Redis per binary, for the stores."""
+    """A living Redis per binary, for the clocked backends."""
     running: dict[str, RedisServer] = {}
 
     def get(binary: str) -> RedisServer:
@@ -187,39 +201,39 @@ def window_redis() -> Iterator[Callable[[str], RedisServer]]:
 
 
 @pytest.fixture(params=[*REDISES, "fakeredis", "postgres", "local"])
-def store(
+def clocked(
     request: pytest.FixtureRequest,
     window_redis: Callable[[str], RedisServer],
     make_gov: Callable[..., GovRedis],
     shared_postgres: PostgresServer,
-) -> Iterator[Store]:
-    """Each store of windows in turn."""
+) -> Iterator[ClockedBackend]:
+    """Each backend in turn."""
     if request.param == "local":
-        yield LocalStore()
+        yield ClockedMemory()
     elif request.param == "fakeredis":
-        yield RedisStore.of_fakeredis()
+        yield ClockedRedis.of_fakeredis()
     elif request.param == "postgres":
-        made = PostgresStore(shared_postgres.url)
+        made = ClockedPostgres(shared_postgres.url)
         yield made
         made.close()
     else:
         server = window_redis(REDISES[request.param])
-        with RedisStore.of_server(make_gov(redis_url=server.url), server) as made:
+        with ClockedRedis.of_server(make_gov(redis_url=server.url), server) as made:
             yield made
 
 
 @pytest.fixture(params=list(REDISES))
-def redis_store(
+def clocked_redis(
     request: pytest.FixtureRequest, window_redis: Callable[[str], RedisServer], make_gov: Callable[..., GovRedis]
-) -> Iterator[RedisStore]:
+) -> Iterator[ClockedRedis]:
     server = window_redis(REDISES[request.param])
-    with RedisStore.of_server(make_gov(redis_url=server.url), server) as made:
+    with ClockedRedis.of_server(make_gov(redis_url=server.url), server) as made:
         yield made
 
 
 @pytest.fixture
-def postgres_store(postgres_server: PostgresServer) -> Iterator[PostgresStore]:
-    made = PostgresStore(postgres_server.url)
+def clocked_postgres(postgres_server: PostgresServer) -> Iterator[ClockedPostgres]:
+    made = ClockedPostgres(postgres_server.url)
     yield made
     made.close()
 
@@ -231,13 +245,13 @@ def limits(
     redis_server: RedisServer,
     postgres_server: PostgresServer,
 ) -> RateLimiter:
-    """The limiter as each store decides."""
+    """The limiter, with each backend deciding in turn."""
     urls = {
         "redis": {"redis_url": redis_server.url, "database_url": postgres_server.url},
-        "postgres": {"redis_url": "redis://127.0.0.1:1/0", "database_url": postgres_server.url},
+        "postgres": {"redis_url": REDIS_AWAY, "database_url": postgres_server.url},
         "local": {
-            "redis_url": "redis://127.0.0.1:1/0",
-            "database_url": "postgresql://postgres:secret@127.0.0.1:1/postgres",
+            "redis_url": REDIS_AWAY,
+            "database_url": POSTGRES_AWAY,
         },
     }
     return make_gov(**urls[request.param]).limits

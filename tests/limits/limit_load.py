@@ -6,7 +6,6 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from shutil import copytree
 from typing import Any, NamedTuple
 
 import psycopg2
+from support import eventually
 
 from govredis import Limit
 from govredis.testing.servers import PostgresServer, RedisServer
@@ -22,8 +22,8 @@ KEY = "rate_limit:default:k"
 #: It admits all; it only keeps the logs from being pruned, so that the whole of them can be read.
 UNPRUNED = Limit(1_000_000, 3600)
 
-# Its clock is shifted before anything else can look at it; what a call saw is reported by the true one. No denial is
-# remembered: each answer is to be a decision of a server's.
+# Its clock is shifted before anything else can look at it; calls are reported by the true clock. No denial is
+# remembered, so that a server decides each call.
 _WORKER = """
 import json, sys, threading, time
 settings, rate, shift, threads, pause = json.loads(sys.argv[1])
@@ -54,15 +54,15 @@ sys.stdin.readline()
 stop.set()
 for thread in loads:
     thread.join()
-if gov._redis is not None:
-    opened = gov._redis.breaker.times_opened
+if gov.internal.context.redis is not None:
+    opened = gov.internal.context.redis.breaker.times_opened
 gov.close()
-print(json.dumps([calls, opened if gov._redis is not None else 0, gov.counters.read()]))
+print(json.dumps([calls, opened if gov.internal.context.redis is not None else 0, gov.counters.read()]))
 """
 
 
 class Call(NamedTuple):
-    """What one hit saw. Microseconds, by the true clock; `window` is that of the limit that refused it, or 0."""
+    """One hit. Microseconds, by the true clock; `window` is that of the limit that refused it, or 0."""
 
     began: int
     ended: int
@@ -73,7 +73,7 @@ class Call(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a process says at the end: its calls, how often it found Redis to be away, its counters."""
+    """The report of a process at its end: its calls, how often it found Redis to be away, its counters."""
 
     calls: list[Call]
     opened: int
@@ -129,7 +129,7 @@ class Load:
             worker.stdin.flush()
 
     def stop(self) -> list[Report]:
-        """End it. What each process has to say."""
+        """End it. Returns the report of each process."""
         self._say("stop")
         reports = []
         for worker in self._workers:
@@ -175,10 +175,7 @@ def until_grown(entries: Callable[[], list[int]], by: int) -> None:
 
 def until_there(entries: Callable[[], list[Any]], count: int) -> None:
     """Wait until there are so many."""
-    deadline = time.monotonic() + 60
-    while len(entries()) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    eventually(lambda: len(entries()) >= count)
 
 
 # -- what must hold ------------------------------------------------------------------------------------------------

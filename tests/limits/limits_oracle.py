@@ -6,11 +6,11 @@ from collections import deque
 from collections.abc import Sequence
 
 from govredis import Limit
-from govredis.limits.windows import Mode, Outcome
+from govredis.limits.backends.backend import Mode, Outcome
 
 
 class Oracle:
-    """What one key of a store holds, and what the store has to answer. Times are microseconds.
+    """The contents of a key, and the answers that a backend must give. Times are microseconds.
 
     Args:
         in_order: its entries stand at the newest time known where its clock was set back.
@@ -22,9 +22,11 @@ class Oracle:
         self.reset()
 
     def reset(self) -> None:
-        #: When each was taken, and by whom.
+        #: When each entry was taken, and its owner.
         self.log: deque[tuple[int, object]] = deque()
         self.longest = 0
+        #: Another client has begun it, and set no TTL: nothing of it is pruned.
+        self.endless = False
 
     def used(self, window_us: int, at: int) -> int:
         return sum(entry > at - window_us for entry, _ in self.log)
@@ -47,9 +49,15 @@ class Oracle:
 
     def take(self, now: int, window_us: int, cost: int, owner: object) -> None:
         self.longest = max(self.longest, window_us)
-        self.prune(now - self.longest)
+        self.endless = self.endless and bool(self.log)
+        if not self.endless:
+            self.prune(now - self.longest)
         at = max([now, *(entry for entry, _ in self.log)]) if self.in_order else now
         self.log.extend([(at, owner)] * cost)
+
+    def take_from(self, stranger: str, at: int) -> None:
+        self.endless = self.endless or not self.log
+        self.log.append((at, stranger))
 
     def prune(self, until: int) -> None:
         self.log = deque(item for item in self.log if item[0] > until)

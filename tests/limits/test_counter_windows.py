@@ -1,4 +1,4 @@
-"""The contract of sliding window counters, over every store: never looser than a log, and a bucket stricter at most."""
+"""The contract of sliding window counters, over every backend: never looser than a log, a bucket stricter at most."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import uuid
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from govredis.limits import Limit, RateLimiter
+from govredis.limits.backends.backend import Mode, Outcome
 from govredis.limits.rates import BUCKETS
-from govredis.limits.windows import Mode, Outcome
 
 pytestmark = pytest.mark.once
 
@@ -38,7 +38,7 @@ class Entries:
         return sum(cost for entry, cost in self.entries if end(entry, window_us) > at)
 
     def logged(self, window_us: int, at: int) -> int:
-        """What an exact log of these entries has."""
+        """An exact log of these entries."""
         return sum(cost for entry, cost in self.entries if at - window_us < entry <= at)
 
     def decide(self, now: int, limits: list[Limit], cost: int, mode: Mode) -> Outcome:
@@ -65,105 +65,107 @@ class Entries:
 
 
 class TestCounter:
-    def test_an_entry_counts_until_its_bucket_has_left_the_window(self, store: Any) -> None:
-        hit = lambda: store.window.decide("k", [counted(1, 60)], 1, "hit")  # noqa: E731
-        into = store.now % SECOND
+    def test_an_entry_counts_until_its_bucket_has_left_the_window(self, clocked: Any) -> None:
+        hit = lambda: clocked.backend.decide("k", [counted(1, 60)], 1, "hit")  # noqa: E731
+        into = clocked.now % SECOND
         left = 61 * SECOND - 1 - into
         assert hit() == Outcome(True, 0, 0, 0, left)
         assert hit() == Outcome(False, 0, 0, left, left)
-        store.now += left - 1
+        clocked.now += left - 1
         assert hit() == Outcome(False, 0, 0, 1, 1)
-        assert store.window.count("k", 60 * SECOND) == 1
-        store.now += 1
-        assert store.window.count("k", 60 * SECOND) == 0
+        assert clocked.backend.count("k", 60 * SECOND) == 1
+        clocked.now += 1
+        assert clocked.backend.count("k", 60 * SECOND) == 0
         assert hit().admitted
 
-    def test_a_limit_too_large_for_a_log(self, store: Any) -> None:
+    def test_a_limit_too_large_for_a_log(self, clocked: Any) -> None:
         limits = [counted(10**12, 86400)]
-        assert store.window.decide("k", limits, 10**12 - 5, "hit").remaining == 5
-        assert store.window.decide("k", limits, 5, "hit").remaining == 0
-        refused = store.window.decide("k", limits, 1, "hit")
+        assert clocked.backend.decide("k", limits, 10**12 - 5, "hit").remaining == 5
+        assert clocked.backend.decide("k", limits, 5, "hit").remaining == 0
+        refused = clocked.backend.decide("k", limits, 1, "hit")
         assert not refused.admitted
         assert 86400 * SECOND <= refused.retry_after_us <= (86400 + 1440) * SECOND
-        assert store.window.count("k", 86400 * SECOND) == 10**12
+        assert clocked.backend.count("k", 86400 * SECOND) == 10**12
 
-    def test_several_limits_are_all_or_none(self, store: Any) -> None:
+    def test_several_limits_are_all_or_none(self, clocked: Any) -> None:
         limits = [counted(3, 60), counted(2, 1), counted(9, 60)]
-        assert [store.window.decide("k", limits, 1, "hit").admitted for _ in range(3)] == [True, True, False]
-        assert store.window.count("k", 60 * SECOND) == 2
-        store.now += 2 * SECOND
-        assert store.window.decide("k", limits, 1, "hit") == Outcome(
-            True, 0, 0, 0, store.window.decide("k", limits, 1, "peek").reset_after_us
+        assert [clocked.backend.decide("k", limits, 1, "hit").admitted for _ in range(3)] == [True, True, False]
+        assert clocked.backend.count("k", 60 * SECOND) == 2
+        clocked.now += 2 * SECOND
+        assert clocked.backend.decide("k", limits, 1, "hit") == Outcome(
+            True, 0, 0, 0, clocked.backend.decide("k", limits, 1, "peek").reset_after_us
         )
 
-    def test_the_same_window_twice_counts_once(self, store: Any) -> None:
-        assert store.window.decide("k", [counted(5, 60), counted(3, 60)], 2, "hit").remaining == 1
-        assert store.window.count("k", 60 * SECOND) == 2
+    def test_the_same_window_twice_counts_once(self, clocked: Any) -> None:
+        assert clocked.backend.decide("k", [counted(5, 60), counted(3, 60)], 2, "hit").remaining == 1
+        assert clocked.backend.count("k", 60 * SECOND) == 2
 
-    def test_a_refusal_and_a_peek_write_nothing(self, store: Any) -> None:
-        store.window.decide("k", [counted(2, 60)], 2, "hit")
+    def test_a_refusal_and_a_peek_write_nothing(self, clocked: Any) -> None:
+        clocked.backend.decide("k", [counted(2, 60)], 2, "hit")
         for mode in ("hit", "peek"):
-            assert not store.window.decide("k", [counted(9, 60), counted(2, 60)], 1, mode).admitted
-        assert store.window.decide("k", [counted(9, 30)], 1, "peek").remaining == 8
-        assert store.window.count("k", 60 * SECOND) == 2
-        assert store.window.count("k", 30 * SECOND) == 0
+            assert not clocked.backend.decide("k", [counted(9, 60), counted(2, 60)], 1, mode).admitted
+        assert clocked.backend.decide("k", [counted(9, 30)], 1, "peek").remaining == 8
+        assert clocked.backend.count("k", 60 * SECOND) == 2
+        assert clocked.backend.count("k", 30 * SECOND) == 0
 
-    def test_log_and_counter_of_an_identity_know_nothing_of_each_other(self, store: Any) -> None:
-        assert store.window.decide("k", [counted(1, 60)], 1, "hit").admitted
-        assert store.window.decide("k", [Limit(2, 60)], 2, "hit").admitted
-        assert store.window.count("k", 60 * SECOND) == 2, "the larger"
-        store.window.decide("k", [counted(9, 60)], 4, "hit")
-        assert store.window.count("k", 60 * SECOND) == 5
+    def test_log_and_counter_of_an_identity_know_nothing_of_each_other(self, clocked: Any) -> None:
+        assert clocked.backend.decide("k", [counted(1, 60)], 1, "hit").admitted
+        assert clocked.backend.decide("k", [Limit(2, 60)], 2, "hit").admitted
+        assert clocked.backend.count("k", 60 * SECOND) == 2, "the larger"
+        clocked.backend.decide("k", [counted(9, 60)], 4, "hit")
+        assert clocked.backend.count("k", 60 * SECOND) == 5
 
-    def test_reset_forgets_both(self, store: Any) -> None:
-        store.window.decide("k", [counted(1, 60)], 1, "hit")
-        store.window.decide("k", [Limit(1, 60)], 1, "hit")
-        store.window.reset("k")
-        assert store.window.count("k", 60 * SECOND) == 0
-        assert store.window.decide("k", [counted(1, 60)], 1, "hit").admitted
+    def test_reset_forgets_both(self, clocked: Any) -> None:
+        clocked.backend.decide("k", [counted(1, 60)], 1, "hit")
+        clocked.backend.decide("k", [Limit(1, 60)], 1, "hit")
+        clocked.backend.reset("k")
+        assert clocked.backend.count("k", 60 * SECOND) == 0
+        assert clocked.backend.decide("k", [counted(1, 60)], 1, "hit").admitted
 
-    def test_a_clock_set_back_is_stricter(self, store: Any) -> None:
+    def test_a_clock_set_back_is_stricter(self, clocked: Any) -> None:
         limits = [counted(3, 60)]
-        until = store.now + store.window.decide("k", limits, 2, "hit").reset_after_us
-        store.now -= 600 * SECOND
-        assert store.window.decide("k", limits, 1, "hit") == Outcome(True, 0, 0, 0, until - store.now)
-        assert store.window.decide("k", limits, 1, "hit") == Outcome(False, 0, 0, until - store.now, until - store.now)
+        until = clocked.now + clocked.backend.decide("k", limits, 2, "hit").reset_after_us
+        clocked.now -= 600 * SECOND
+        assert clocked.backend.decide("k", limits, 1, "hit") == Outcome(True, 0, 0, 0, until - clocked.now)
+        assert clocked.backend.decide("k", limits, 1, "hit") == Outcome(
+            False, 0, 0, until - clocked.now, until - clocked.now
+        )
 
-    def test_a_refund_gives_back_what_its_hit_took_to_every_window(self, store: Any) -> None:
+    def test_a_refund_gives_back_what_its_hit_took_to_every_window(self, clocked: Any) -> None:
         limits = [counted(9, 60), counted(8, 600)]
         outcomes = []
         for cost in (1, 3, 2):
-            outcomes.append(store.window.decide("k", limits, cost, "hit"))
-            store.now += 10 * SECOND
-        assert store.window.refund("k", outcomes[1].entries, 3)
-        assert [store.window.count("k", w * SECOND) for w in (60, 600)] == [3, 3]
-        store.now += 50 * SECOND
-        assert store.window.count("k", 60 * SECOND) == 2, "the first has aged out, the third is there"
+            outcomes.append(clocked.backend.decide("k", limits, cost, "hit"))
+            clocked.now += 10 * SECOND
+        assert clocked.backend.refund("k", outcomes[1].entries, 3)
+        assert [clocked.backend.count("k", w * SECOND) for w in (60, 600)] == [3, 3]
+        clocked.now += 50 * SECOND
+        assert clocked.backend.count("k", 60 * SECOND) == 2, "the first has aged out, the third is there"
 
-    def test_what_is_gone_is_not_given_back(self, store: Any) -> None:
+    def test_entries_that_are_gone_are_not_given_back(self, clocked: Any) -> None:
         limits = [counted(5, 6)]
-        first = store.window.decide("k", limits, 3, "hit")
-        store.now += 7 * SECOND
-        store.window.decide("k", limits, 1, "hit")
-        assert not store.window.refund("k", first.entries, 3)
-        second = store.window.decide("k", limits, 3, "hit")
-        store.window.reset("k")
-        store.window.decide("k", limits, 1, "hit")
-        assert not store.window.refund("k", second.entries, 3)
-        assert store.window.count("k", 6 * SECOND) == 1
-        assert not store.window.refund("unknown", second.entries, 3)
+        first = clocked.backend.decide("k", limits, 3, "hit")
+        clocked.now += 7 * SECOND
+        clocked.backend.decide("k", limits, 1, "hit")
+        assert not clocked.backend.refund("k", first.entries, 3)
+        second = clocked.backend.decide("k", limits, 3, "hit")
+        clocked.backend.reset("k")
+        clocked.backend.decide("k", limits, 1, "hit")
+        assert not clocked.backend.refund("k", second.entries, 3)
+        assert clocked.backend.count("k", 6 * SECOND) == 1
+        assert not clocked.backend.refund("unknown", second.entries, 3)
 
-    def test_an_emptied_counter_is_full_again(self, store: Any) -> None:
-        outcome = store.window.decide("k", [counted(2, 60)], 2, "hit")
-        assert store.window.refund("k", outcome.entries, 2)
-        assert store.window.decide("k", [counted(2, 60)], 1, "peek") == Outcome(True, 0, 1, 0, 0)
+    def test_an_emptied_counter_is_full_again(self, clocked: Any) -> None:
+        outcome = clocked.backend.decide("k", [counted(2, 60)], 2, "hit")
+        assert clocked.backend.refund("k", outcome.entries, 2)
+        assert clocked.backend.decide("k", [counted(2, 60)], 1, "peek") == Outcome(True, 0, 1, 0, 0)
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=40)
     @given(data=st.data())
-    def test_decides_as_counting_every_entry_does(self, store: Any, data: st.DataObject) -> None:
+    def test_decides_as_counting_every_entry_does(self, clocked: Any, data: st.DataObject) -> None:
         oracle, key = Entries(), uuid.uuid4().hex
         for _ in range(data.draw(st.integers(1, 12), "steps")):
-            store.now += data.draw(
+            clocked.now += data.draw(
                 st.integers(0, 40)  # within a bucket of the narrowest
                 | st.integers(0, 6000)
                 | st.sampled_from([999, 1000, 1016, 1017, 5000, 5083, SECOND, SECOND + 16_666, 2 * SECOND]),
@@ -179,11 +181,11 @@ class TestCounter:
             # A counter counts what it was there for, so all are named at each call.
             limits = [counted(*pair) for pair in pairs] + [counted(10**9, w) for w in (0.001, 0.005, 0.06, 1.0)]
             cost = data.draw(st.integers(1, min(limit.count for limit in limits)), "cost")
-            assert store.window.decide(key, limits, cost, mode) == oracle.decide(store.now, limits, cost, mode)
+            assert clocked.backend.decide(key, limits, cost, mode) == oracle.decide(clocked.now, limits, cost, mode)
             for window_us in (1000, 5000, 60_000, SECOND):
-                assert store.window.count(key, window_us) == oracle.used(window_us, store.now)
+                assert clocked.backend.count(key, window_us) == oracle.used(window_us, clocked.now)
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=40)
     @given(
         gaps=st.lists(
             st.integers(0, 2) | st.integers(15, 18) | st.integers(980, 1020) | st.integers(0, 1020),
@@ -194,19 +196,19 @@ class TestCounter:
         window_us=st.sampled_from([1000, 1001, 1020, 1059]),
     )
     def test_is_never_looser_than_a_log_and_at_most_a_bucket_stricter(
-        self, store: Any, gaps: list[int], count: int, window_us: int
+        self, clocked: Any, gaps: list[int], count: int, window_us: int
     ) -> None:
         """Whatever the times of arrival: at most N in any window; refused only if a bucket more of a log is full."""
         limit, admitted, key = counted(count, window_us / SECOND), Entries(), uuid.uuid4().hex
         width = -(-window_us // BUCKETS)
         for gap in gaps:
-            store.now += gap
-            full = admitted.logged(window_us, store.now) >= count
-            full_of_a_bucket_more = admitted.logged(window_us + width - 1, store.now) >= count
-            found = store.window.decide(key, [limit], 1, "hit")
+            clocked.now += gap
+            full = admitted.logged(window_us, clocked.now) >= count
+            full_of_a_bucket_more = admitted.logged(window_us + width - 1, clocked.now) >= count
+            found = clocked.backend.decide(key, [limit], 1, "hit")
             if found.admitted:
                 assert not full
-                admitted.entries.append((store.now, 1))
+                admitted.entries.append((clocked.now, 1))
             else:
                 assert full_of_a_bucket_more
                 assert found.retry_after_us <= window_us + width - 1

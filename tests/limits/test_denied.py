@@ -1,20 +1,21 @@
-"""Who is denied most: counted in the process, told to Redis a second later, bounded in both."""
+"""The identities denied most: counted in the process, told to Redis a second later, bounded in both."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import in_child, redis_of
 
 from govredis import BackendUnavailable, GovRedis
 from govredis.keys import Keys
-from govredis.limits.denied import KEPT, Denied, DeniedCounts
+from govredis.limits.denied_counts import KEPT, Denied, DeniedCounts
 from govredis.testing.servers import RedisServer
 
 HOUR = 3600 * 1_000_000
@@ -53,6 +54,23 @@ def waiting(threads: Callable[[], list[threading.Thread]]) -> Iterator[Waiting]:
 
 
 class TestLimiter:
+    def test_a_closed_limiter_wakes_no_probe(
+        self,
+        make_gov: Callable[..., GovRedis],
+        mortal_redis: RedisServer,
+        threads: Callable[[], list[threading.Thread]],
+    ) -> None:
+        gov = make_gov(redis_url=mortal_redis.url)
+        before = set(threading.enumerate())
+        for _ in range(2):
+            gov.limits.hit("a", "1/hour")
+        (teller,) = threads()
+        mortal_redis.kill()
+        gov.close()
+        teller.join(20)
+        assert not teller.is_alive()
+        assert not {thread.name for thread in set(threading.enumerate()) - before} & {"govredis-probe"}
+
     def test_refused_hits_count_and_nothing_else_does(self, gov: GovRedis, make_gov: Callable[..., GovRedis]) -> None:
         limits = gov.limits
         for _ in range(4):
@@ -72,7 +90,7 @@ class TestLimiter:
         other.limits.close()
         assert limits.most_denied(1) == [Denied("b", "default", 4)]
 
-    def test_what_a_fallback_refuses_is_told_once_redis_is_back(
+    def test_denials_by_a_fallback_are_told_once_redis_is_back(
         self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer
     ) -> None:
         gov = make_gov(redis_url=mortal_redis.url)
@@ -102,7 +120,7 @@ class TestLimiter:
 class TestInTheProcess:
     @pytest.fixture
     def denied(self, gov: GovRedis, waiting: Waiting) -> DeniedCounts:
-        return DeniedCounts(Keys("p:"), gov._redis, gov.counters, waiting.clock, waiting.sleep)
+        return DeniedCounts(replace(gov.internal.context, keys=Keys("p:")), waiting.clock, waiting.sleep)
 
     def test_a_thread_tells_after_a_second_and_ends(
         self,
@@ -143,7 +161,7 @@ class TestInTheProcess:
         assert denied.most(1) == [Denied("a0", "op", 2)]
         assert len(denied.most(2 * KEPT)) == KEPT
 
-    def test_what_redis_refuses_is_counted_as_untold(
+    def test_counts_that_redis_refuses_are_counted_as_untold(
         self, denied: DeniedCounts, gov: GovRedis, plain_redis: Any
     ) -> None:
         denied.add("a", "op")
@@ -159,23 +177,20 @@ class TestInTheProcess:
         self, denied: DeniedCounts, threads: Callable[[], list[threading.Thread]]
     ) -> None:
         denied.add("a", "op")
-        pid = os.fork()
-        if pid == 0:
-            try:
-                denied._sleep = lambda seconds: None
-                denied.add("a", "op")
-                for thread in threads():
-                    thread.join(20)
-                denied.flush()
-                os._exit(0)
-            finally:
-                os._exit(1)
-        assert os.waitpid(pid, 0)[1] == 0
+
+        def child() -> None:
+            denied._sleep = lambda seconds: None
+            denied.add("a", "op")
+            for thread in threads():
+                thread.join(20)
+            denied.flush()
+
+        in_child(child)
         assert denied.most(9) == [Denied("a", "op", 1)]
         denied.flush()
         assert denied.most(9) == [Denied("a", "op", 2)]
 
-    def test_where_no_thread_can_be_started_it_goes_on(
+    def test_denials_are_counted_where_no_thread_can_be_started(
         self, denied: DeniedCounts, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def start(_: Any) -> None:
@@ -193,17 +208,15 @@ TAG = "{govredis:denied}"
 
 
 def tell(gov: GovRedis, room: int, now: int, *pairs: tuple[str, int]) -> None:
-    denied: Any = gov.limits._denied_counts
-    assert gov._redis is not None
+    denied: Any = gov.limits._decider.denied_counts
     arguments = [str(part) for pair in pairs for part in pair]
-    assert gov._redis.run(denied._script, (TAG,), str(room), str(now), *arguments) == 1
+    assert redis_of(gov).run(denied._script, (TAG,), str(room), str(now), *arguments) == 1
 
 
 def most(gov: GovRedis, now: int) -> dict[bytes, int]:
-    assert gov._redis is not None
-    denied: Any = gov.limits._denied_counts
+    denied: Any = gov.limits._decider.denied_counts
     counts: Counter[bytes] = Counter()
-    for flat in gov._redis.run(denied._most, (TAG,), str(now)):
+    for flat in redis_of(gov).run(denied._most, (TAG,), str(now)):
         counts.update({m: int(n) for m, n in zip(flat[::2], flat[1::2], strict=True)})
     return dict(counts)
 
@@ -217,7 +230,7 @@ def test_this_hour_and_the_one_before(gov: GovRedis) -> None:
     assert most(gov, 13 * HOUR) == {}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     denials=st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 9)), min_size=1, max_size=40),
     room=st.integers(1, 6),
@@ -226,8 +239,7 @@ def test_this_hour_and_the_one_before(gov: GovRedis) -> None:
 def test_counts_are_bounds_from_above_by_a_share_of_all(
     gov: GovRedis, denials: list[tuple[str, int]], room: int, at_once: int
 ) -> None:
-    assert gov._redis is not None
-    gov._redis.call("DEL", f"{TAG}:10")
+    redis_of(gov).call("DEL", f"{TAG}:10")
     for i in range(0, len(denials), at_once):
         tell(gov, room, 10 * HOUR, *denials[i : i + at_once])
     true: Counter[bytes] = Counter()

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from support import REDIS_AWAY, in_child, in_threads, redis_of
 
-from govredis import BackendUnavailable, GovRedis, Limit
+from govredis import BackendUnavailable, Config, GovRedis, Limit
+from govredis._context import Context
 from govredis._counters import Counters
 from govredis.keys import Keys
 from govredis.limits import RateLimiter, RateLimitResult
+from govredis.limits.backends.backend import Mode, Outcome
+from govredis.limits.backends.memory_backend import MemoryLimitBackend
 from govredis.limits.deny_cache import DenyCache
-from govredis.limits.local_window import LocalWindow
-from govredis.limits.windows import Mode, Outcome
 from govredis.testing.servers import PostgresServer, RedisServer
-
-NOWHERE = "redis://127.0.0.1:1/0"
 
 
 class Clock:
-    """Of server and process alike. Each reading takes a millisecond, so that there is a before and an after."""
+    """The clock of server and process. Each reading takes a millisecond, so that there is a before and an after."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -38,10 +36,11 @@ class Clock:
         self.now += seconds
 
 
-class Server(LocalWindow):
-    """A window that passes for Redis, and counts what it is asked."""
+class Server(MemoryLimitBackend):
+    """A backend that passes for Redis, and counts how often it is asked."""
 
-    backend = "redis"
+    name = "redis"
+    on_server = True
     asked = 0
     away = False
 
@@ -52,19 +51,14 @@ class Server(LocalWindow):
         return super().decide(key, limits, cost, mode)
 
 
-def limiter_of(server: LocalWindow, clock: Clock, entries: int = 100, counters: Counters | None = None) -> RateLimiter:
-    """One process's."""
-    made = RateLimiter(
-        Keys(),
-        None,
-        None,
-        fallback="local",
-        local_entries=entries,
-        counters=counters or Counters(),
-        sleep=clock.sleep,
-        clock=clock,
-    )
-    made._windows.insert(0, server)
+def limiter_of(
+    server: MemoryLimitBackend, clock: Clock, entries: int = 100, counters: Counters | None = None
+) -> RateLimiter:
+    """The limiter of a process."""
+    config = Config(redis_enabled=False, local_entries=entries)
+    context = Context(config, Keys(), None, None, counters or Counters())
+    made = RateLimiter(context, sleep=clock.sleep, clock=clock)
+    made._decider.backends.servers.insert(0, server)
     return made
 
 
@@ -144,7 +138,7 @@ class TestAnswers:
         limiter.hit("a", "1/hour")
         assert server.asked == 3
 
-    def test_one_that_took_longer_to_come_than_it_holds_is_not_kept(
+    def test_a_denial_that_took_longer_to_come_than_it_holds_is_not_kept(
         self, limiter: RateLimiter, clock: Clock, server: Server
     ) -> None:
         decide = server.decide
@@ -216,7 +210,7 @@ class TestAnswers:
         rate[0] = Limit(2, 10)
         assert limiter.hit("a", rate), "a change of the limit holds at the next call"
 
-    def test_what_is_refused_as_wrong_still_is(self, limiter: RateLimiter) -> None:
+    def test_bad_arguments_are_refused_after_a_denial_too(self, limiter: RateLimiter) -> None:
         denied(limiter)
         for wrong in (
             lambda: limiter.hit("a", "1/10 s", cost=True),
@@ -230,9 +224,9 @@ class TestAnswers:
 
     def test_hit_many_asks_only_for_the_others(self, gov: GovRedis) -> None:
         denied(gov.limits, rate="1/hour")
-        client: Any = gov._redis
+        client: Any = redis_of(gov)
         pipeline, sent = client.pipeline, []
-        client.pipeline = lambda commands, scripts: sent.extend(commands) or pipeline(commands, scripts)
+        client.pipeline = lambda commands, *rest, **how: sent.extend(commands) or pipeline(commands, *rest, **how)
         results = gov.limits.hit_many([("a", "1/hour"), ("b", "1/hour"), ("a", "1/hour"), ("b", "1/hour")])
         assert [r.allowed for r in results] == [False, True, False, False]
         assert len(sent) == 2
@@ -323,7 +317,7 @@ class TestBackends:
     def test_a_denial_of_postgres_says_so_when_it_is_repeated(
         self, make_gov: Callable[..., GovRedis], postgres_server: PostgresServer
     ) -> None:
-        gov = make_gov(redis_url=NOWHERE, database_url=postgres_server.url)
+        gov = make_gov(redis_url=REDIS_AWAY, database_url=postgres_server.url)
         denied(gov.limits, rate="1/hour")
         statements = gov.postgres.statements
         again = gov.limits.hit("a", "1/hour")
@@ -332,10 +326,10 @@ class TestBackends:
         assert gov.counters.get("limits.degraded.postgres") == 3
 
     @pytest.mark.parametrize("fallback", ["local", "deny"])
-    def test_what_this_process_decides_itself_is_not_remembered(
+    def test_denials_by_this_process_itself_are_not_remembered(
         self, make_gov: Callable[..., GovRedis], fallback: str
     ) -> None:
-        gov = make_gov(redis_url=NOWHERE, limit_fallback=fallback)
+        gov = make_gov(redis_url=REDIS_AWAY, limit_fallback=fallback)
         for _ in range(3):
             gov.limits.hit("a", "1/hour")
         assert gov.counters.get("limits.denied_cached") == 0
@@ -366,14 +360,8 @@ class TestBounds:
         cache = DenyCache(5, lambda: 1.0)
         cache.remember(self.QUESTION, self.DENIAL, cache.sent())
         with cache._lock:  # as another thread may hold it at the fork
-            pid = os.fork()
-            if pid == 0:
-                empty = cache.find(self.QUESTION) is None
-                thread = threading.Thread(target=lambda: cache.forget("a", "op"))
-                thread.start()
-                thread.join(10)
-                os._exit(0 if empty and not thread.is_alive() else 1)
-        assert os.waitpid(pid, 0)[1] == 0
+            assert in_child(lambda: cache.find(self.QUESTION)) is None
+            in_child(lambda: in_threads(lambda: cache.forget("a", "op")))
         assert cache.find(self.QUESTION) is not None
 
     def test_threads(self) -> None:

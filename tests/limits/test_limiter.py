@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable
 from typing import Any
 
 import psycopg2
 import pytest
+from support import POSTGRES_AWAY, REDIS_AWAY, eventually
 
-from govredis import BackendUnavailable, ConfigurationError, GovRedis, Limit, RateLimitExceeded
-from govredis._counters import Counters
-from govredis.keys import Keys
+from govredis import BackendUnavailable, Config, ConfigurationError, GovRedis, Limit, RateLimitExceeded, RateLimitResult
+from govredis._context import Context
 from govredis.limits import RateLimiter
 from govredis.testing.servers import PostgresServer, RedisServer
-
-AWAY = "redis://127.0.0.1:1/0"
-PG_AWAY = "postgresql://postgres:secret@127.0.0.1:1/postgres"
 
 
 class Clock:
@@ -36,9 +32,8 @@ class Clock:
 
 
 def local_limiter(clock: Clock, fallback: str = "local") -> RateLimiter:
-    return RateLimiter(
-        Keys(), None, None, fallback=fallback, local_entries=100, counters=Counters(), sleep=clock.sleep, clock=clock
-    )
+    config = Config(redis_enabled=False, limit_fallback=fallback, local_entries=100)
+    return RateLimiter(Context.of(config), sleep=clock.sleep, clock=clock)
 
 
 class TestCalls:
@@ -94,12 +89,28 @@ class TestCalls:
         else:
             with pytest.raises(BackendUnavailable):
                 limits.reset("a")
-        assert limits.hit("a", "1/hour"), "forgotten in each store that can be reached"
+        assert limits.hit("a", "1/hour"), "forgotten in each backend that can be reached"
 
     def test_cost_up_to_the_smallest_limit(self, limits: RateLimiter) -> None:
         assert limits.hit("a", "5/hour;3/minute", cost=3).remaining == 0
         with pytest.raises(ValueError, match="cost is 4; it must be at most 3"):
             limits.hit("b", "5/hour;3/minute", cost=4)
+
+    def test_a_cost_too_large_for_a_log_is_told_what_takes_it(self, limits: RateLimiter) -> None:
+        """The same in every backend, so that no backend refuses what another has admitted."""
+        assert limits.hit("a", "1000000/hour", cost=10_000).remaining == 990_000
+        for call in (limits.hit, limits.peek, limits.require):
+            with pytest.raises(
+                ValueError, match=r"cost is 10001; .* at most 10000 .*algorithm=\"sliding_window_counter\""
+            ):
+                call("a", "1000000/hour", cost=10_001)
+        with pytest.raises(ValueError, match=r"algorithm=\"sliding_window_counter\""):
+            limits.record("a", 3600, cost=10_001)
+        with pytest.raises(ValueError, match=r"algorithm=\"sliding_window_counter\""):
+            limits.rate_limited("1000000/hour", key="plain", cost=10_001)
+        counted = limits.hit("a", Limit(1_000_000, 3600, "sliding_window_counter"), cost=100_000)
+        assert counted.remaining == 900_000
+        assert counted.refund()
 
 
 class TestWait:
@@ -117,6 +128,31 @@ class TestWait:
         limiter.hit("a", "1/10 s")
         refused = limiter.wait("a", "1/10 s", timeout=9.99)
         assert (refused.allowed, refused.retry_after, clock.slept) == (False, 10.0, [])
+
+    @pytest.mark.parametrize("retry_after", [float("nan"), float("inf"), 9e12, -9e12, -1e-9, 0.0, 1e-9, 0.3], ids=repr)
+    @pytest.mark.parametrize("timeout", [0, 0.0005, 1])
+    def test_ends_by_its_timeout_whatever_a_refusal_says(self, retry_after: float, timeout: float) -> None:
+        """A client that scores in microseconds had it poll 4,000 times a second, without end."""
+        clock, asked = Clock(), []
+        limiter, limit = local_limiter(clock), Limit(1, 10)
+        refusal = RateLimitResult(False, limit, 0, retry_after, 10.0, limit, "redis", False)
+
+        def refuse(*request: Any) -> RateLimitResult:
+            asked.append(request)
+            assert len(asked) < 2000, "it does not end"
+            return refusal
+
+        limiter._decider.decide = refuse  # type: ignore[method-assign]
+        assert limiter.wait("a", limit, timeout=timeout) is refusal
+        assert sum(clock.slept) <= timeout + 1e-9
+        assert all(slept >= 0.001 for slept in clock.slept)
+
+        @limiter.rate_limited(limit, key=lambda: "a", on_limit="wait", timeout=timeout)
+        def limited() -> None: ...
+
+        asked.clear()
+        with pytest.raises(RateLimitExceeded):
+            limited()
 
     def test_tries_again_where_others_came_first_and_never_in_a_busy_loop(self) -> None:
         clock = Clock()
@@ -163,6 +199,37 @@ class TestDecorator:
         assert limits.get_count("a:x", 3600, operation="kg_store") == 2
         assert (store.__name__, store.__doc__) == ("store", "Stores.")
         assert list(inspect.signature(store).parameters) == ["agent_id", "discovery", "kind"]
+
+    def test_a_plain_key_is_a_limit_of_all_calls(self, limits: RateLimiter) -> None:
+        @limits.rate_limited("2/hour", key="mail", operation="sent")
+        def send(to: str) -> str:
+            return to
+
+        assert [send("ann"), send(to="bob")] == ["ann", "bob"]
+        with pytest.raises(RateLimitExceeded):
+            send("cyd")
+        assert limits.get_count("mail", 3600, operation="sent") == 2, "also a direct call's"
+        with pytest.raises(TypeError):
+            send()  # type: ignore[call-arg]
+
+    @pytest.mark.parametrize("key", ["", "a\nb", "{{to}}", "x" * 600])
+    def test_a_plain_key_that_is_no_id_is_refused_at_decoration(self, key: str) -> None:
+        with pytest.raises(ValueError, match=r"key is .*; it must be a non-empty str"):
+            local_limiter(Clock()).rate_limited("2/hour", key=key)(lambda to: to)
+
+    def test_a_key_whose_braces_were_forgotten_is_refused_at_decoration(self) -> None:
+        def send(to: str) -> str:
+            return to
+
+        with pytest.raises(
+            ValueError, match=r"key 'to' of .*send is the name of an argument; write '\{to\}' for a limit of each value"
+        ):
+            local_limiter(Clock()).rate_limited("2/hour", key="to")(send)
+
+    @pytest.mark.parametrize("key", [None, 5, b"mail", always])
+    def test_a_key_of_another_kind_is_refused_at_decoration(self, key: Any) -> None:
+        with pytest.raises(ValueError, match=r"key is .*; it must be a template .*, a plain name, or a plain callable"):
+            local_limiter(Clock()).rate_limited("2/hour", key=key)
 
     def test_key_and_rate_may_be_callables_of_the_arguments(self) -> None:
         limiter = local_limiter(Clock())
@@ -290,7 +357,7 @@ class TestDecorator:
             {"rate": "20/fortnight"},
             {"rate": None},
             {"key": "{nobody}"},
-            {"key": "everybody"},
+            {"key": "agent_id"},
             {"key": "{agent_id"},
             {"key": ""},
             {"key": None},
@@ -328,7 +395,7 @@ class TestFallback:
     def test_redis_then_postgres_then_local(
         self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, mortal_postgres: PostgresServer
     ) -> None:
-        """At most N per store, whoever dies in the middle of the traffic."""
+        """At most N per backend, also when a server dies in the middle of the traffic."""
         gov = make_gov(
             redis_url=mortal_redis.url, database_url=mortal_postgres.url, postgres_timeout=10, limit_deny_cache=False
         )
@@ -348,7 +415,7 @@ class TestFallback:
 
     @pytest.mark.parametrize(("fallback", "allowed"), [("deny", False), ("allow", True)])
     def test_deny_and_allow(self, make_gov: Callable[..., GovRedis], fallback: str, allowed: bool) -> None:
-        gov = make_gov(redis_url=AWAY, limit_fallback=fallback)
+        gov = make_gov(redis_url=REDIS_AWAY, limit_fallback=fallback)
         for _ in range(3):
             result = gov.limits.hit("a", "1/hour")
             assert (result.allowed, result.backend, result.degraded) == (allowed, "none", True)
@@ -368,7 +435,7 @@ class TestFallback:
     ) -> None:
         url = postgres_server.url.rsplit("/", 1)[0] + "/template1"
         with pytest.raises(ConfigurationError, match="govredis migrate"):
-            make_gov(redis_url=AWAY, database_url=url).limits.hit("a", "1/hour")
+            make_gov(redis_url=REDIS_AWAY, database_url=url).limits.hit("a", "1/hour")
 
     def test_a_bad_answer_of_redis_is_an_error_not_an_outage(self, gov: GovRedis, plain_redis: Any) -> None:
         plain_redis.set("rate_limit:default:a", "text")
@@ -383,15 +450,14 @@ class TestFallback:
         mortal_redis.pause()
         assert gov.limits.hit("a", "2/hour").backend == "local"
         mortal_redis.resume()
-        deadline = time.monotonic() + 20
-        while (result := gov.limits.peek("a", "2/hour")).degraded:
-            assert time.monotonic() < deadline
+        eventually(lambda: not gov.limits.peek("a", "2/hour").degraded)
+        result = gov.limits.peek("a", "2/hour")
         # The hit that timed out may have been applied on waking: stricter, never more.
         assert result.remaining in {0, 1} or not result.allowed
 
 
 class TestRefusals:
-    BAD_IDS = ["", "{a}", "a}", "a\nb", "é" * 300, "a" * 513, b"a", None, 5, "\ud800"]
+    BAD_IDS = ["", "{a}", "a}", "a\nb", "é" * 300, "a" * 513, b"a", None, 5.5, True, "\ud800"]
 
     @pytest.mark.parametrize("identity", BAD_IDS, ids=repr)
     def test_bad_ids_are_refused_before_anything_is_sent(self, gov: GovRedis, plain_redis: Any, identity: Any) -> None:
@@ -472,7 +538,7 @@ class TestPurge:
         assert make_gov(redis_url=gov.config.redis_url).limits.purge() == 0
 
     def test_raises_what_is_wrong(self, make_gov: Callable[..., GovRedis], postgres_server: PostgresServer) -> None:
-        away = make_gov(redis_enabled=False, database_url=PG_AWAY)
+        away = make_gov(redis_enabled=False, database_url=POSTGRES_AWAY)
         with pytest.raises(BackendUnavailable):
             away.limits.purge()
         unmigrated = postgres_server.url.rsplit("/", 1)[0] + "/template1"

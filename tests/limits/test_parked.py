@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from govredis import BackendUnavailable, GovRedis
@@ -23,8 +23,8 @@ BROKER = "redis://h:6379/0"
 
 @pytest.fixture
 def lot(gov: GovRedis) -> ParkingLot:
-    assert gov._parked is not None
-    return gov._parked.lot(BROKER)
+    assert gov.internal.parked is not None
+    return gov.internal.parked.lot(BROKER)
 
 
 def taken(lot: ParkingLot) -> list[bytes]:
@@ -32,7 +32,7 @@ def taken(lot: ParkingLot) -> list[bytes]:
 
 
 def at_once(lot: ParkingLot, run: str, message: bytes = b"m") -> Arrival:
-    """What arrives of a message that was parked, and has been published since."""
+    """The arrival of a message that was parked, and has been published since."""
     assert lot.park(Arrival(run), 0, message)
     (found,) = lot.take()[0]
     assert found.message == message
@@ -56,7 +56,7 @@ class TestParking:
         assert wait is not None
         assert 55 < wait <= 60
 
-    def test_one_that_is_overdue_comes_first_and_many_come_in_parts(self, lot: ParkingLot) -> None:
+    def test_overdue_messages_come_first_and_many_come_in_parts(self, lot: ParkingLot) -> None:
         for n in range(150):
             lot.park(Arrival(f"{n}"), 0, b"%d" % n)
         first, wait = lot.take()
@@ -69,7 +69,7 @@ class TestParking:
             lot.park(Arrival(f"{n}"), 0, large)
         assert [len(lot.take()[0]) for _ in range(3)] == [2, 1, 0]
 
-    def test_of_one_that_is_killed_another_takes_over(
+    def test_another_publisher_takes_over_from_a_killed_one(
         self, lot: ParkingLot, monkeypatch: pytest.MonkeyPatch, plain_redis: Any
     ) -> None:
         monkeypatch.setattr(module, "LEASE", 0.001)
@@ -104,12 +104,12 @@ class TestParking:
 
     def test_brokers_have_lots_of_their_own(self, gov: GovRedis, lot: ParkingLot) -> None:
         """A worker of another broker would publish it where nobody looks for it."""
-        assert gov._parked is not None
-        other = gov._parked.lot("amqp://h:5672/")
+        assert gov.internal.parked is not None
+        other = gov.internal.parked.lot("amqp://h:5672/")
         lot.park(Arrival("a"), 0, b"a")
         other.park(Arrival("a"), 0, b"b")
         assert (taken(other), taken(lot)) == ([b"b"], [b"a"])
-        assert [one.broker for one in gov._parked.lots()] == ["amqp://h:5672/", BROKER]
+        assert [one.broker for one in gov.internal.parked.lots()] == ["amqp://h:5672/", BROKER]
 
     def test_flushed_all_are_due_now_in_their_order(self, lot: ParkingLot, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "_FLUSHED_AT_ONCE", 2)
@@ -136,7 +136,7 @@ class TestParking:
         lot.postpone(found.entry, 60)
         assert lot.count() == 0, "what is gone stays so"
 
-    def test_what_is_remembered_ends(self, lot: ParkingLot, plain_redis: Any) -> None:
+    def test_tickets_end(self, lot: ParkingLot, plain_redis: Any) -> None:
         ticket = sibling(KEY, f"ticket:{BROKER}:a")
         lot.park(Arrival("a"), 3600, b"a")
         assert 86_400 + 3500 < plain_redis.ttl(ticket) <= 86_400 + 3600
@@ -147,8 +147,8 @@ class TestParking:
         self, make_gov: Callable[..., GovRedis], redis_server: RedisServer, mortal_redis: RedisServer
     ) -> None:
         gov = make_gov(redis_url=redis_server.url, parking_url=mortal_redis.url)
-        assert gov._parked is not None
-        lot = gov._parked.lot(BROKER)
+        assert gov.internal.parked is not None
+        lot = gov.internal.parked.lot(BROKER)
         lot.park(Arrival("a"), 0, b"a")
         assert mortal_redis.command("EXISTS", KEY) == 1
         assert redis_server.command("EXISTS", KEY) == 0
@@ -158,11 +158,148 @@ class TestParking:
         assert not gov.limits.hit("a", "1/hour").degraded
 
     def test_without_redis_there_is_no_place(self, make_gov: Callable[..., GovRedis]) -> None:
-        assert make_gov(redis_enabled=False)._parked is None
+        assert make_gov(redis_enabled=False).internal.parked is None
+
+
+class TestSetAside:
+    @pytest.fixture
+    def parked(self, lot: ParkingLot) -> bytes:
+        lot.park(Arrival("a"), 0, b"a")
+        return b"a:1"
+
+    def test_a_message_set_aside_is_due_later_each_time(
+        self, gov: GovRedis, lot: ParkingLot, parked: bytes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "_ASIDE", 100.0)
+        monkeypatch.setattr(module, "_LONGEST_ASIDE", 1000.0)
+        assert gov.internal.parked is not None
+        other = gov.internal.parked.lot(BROKER)  # another worker's
+        for tries, least in enumerate((100, 200, 400, 800, 1000, 1000), start=1):
+            assert lot.put_aside(parked, "no\nreason") == tries
+            (one,) = lot.set_aside()
+            assert (one.entry, one.message, one.tries, one.why) == (parked, b"a", tries, "no\nreason")
+            assert least - 50 < one.due <= least * 1.25
+            assert taken(lot) == taken(other) == []
+        assert lot.count() == 1
+
+    def test_tasks_that_failed_together_do_not_come_together(
+        self, lot: ParkingLot, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "_ASIDE", 10_000.0)
+        monkeypatch.setattr(module, "_LONGEST_ASIDE", 10_000.0)
+        for n in range(30):
+            lot.park(Arrival(f"{n}"), 0, b"%d" % n)
+            lot.put_aside(b"%d:1" % n, "x")
+        dues = [one.due for one in lot.set_aside()]
+        assert dues == sorted(dues)
+        assert dues[-1] - dues[0] > 500
+
+    def test_it_comes_again_and_once_published_nothing_is_left_of_it(
+        self, lot: ParkingLot, parked: bytes, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "_ASIDE", 0.0)
+        lot.put_aside(parked, "x")
+        assert taken(lot) == [b"a"]
+        lot.remove(parked)
+        assert lot.set_aside() == []
+        assert plain_redis.keys("*aside*") == []
+        assert lot.put_aside(parked, "x") == 0, "it is gone"
+        assert plain_redis.keys("*aside*") == []
+
+    @pytest.mark.parametrize("flushed_first", [True, False])
+    def test_flushed_it_is_due_now(self, lot: ParkingLot, parked: bytes, flushed_first: bool) -> None:
+        if flushed_first:
+            lot.flush()
+        lot.put_aside(parked, "x")
+        assert taken(lot) == []
+        assert lot.flush() == 1
+        (found,) = lot.take()[0]
+        assert found.flushed
+
+    def test_a_flushed_message_stays_flushed(
+        self, lot: ParkingLot, parked: bytes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "_ASIDE", 0.0)
+        for flushed in (False, True):
+            if flushed:
+                lot.flush()
+            lot.put_aside(parked, "x")
+            (found,) = lot.take()[0]
+            assert found.flushed is flushed
+            monkeypatch.setattr(module, "LEASE", 0.0)
+
+    def test_parked_again_it_is_set_aside_no_more(self, lot: ParkingLot, parked: bytes) -> None:
+        lot.put_aside(parked, "x")
+        assert lot.park(Arrival("a", 1, "p1"), 0, b"two")
+        assert lot.set_aside() == []
+        assert taken(lot) == [b"two"]
+
+    def test_an_entry_set_aside_whose_message_is_gone(self, lot: ParkingLot, parked: bytes, plain_redis: Any) -> None:
+        lot.put_aside(parked, "x")
+        plain_redis.delete(sibling(KEY, f"messages:{BROKER}"))
+        assert lot.set_aside() == []
+        lot.flush()
+        assert lot.take() == ([], None)
+        assert plain_redis.keys("*aside*") == []
+
+    def test_waiting_says_how_many(self, gov: GovRedis, lot: ParkingLot, parked: bytes) -> None:
+        assert gov.internal.parked is not None
+        lot.park(Arrival("b"), 0, b"b")
+        assert [one.set_aside for one in gov.internal.parked.waiting()] == [0]
+        lot.put_aside(parked, "x")
+        assert [(one.count, one.set_aside) for one in gov.internal.parked.waiting()] == [(2, 1)]
+        (check,) = [check for check in gov.health.check().checks if check.name == "parked"]
+        assert (check.status, check.data["set_aside"]) == ("warn", 1)
+        assert "1 parked tasks cannot be published: `govredis limits parked`" in check.output
+
+
+class TestPlanted:
+    """Keys that others plant among parked messages."""
+
+    @pytest.mark.parametrize("score", ["-inf", "-1e300", "-4", "0.5", "1e300", "+inf"])
+    def test_scores(self, gov: GovRedis, lot: ParkingLot, plain_redis: Any, score: str) -> None:
+        lot.park(Arrival("a"), 0, b"a")
+        lot.park(Arrival("b"), 0, b"b")
+        plain_redis.zadd(sibling(KEY, f"due:{BROKER}"), {"a:1": score})
+        found, _ = lot.take()
+        due = float(score) < 1e9
+        assert {each.entry for each in found} == ({b"a:1", b"b:1"} if due else {b"b:1"})
+        assert not any(each.flushed for each in found)
+        assert taken(lot) == [], "it is leased like any other"
+        assert len(lot.first(9)) == 2
+        assert gov.internal.parked is not None
+        (waiting,) = gov.internal.parked.waiting()
+        assert waiting.count == 2
+        assert lot.flush() <= 2
+
+    def test_brokers_that_are_no_text(self, gov: GovRedis, lot: ParkingLot, plain_redis: Any) -> None:
+        assert gov.internal.parked is not None
+        lot.park(Arrival("a"), 0, b"a")
+        plain_redis.sadd(KEY, b"\xff\xfe")
+        assert [one.broker for one in gov.internal.parked.waiting()] == [BROKER]
+        assert gov.health.check().status == "pass"
+
+    @pytest.mark.parametrize("ticket", ["", "x", ":", "-1:", "999999999999999:", "1e9:x", b"\xff:\xff"])
+    def test_tickets_that_are_none(self, lot: ParkingLot, plain_redis: Any, ticket: Any) -> None:
+        """They are not believed: a message would be taken for a duplicate, and lost."""
+        plain_redis.set(sibling(KEY, f"ticket:{BROKER}:a"), ticket)
+        assert lot.arrived(Arrival("a", again=True))
+        assert lot.park(Arrival("a"), 0, b"a")
+        assert taken(lot) == [b"a"]
+        plain_redis.set(sibling(KEY, f"ticket:{BROKER}:a"), ticket)
+        assert lot.arrived(Arrival("a", 1, "p1"))
+
+    def test_reasons_that_are_none(self, lot: ParkingLot, plain_redis: Any) -> None:
+        lot.park(Arrival("a"), 0, b"a")
+        for text in (b"", b"\xff\xfe", "x y", "9" * 400, "²"):
+            plain_redis.hset(sibling(KEY, f"aside:{BROKER}"), "a:1", text)
+            (one,) = lot.set_aside()
+            assert (one.entry, one.message) == (b"a:1", b"a")
+            assert lot.put_aside(b"a:1", "x") >= 1
 
 
 class TestArriving:
-    def test_what_was_never_parked(self, lot: ParkingLot, plain_redis: Any) -> None:
+    def test_a_message_that_was_never_parked(self, lot: ParkingLot, plain_redis: Any) -> None:
         for again in (False, True):
             assert lot.arrived(Arrival("a", again=again))
         assert plain_redis.keys("*") == []
@@ -172,7 +309,7 @@ class TestArriving:
         second = Arrival("a", 1, "p2")
         assert [lot.arrived(one) for one in (first, second, first, second)] == [True, False, True, False]
 
-    def test_what_is_parked_since_is_one_too_many(self, lot: ParkingLot) -> None:
+    def test_a_message_whose_run_was_parked_since_is_a_duplicate(self, lot: ParkingLot) -> None:
         """Its worker died before it could tell the broker that it has it parked."""
         first = at_once(lot, "a")
         assert not lot.arrived(Arrival("a", again=True))
@@ -184,7 +321,7 @@ class TestArriving:
         assert not lot.arrived(Arrival("a", 1, "p2"))
 
     def test_a_new_message_of_the_same_id_is_none_of_the_old_ones(self, lot: ParkingLot) -> None:
-        """Who names tasks himself names them alike day by day."""
+        """Applications that name tasks themselves give the same names day by day."""
         assert lot.arrived(at_once(lot, "a"))
         for again in (False, True):
             assert lot.arrived(Arrival("a", again=again))
@@ -207,11 +344,11 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(steps=STEPS, refusals=st.integers(0, 3), runs=st.integers(0, 10**9))
 def test_never_lost_and_never_two_begun(lot: ParkingLot, steps: Any, refusals: int, runs: int) -> None:
-    """One run, refused some times: published any number of times, deliveries in any order, workers that die between
-    parking and telling the broker. Only what is begun may be begun again, and only by the same delivery.
+    """A run that is refused some times: published any number of times, delivered in any order, by workers that die
+    between parking and telling the broker. Only a run that was begun may begin again, and only by the same delivery.
     """
     run = f"{runs}"
     lot._redis.call("FLUSHALL")
@@ -247,5 +384,5 @@ def test_never_lost_and_never_two_begun(lot: ParkingLot, steps: Any, refusals: i
 
 
 def test_names(gov: GovRedis) -> None:
-    assert isinstance(gov._parked, Parked)
-    assert gov._keys.parked() == KEY
+    assert isinstance(gov.internal.parked, Parked)
+    assert gov.internal.context.keys.parked() == KEY

@@ -1,4 +1,4 @@
-"""What a rate may be, and what it may not."""
+"""Rates: their forms, and the refusal of everything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RateLimitResult.refund: what a hit took, given back once, in the store that it was taken from."""
+"""RateLimitResult.refund: the entries of a hit, given back once, to the backend that took them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import copy
 import dataclasses
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from support import REDIS_AWAY
 
 from govredis import BackendUnavailable, GovRedis, Limit, RateLimitExceeded
 from govredis.keys import sibling
@@ -17,14 +18,6 @@ from govredis.limits import RateLimiter, RateLimitResult
 from govredis.testing.servers import PostgresServer, RedisServer
 
 SECOND = 1_000_000
-NOWHERE = "redis://127.0.0.1:1/0"
-
-
-@pytest.fixture
-def keeping_redis(redis_binary: str) -> Iterator[RedisServer]:
-    """One that keeps its data over a kill."""
-    with RedisServer(binary=redis_binary, persistent=True) as server:
-        yield server
 
 
 class TestResult:
@@ -44,7 +37,7 @@ class TestResult:
         assert limits.wait("a", "2/hour;1/minute", timeout=0).refund()
         assert limits.hit("a", "2/hour;1/minute").remaining == 0
 
-    def test_what_took_nothing_gives_nothing_back(self, limits: RateLimiter) -> None:
+    def test_a_result_that_took_nothing_gives_nothing_back(self, limits: RateLimiter) -> None:
         taken = limits.hit("a", "1/hour")
         for result in (limits.hit("a", "1/hour"), limits.peek("a", "2/hour"), limits.check("a", 2, 3600)):
             assert result.refund() is False
@@ -59,7 +52,7 @@ class TestResult:
         assert gov.limits.get_count("a", 3600) == 1
         assert after.refund() is True
 
-    def test_one_thread_of_several_gives_back(self, limits: RateLimiter) -> None:
+    def test_only_one_of_several_threads_gives_back(self, limits: RateLimiter) -> None:
         limits.hit("a", "9/hour")
         result = limits.hit("a", "9/hour")
         given: list[bool] = []
@@ -85,7 +78,7 @@ class TestResult:
         assert result.refund() is True
         assert other == result
 
-    def test_what_was_pickled_by_the_version_before_is_read(self) -> None:
+    def test_a_pickle_of_the_version_before_is_read(self) -> None:
         old = (
             b"\x80\x04\x95\xb5\x00\x00\x00\x00\x00\x00\x00\x8c\x17govredis.limits.limiter\x94\x8c\x0fRateLimitResult\x94\x93"
             b"\x94)\x81\x94N}\x94(\x8c\x07allowed\x94\x89\x8c\x05limit\x94K\x07\x8c\tremaining\x94K\x00\x8c\x0bretry_after"
@@ -95,7 +88,7 @@ class TestResult:
         read = pickle.loads(old)
         assert (type(read), read.retry_after, read.backend, read.refund()) == (RateLimitResult, 0.5, "redis", False)
 
-    def test_the_one_that_an_error_carries_is_pickled_with_it(self, limits: RateLimiter) -> None:
+    def test_the_result_that_an_error_carries_is_pickled_with_it(self, limits: RateLimiter) -> None:
         limits.hit("a", "1/hour")
         with pytest.raises(RateLimitExceeded) as raised:
             limits.require("a", "1/hour")
@@ -109,34 +102,36 @@ class TestResult:
         assert "taken" not in repr(result)
 
     @pytest.mark.parametrize("fallback", ["deny", "allow"])
-    def test_where_the_fallback_decided_without_a_store(self, make_gov: Callable[..., GovRedis], fallback: str) -> None:
-        gov = make_gov(redis_url=NOWHERE, limit_fallback=fallback)
+    def test_an_answer_of_the_fallback_has_nothing_to_refund(
+        self, make_gov: Callable[..., GovRedis], fallback: str
+    ) -> None:
+        gov = make_gov(redis_url=REDIS_AWAY, limit_fallback=fallback)
         assert gov.limits.hit("a", "1/hour").refund() is False
 
 
 class TestOutages:
-    def test_the_store_that_admitted_is_the_one_refunded(
-        self, make_gov: Callable[..., GovRedis], keeping_redis: RedisServer, postgres_server: PostgresServer
+    def test_the_backend_that_admitted_is_refunded(
+        self, make_gov: Callable[..., GovRedis], persistent_redis: RedisServer, postgres_server: PostgresServer
     ) -> None:
-        gov = make_gov(redis_url=keeping_redis.url, database_url=postgres_server.url)
+        gov = make_gov(redis_url=persistent_redis.url, database_url=postgres_server.url)
         of_redis = gov.limits.hit("a", "5/hour", cost=2)
         gov.limits.hit("a", "5/hour")
-        keeping_redis.kill()
+        persistent_redis.kill()
         of_postgres = gov.limits.hit("a", "5/hour")
         with pytest.raises(BackendUnavailable):
             of_redis.refund()
         assert (of_postgres.backend, gov.limits.get_count("a", 3600)) == ("postgres", 1)
-        keeping_redis.restart()
-        assert keeping_redis.command("ZCARD", "rate_limit:default:a") == 3
+        persistent_redis.restart()
+        assert persistent_redis.command("ZCARD", "rate_limit:default:a") == 3
         while gov.limits.peek("b", "5/hour").degraded:
             pass
         assert of_redis.refund() is True, "it may be tried again"
         assert of_redis.refund() is False
-        assert keeping_redis.command("ZCARD", "rate_limit:default:a") == 1
+        assert persistent_redis.command("ZCARD", "rate_limit:default:a") == 1
         assert of_postgres.refund() is True
-        assert keeping_redis.command("ZCARD", "rate_limit:default:a") == 1
+        assert persistent_redis.command("ZCARD", "rate_limit:default:a") == 1
 
-    def test_of_postgres_it_is_tried_once(
+    def test_a_refund_by_postgres_is_tried_once(
         self, make_gov: Callable[..., GovRedis], mortal_postgres: PostgresServer
     ) -> None:
         gov = make_gov(redis_enabled=False, database_url=mortal_postgres.url)
@@ -149,61 +144,61 @@ class TestOutages:
 
 
 class TestStores:
-    """Each store's `refund`."""
+    """`refund` of each backend."""
 
-    def test_removes_the_entries_of_that_outcome_only(self, store: Any) -> None:
+    def test_removes_the_entries_of_that_outcome_only(self, clocked: Any) -> None:
         limits = [Limit(9, 60)]
         outcomes = []
         for cost in (1, 3, 2):
-            outcomes.append((store.window.decide("k", limits, cost, "hit"), cost, store.now))
-            store.now += 7
+            outcomes.append((clocked.backend.decide("k", limits, cost, "hit"), cost, clocked.now))
+            clocked.now += 7
         second, cost, _ = outcomes[1]
-        assert store.window.refund("k", second.entries, cost)
-        assert store.entries("k") == [outcomes[0][2]] + [outcomes[2][2]] * 2
-        assert not store.window.refund("k", second.entries, cost)
-        assert len(store.entries("k")) == 3
+        assert clocked.backend.refund("k", second.entries, cost)
+        assert clocked.entries("k") == [outcomes[0][2]] + [outcomes[2][2]] * 2
+        assert not clocked.backend.refund("k", second.entries, cost)
+        assert len(clocked.entries("k")) == 3
 
-    def test_of_those_at_the_same_microsecond_no_more_than_its_own(self, store: Any) -> None:
+    def test_no_more_than_its_own_entries_of_the_same_microsecond(self, clocked: Any) -> None:
         limits = [Limit(9, 60)]
-        first = store.window.decide("k", limits, 2, "hit")
-        store.window.decide("k", limits, 3, "hit")
-        store.window.refund("k", first.entries, 2)
-        assert store.entries("k") == [store.now] * 3
+        first = clocked.backend.decide("k", limits, 2, "hit")
+        clocked.backend.decide("k", limits, 3, "hit")
+        clocked.backend.refund("k", first.entries, 2)
+        assert clocked.entries("k") == [clocked.now] * 3
 
-    def test_the_last_one(self, store: Any) -> None:
-        outcome = store.window.decide("k", [Limit(1, 60)], 1, "hit")
-        assert store.window.refund("k", outcome.entries, 1)
-        assert store.entries("k") == []
-        assert store.window.decide("k", [Limit(1, 60)], 1, "hit").admitted
+    def test_the_last_one(self, clocked: Any) -> None:
+        outcome = clocked.backend.decide("k", [Limit(1, 60)], 1, "hit")
+        assert clocked.backend.refund("k", outcome.entries, 1)
+        assert clocked.entries("k") == []
+        assert clocked.backend.decide("k", [Limit(1, 60)], 1, "hit").admitted
 
-    def test_what_has_been_pruned_or_reset_is_gone(self, store: Any) -> None:
-        outcome = store.window.decide("k", [Limit(1, 1)], 1, "hit")
-        store.now += SECOND
-        store.window.decide("k", [Limit(1, 1)], 1, "hit")
-        assert not store.window.refund("k", outcome.entries, 1)
-        assert store.window.count("k", SECOND) == 1
-        store.window.reset("k")
-        assert not store.window.refund("k", outcome.entries, 1)
-        assert not store.window.refund("unknown", outcome.entries, 1)
+    def test_entries_that_were_pruned_or_reset_are_gone(self, clocked: Any) -> None:
+        outcome = clocked.backend.decide("k", [Limit(1, 1)], 1, "hit")
+        clocked.now += SECOND
+        clocked.backend.decide("k", [Limit(1, 1)], 1, "hit")
+        assert not clocked.backend.refund("k", outcome.entries, 1)
+        assert clocked.backend.count("k", SECOND) == 1
+        clocked.backend.reset("k")
+        assert not clocked.backend.refund("k", outcome.entries, 1)
+        assert not clocked.backend.refund("unknown", outcome.entries, 1)
 
-    def test_the_widest_window_stays_known(self, store: Any) -> None:
-        outcome = store.window.decide("k", [Limit(5, 60)], 1, "hit")
-        store.window.decide("k", [Limit(5, 1)], 1, "hit")
-        store.window.refund("k", outcome.entries, 1)
-        store.now += 30 * SECOND
-        store.window.decide("k", [Limit(5, 1)], 1, "hit")
-        assert store.window.count("k", 60 * SECOND) == 2
+    def test_the_widest_window_stays_known(self, clocked: Any) -> None:
+        outcome = clocked.backend.decide("k", [Limit(5, 60)], 1, "hit")
+        clocked.backend.decide("k", [Limit(5, 1)], 1, "hit")
+        clocked.backend.refund("k", outcome.entries, 1)
+        clocked.now += 30 * SECOND
+        clocked.backend.decide("k", [Limit(5, 1)], 1, "hit")
+        assert clocked.backend.count("k", 60 * SECOND) == 2
 
-    def test_of_redis_another_clients_entries_and_the_ttl_stay(self, redis_store: Any) -> None:
-        redis_store.server.command("ZADD", "k", redis_store.now // SECOND, "theirs")
-        outcome = redis_store.window.decide("k", [Limit(5, 60)], 2, "hit")
-        redis_store.server.command("PEXPIRE", "k", 5000)
-        assert redis_store.window.refund("k", outcome.entries, 2)
-        assert redis_store.server.command("ZRANGE", "k", 0, -1) == ["theirs"]
-        assert 0 < redis_store.server.command("PTTL", "k") <= 5000
-        assert redis_store.server.command("GET", sibling("k", "window")) == "60000000"
+    def test_redis_keeps_the_ttl_and_other_clients_entries(self, clocked_redis: Any) -> None:
+        clocked_redis.server.command("ZADD", "k", clocked_redis.now // SECOND, "theirs")
+        outcome = clocked_redis.backend.decide("k", [Limit(5, 60)], 2, "hit")
+        clocked_redis.server.command("PEXPIRE", "k", 5000)
+        assert clocked_redis.backend.refund("k", outcome.entries, 2)
+        assert clocked_redis.server.command("ZRANGE", "k", 0, -1) == ["theirs"]
+        assert 0 < clocked_redis.server.command("PTTL", "k") <= 5000
+        assert clocked_redis.server.command("GET", sibling("k", "window")) == "60000000"
 
-    def test_of_postgres_one_that_waits_for_the_row_sees_what_came_meanwhile(
+    def test_postgres_sees_what_came_while_it_waited_for_the_row(
         self, postgres_server: PostgresServer, make_gov: Callable[..., GovRedis]
     ) -> None:
         import psycopg2

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,20 +83,6 @@ def make_worker(tmp_path: Path, patience: dict[str, float]) -> Iterator[Callable
     yield make
     for worker in made:
         worker.close()
-
-
-@pytest.fixture
-def eventually() -> Callable[..., Any]:
-    """Polls until a call returns something true, and returns it; fails after `within` seconds."""
-
-    def wait(condition: Callable[[], Any], within: float = 30.0) -> Any:
-        deadline = time.monotonic() + within
-        while not (found := condition()):
-            assert time.monotonic() < deadline, f"not within {within:g} s"
-            time.sleep(0.005)
-        return found
-
-    return wait
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,8 @@
-"""What the lock-set test and its processes share: who is inside, a file that nothing but the lock protects, and a
-register that checks fencing tokens. `go_round` is what each process does."""
+"""Shared by the lock-set test and its processes, which all run `go_round`.
+
+There is a board that says which process is inside, a file that nothing but the lock protects, and a register that
+checks fencing tokens.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,12 @@ _FIELDS = (
     "parked",
     "end",  # by the test
     "ended",
-    "done",  # how often it was inside
-    "wrote",  # how often it wrote the file
-    "overlaps",  # how often it saw another inside
-    "degraded",  # how often it was inside without Redis
-    "lost",  # how often raise_if_lost() raised
-    "unreleased",  # how often release() said that it was not held
+    "done",  # how often it was inside.
+    "wrote",  # how often it wrote the file.
+    "overlaps",  # how often it saw another inside.
+    "degraded",  # how often it was inside without Redis.
+    "lost",  # how often raise_if_lost() raised.
+    "unreleased",  # how often release() said that it was not held.
 )
 _COUNTS = struct.Struct(f"<{SLOTS}Q")
 
@@ -41,14 +44,14 @@ class Board:
     def __init__(self, folder: Path) -> None:
         fd = os.open(folder / "board", os.O_RDWR | os.O_CREAT, 0o600)
         os.ftruncate(fd, SLOTS * len(_FIELDS) * 8)
-        self._cells = memoryview(mmap.mmap(fd, 0)).cast("Q")
+        self._numbers = memoryview(mmap.mmap(fd, 0)).cast("Q")
         os.close(fd)
 
     def __getitem__(self, place: tuple[int, str]) -> int:
-        return self._cells[place[0] * len(_FIELDS) + _FIELDS.index(place[1])]
+        return self._numbers[place[0] * len(_FIELDS) + _FIELDS.index(place[1])]
 
     def __setitem__(self, place: tuple[int, str], value: int) -> None:
-        self._cells[place[0] * len(_FIELDS) + _FIELDS.index(place[1])] = value
+        self._numbers[place[0] * len(_FIELDS) + _FIELDS.index(place[1])] = value
 
     def total(self, field: str) -> int:
         return sum(self[slot, field] for slot in range(SLOTS))
@@ -77,7 +80,7 @@ class CountsFile:
 
 
 class Register:
-    """A value to be read, and written by whoever has no lower token than the highest that it was written with.
+    """A value. Only a writer whose token is not below the highest that has read or written it may write.
 
     A server in a thread, since a process that is stopped in the midst of a write must block nobody.
 
@@ -89,6 +92,7 @@ class Register:
     def __init__(self) -> None:
         self.accepted: list[tuple[int, int]] = []
         self.refused = 0
+        self._highest = 0
         self._mutex = threading.Lock()
         register = self
 
@@ -108,15 +112,15 @@ class Register:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 
-    def _answer(self, *write: int) -> int:
+    def _answer(self, token: int, *write: int) -> int:
         with self._mutex:
+            if token < self._highest:
+                self.refused += bool(write)
+                return 0
+            self._highest = token
             if not write:
                 return self.accepted[-1][1] if self.accepted else 0
-            token, value = write
-            if self.accepted and token < self.accepted[-1][0]:
-                self.refused += 1
-                return 0
-            self.accepted.append((token, value))
+            self.accepted.append((token, write[0]))
             return 1
 
     def close(self) -> None:
@@ -131,8 +135,9 @@ class RegisterClient:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._file = self._socket.makefile("rwb")
 
-    def read(self) -> int:
-        return self._ask(b"\n")
+    def read(self, token: int) -> int:
+        """The value; 0, too, where the token is too low to write it."""
+        return self._ask(b"%d\n" % token)
 
     def write(self, token: int, value: int) -> bool:
         return bool(self._ask(b"%d %d\n" % (token, value)))
@@ -171,7 +176,7 @@ def go_round(locks: Any, folder: str, port: int, me: int, ttl: float) -> list[st
             entered = time.monotonic()
             board[me, "inside"] = 1
             look("at the beginning")
-            value, before = register.read(), counts.read()
+            value, before = register.read(held.token), counts.read()
             if random.random() < 0.2:
                 time.sleep(random.random() * 0.004)
             if board[me, "park"]:

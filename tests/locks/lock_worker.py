@@ -56,7 +56,7 @@ def files_in(folder: str) -> list[str]:
 
 
 def in_child(check: object) -> str:
-    """What `check()` returns in a forked child."""
+    """Run `check()` in a forked child: returns its result."""
     read, write = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # 3.12+: there are other threads

@@ -1,4 +1,4 @@
-"""What another process does with read/write locks and semaphores: imported by lock_worker.py."""
+"""Work of another process with read/write locks and semaphores: imported by lock_worker.py."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def hammer(takes: list[tuple[str, Callable[..., HeldLock]]], folder: str, until:
     """Take each in turn until the file `until` exists, and look who else is inside.
 
     Args:
-        takes: "read", "write" or "semaphore", and what takes it.
-        folder: for a file of each that is inside: of two that overlap, whoever came second sees both.
+        takes: "read", "write" or "semaphore", and the function that takes it.
+        folder: has a file of each process inside. If two overlap, the second sees both.
     """
     tally = dict.fromkeys(["done", "overlaps", "lost", "errors", "degraded"], 0)
     for n in range(10**9):

@@ -1,4 +1,4 @@
-"""What is handed over is entered at once; Redis makes it a lease meanwhile, and its reply is taken in later."""
+"""A handed-over lock is entered at once; Redis makes it a lease meanwhile, and its reply is taken in later."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import PATIENCE
 
 from govredis import BackendUnavailable, GovRedis, HeldLock, LockLost
 from govredis.client import Pending, RedisClient, pack_command
 from govredis.keys import sibling
-from govredis.locks import DistributedLock, attempt
+from govredis.locks import DistributedLock, acquisition
 from govredis.locks import lease as lease_module
 from govredis.testing.servers import RedisServer
 
@@ -62,18 +63,18 @@ def replies(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
     monkeypatch.setattr(RedisClient, "run", ran)
 
 
-def test_it_is_entered_without_a_reply_of_redis_which_is_taken_in_before_anything_else_is_sent(
+def test_a_handed_over_lock_is_entered_without_redis_and_its_reply_is_taken_in_first(
     locks: DistributedLock, waiting: Any, monkeypatch: pytest.MonkeyPatch, plain_redis: Any
 ) -> None:
-    monkeypatch.setattr(lease_module, "FIRST_TICK", 1000)
+    monkeypatch.setattr(lease_module, "FIRST_DUE", 1000)
     held = locks.acquire("x")
     future = waiting(ttl=60)
     log: list[str] = []
     replies(monkeypatch, log)
     held.release()
-    mine = future.result(20)
+    mine = future.result(PATIENCE)
     seen = log.count("ran")
-    assert log == ["ran"] * seen, "the release; and whoever woke up between to be seen alive"
+    assert log == ["ran"] * seen, "the release; and waiters that woke up meanwhile to show that they live"
     assert mine.token == int(plain_redis.get(FENCE))
     assert mine.token > held.token
     assert mine.release()
@@ -88,7 +89,7 @@ def test_confirmed_it_has_its_own_ttl(
     held = locks.acquire("x")
     future = waiting(ttl=100, renew=renew)
     held.release()
-    with future.result(20) as mine:
+    with future.result(PATIENCE) as mine:
         eventually(lambda: plain_redis.pttl(KEY) > 90_000)
         assert 90 < mine.remaining() <= 100
         mine.raise_if_lost()
@@ -97,11 +98,11 @@ def test_confirmed_it_has_its_own_ttl(
 def test_a_script_flush_between_costs_a_renewal(locks: DistributedLock, waiting: Any, plain_redis: Any) -> None:
     held = locks.acquire("x")
     future = waiting(ttl=100)
-    release = locks._arbiter.release_script
+    release = locks._backend.release_script
     plain_redis.script_flush()
     plain_redis.script_load(release.source)
     held.release()
-    with future.result(20) as mine:
+    with future.result(PATIENCE) as mine:
         lost = threading.Event()
         mine.on_lost(lost.set)
         assert not lost.wait(1.2), "the hand-over alone is good for a second"
@@ -109,7 +110,7 @@ def test_a_script_flush_between_costs_a_renewal(locks: DistributedLock, waiting:
         assert mine.remaining() > 90
 
 
-def test_one_that_redis_does_not_confirm_is_lost_within_the_second(
+def test_a_hand_over_that_redis_does_not_confirm_is_lost_within_the_second(
     locks: DistributedLock, waiting: Any, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert locks._redis
@@ -123,11 +124,11 @@ def test_one_that_redis_does_not_confirm_is_lost_within_the_second(
     held = locks.acquire("x")
     future = waiting(ttl=100)
     held.release()
-    mine = future.result(20)
+    mine = future.result(PATIENCE)
     lost = threading.Event()
     mine.on_lost(lost.set)
     assert mine.remaining() <= 1
-    assert lost.wait(20)
+    assert lost.wait(PATIENCE)
     with pytest.raises(LockLost):
         mine.raise_if_lost()
     assert mine.release() is False
@@ -158,16 +159,16 @@ def test_a_confirmation_that_comes_after_somebody_else_had_it_grants_nothing_ane
     held = locks.acquire("x")
     future = waiting(ttl=100)
     held.release()
-    mine = future.result(20)
+    mine = future.result(PATIENCE)
     assert mine.token < theirs[0]
     lost = threading.Event()
     mine.on_lost(lost.set)
-    assert lost.wait(20)
+    assert lost.wait(PATIENCE)
     assert mine.release() is False
     assert not plain_redis.exists(KEY)
 
 
-def test_what_cannot_be_confirmed_is_asked_for(
+def test_a_hand_over_that_cannot_be_confirmed_is_asked_for(
     locks: DistributedLock, waiting: Any, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert locks._redis
@@ -179,17 +180,17 @@ def test_what_cannot_be_confirmed_is_asked_for(
     held = locks.acquire("x")
     future = waiting(ttl=100)
     held.release()
-    with future.result(20) as mine:
+    with future.result(PATIENCE) as mine:
         assert plain_redis.pttl(KEY) > 90_000
         assert mine.remaining() > 90
 
 
-def test_who_wakes_up_late_asks_whether_it_is_still_its(
+def test_a_waiter_that_wakes_up_late_asks_whether_the_lock_is_still_its(
     locks: DistributedLock, waiting: Any, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert locks._redis
     late, sent = 0.0, []
-    real, pop, send = attempt.clock, locks._redis.pop, locks._redis.send
+    real, pop, send = acquisition.clock, locks._redis.pop, locks._redis.send
 
     def popped(key: str, seconds: float) -> Any:
         nonlocal late
@@ -201,13 +202,13 @@ def test_who_wakes_up_late_asks_whether_it_is_still_its(
         sent.append(packed)
         return send(packed)
 
-    monkeypatch.setattr(attempt, "clock", lambda: real() + late)
+    monkeypatch.setattr(acquisition, "clock", lambda: real() + late)
     monkeypatch.setattr(locks._redis, "pop", popped)
     monkeypatch.setattr(locks._redis, "send", sending)
     held = locks.acquire("x")
     future = waiting(ttl=100)
     held.release()
-    with future.result(20) as mine:
+    with future.result(PATIENCE) as mine:
         assert sent == []
         assert plain_redis.get(KEY) == mine._lease.owner
         assert plain_redis.pttl(KEY) > 90_000
@@ -223,37 +224,11 @@ def test_a_reply_is_taken_once(locks: DistributedLock) -> None:
     assert len(locks._redis._waiting.idle) == 1
 
 
-def test_what_is_in_the_list_from_an_earlier_turn_wakes_nobody(locks: DistributedLock, plain_redis: Any) -> None:
+def test_a_token_left_from_an_earlier_turn_wakes_nobody(locks: DistributedLock, plain_redis: Any) -> None:
     assert locks._redis
-    cells = KEY, FENCE, QUEUE, sibling(KEY, "waiters")
+    keys = KEY, FENCE, QUEUE, sibling(KEY, "waiters")
     plain_redis.set(KEY, "another")
     plain_redis.rpush(f"{QUEUE}:me", 1)
-    locks._redis.run(locks._arbiter.acquire_script, cells, "me", "1000", "0", "1000", "1")
+    locks._redis.run(locks._backend.acquire_script, keys, "me", "1000", "0", "1000", "1")
     assert plain_redis.zrange(QUEUE, 0, -1) == ["me"]
     assert not plain_redis.exists(f"{QUEUE}:me")
-
-
-def test_a_release_does_not_wait_for_a_renewal_that_waits_for_it(
-    locks: DistributedLock, plain_redis: Any, monkeypatch: pytest.MonkeyPatch, eventually: Any
-) -> None:
-    """A collection runs a destructor that releases a lock in the midst of another renewal; and the other way round."""
-    monkeypatch.setattr(lease_module, "_PATIENCE", 0.05)
-    monkeypatch.setattr(lease_module, "FIRST_TICK", 1000)
-    held = locks.acquire("x", ttl=1000)
-    taken, go_on = threading.Event(), threading.Event()
-
-    def renew() -> None:
-        with held._lease._mutex:
-            taken.set()
-            assert go_on.wait(20)
-
-    renewing = threading.Thread(target=renew)
-    renewing.start()
-    assert taken.wait(20)
-    assert held.release() is True
-    assert plain_redis.exists(KEY)
-    go_on.set()
-    renewing.join()
-    eventually(lambda: not plain_redis.exists(KEY))
-    assert locks.acquire("x", timeout=5).release()
-    assert held.release() is False

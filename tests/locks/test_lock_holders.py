@@ -1,4 +1,4 @@
-"""Who holds what: holder, is_locked, held; and force_release, which takes it from him."""
+"""The holders of locks: holder, is_locked, held; and force_release, which takes a lock from its holder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import PATIENCE
 
 from govredis import BackendError, BackendUnavailable, GovRedis, HeldLock, LockLost, LockTimeout, LockUnavailable
+from govredis._boottime import clock
 from govredis.keys import sibling
 from govredis.locks import DistributedLock, LockHolder
 from govredis.locks import lease as lease_module
-from govredis.locks.guard import clock
+from govredis.locks.backends.redis_backend import Renewal
 from govredis.testing.servers import RedisServer
 
 pytestmark = pytest.mark.once
@@ -45,7 +47,7 @@ def worker(make_worker: Callable[..., Any], redis_server: RedisServer) -> Any:
 @pytest.fixture
 def not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No lock of this process comes on the list."""
-    monkeypatch.setattr(lease_module, "FIRST_TICK", 1000)
+    monkeypatch.setattr(lease_module, "FIRST_DUE", 1000)
 
 
 def names(locks: DistributedLock) -> list[str]:
@@ -70,7 +72,7 @@ def round_trips(locks: DistributedLock, monkeypatch: pytest.MonkeyPatch) -> list
     return made
 
 
-#: What the test's own connection leaves in commandstats.
+#: Left in commandstats by the test's own connection.
 OF_OTHERS = {"config", "config|resetstat", "client", "client|setinfo"}
 
 
@@ -85,7 +87,7 @@ def test_nobody(locks: DistributedLock, plain_redis: Any) -> None:
     assert locks.holder("x") is None
     assert locks.is_locked("x") is False
     assert plain_redis.keys("*") == []
-    assert not os.path.exists(locks._folder.path)
+    assert not os.path.exists(locks._file_backend.path)
 
 
 def test_ours(locks: DistributedLock, far: DistributedLock) -> None:
@@ -112,17 +114,10 @@ def test_another_process(locks: DistributedLock, worker: Any) -> None:
     assert holder.token == worker.eval("held.token")
 
 
-def test_one_that_holds_it_for_a_run(locks: DistributedLock) -> None:
-    with locks.acquire_for("task-1", "x") as held:
-        holder = locks.holder("x")
-        assert holder
-        assert (holder.owner, holder.token) == (held._lease.owner, held.token)
-
-
 @pytest.mark.parametrize("value", [b"async", b"", b"\xff\x00{\r\n", b"a:1:0-1", b"x" * 100_000])
 @pytest.mark.parametrize("ttl", [None, 60])
 def test_an_outsider(locks: DistributedLock, redis_server: RedisServer, value: bytes, ttl: int | None) -> None:
-    locks.acquire("x").release()  # there is a fence, of which he knows nothing
+    locks.acquire("x").release()  # leaves a fence, unknown to the outsider
     assert redis_server.command("SET", KEY, value, "NX", *(("EX", ttl) if ttl else ()))
     holder = locks.holder("x")
     assert holder
@@ -134,10 +129,10 @@ def test_an_outsider(locks: DistributedLock, redis_server: RedisServer, value: b
         assert holder.remaining is not None
         assert 50 < holder.remaining <= 60
     assert locks.is_locked("x")
-    assert locks.held() == [], "what no govredis holds"
+    assert [(h.name, h.kind, h.owner, h.token) for h in locks.held()] == [("x", "lock", holder.owner, None)]
 
 
-@pytest.mark.parametrize("name", ["", "a{b", "a\nb", "a" * 600, b"bytes", None, 7, ["a"]])
+@pytest.mark.parametrize("name", ["", "a{b", "a\nb", "a" * 600, b"bytes", None, 7.0, ["a"]])
 def test_bad_names_are_refused_before_anything_is_sent(
     locks: DistributedLock, redis_server: RedisServer, name: Any
 ) -> None:
@@ -146,10 +141,10 @@ def test_bad_names_are_refused_before_anything_is_sent(
         with pytest.raises(ValueError, match="lock name"):
             call(name)
     assert commands_since_reset(redis_server) <= OF_OTHERS
-    assert not os.path.exists(locks._folder.path)
+    assert not os.path.exists(locks._file_backend.path)
 
 
-def test_of_the_lock_and_not_of_what_else_has_its_name(locks: DistributedLock) -> None:
+def test_a_lock_has_no_holder_for_other_kinds_of_its_name(locks: DistributedLock) -> None:
     with locks.rwlock("x").write(), locks.semaphore("x", slots=2).acquire():
         assert locks.holder("x") is None
         assert locks.force_release("x") is False
@@ -222,14 +217,14 @@ def test_other_processes_locks_are_listed_after_a_moment(
     assert locks.held() == []
 
 
-def test_two_of_one_process_see_each_other_after_a_moment(
+def test_two_instances_of_one_process_see_each_others_locks_after_a_moment(
     locks: DistributedLock, far: DistributedLock, eventually: Callable[..., Any]
 ) -> None:
     with locks.acquire("x"):
         eventually(lambda: names(far) == ["x"])
 
 
-def test_what_is_renewed_stays_on_the_list(locks: DistributedLock, worker: Any, eventually: Callable[..., Any]) -> None:
+def test_a_renewed_lock_stays_on_the_list(locks: DistributedLock, worker: Any, eventually: Callable[..., Any]) -> None:
     worker.run("held = locks.acquire('x', ttl=1.5)")
     began = worker.eval("held._lease.deadline")
     eventually(lambda: names(locks) == ["x"])
@@ -239,7 +234,7 @@ def test_what_is_renewed_stays_on_the_list(locks: DistributedLock, worker: Any, 
     assert worker.eval("held.remaining()") > 0, "this machine is too slow for this test to mean anything"
 
 
-def test_what_was_killed_is_listed_until_its_lease_ends(
+def test_a_killed_holder_is_listed_until_its_lease_ends(
     locks: DistributedLock, worker: Any, eventually: Callable[..., Any]
 ) -> None:
     worker.run("short, long = locks.acquire('short', ttl=1), locks.acquire('long', ttl=1000)")
@@ -248,7 +243,7 @@ def test_what_was_killed_is_listed_until_its_lease_ends(
     eventually(lambda: names(locks) == ["long"])
 
 
-def test_what_somebody_else_holds_now_is_not_listed_as_the_first_ones(
+def test_a_lock_with_a_new_holder_is_not_listed_as_the_first_ones(
     locks: DistributedLock, plain_redis: Any, worker: Any, eventually: Callable[..., Any]
 ) -> None:
     worker.run("theirs = locks.acquire('y', ttl=1000)")
@@ -256,13 +251,14 @@ def test_what_somebody_else_holds_now_is_not_listed_as_the_first_ones(
         eventually(lambda: names(locks) == ["x", "y"])
         for key in KEY, "lock:y":
             plain_redis.set(key, "another", px=60_000)
-        assert locks.held() == []
+        assert [(h.name, h.owner, h.token) for h in locks.held()] == [("x", "another", None), ("y", "another", None)]
+        plain_redis.delete("lock:y")
         plain_redis.set(KEY, "another")
-        assert locks.held() == [], "with no end either"
+        assert [(h.owner, h.remaining) for h in locks.held()] == [("another", None)], "with no end either"
 
 
 @pytest.mark.parametrize("kind", ["read", "semaphore"])
-def test_who_has_no_place_any_more_is_not_listed(
+def test_a_holder_without_a_place_is_not_listed(
     locks: DistributedLock, plain_redis: Any, kind: str, eventually: Callable[..., Any]
 ) -> None:
     held = locks.rwlock("x").read() if kind == "read" else locks.semaphore("x", slots=1).acquire()
@@ -294,7 +290,7 @@ def test_under_a_prefix(
         assert 50_000 < plain_redis.pttl("two:" + LIST) <= 70_002
 
 
-def test_nothing_is_scanned_and_two_round_trips_do(
+def test_held_takes_two_round_trips_and_a_scan_for_outsiders(
     locks: DistributedLock, redis_server: RedisServer, plain_redis: Any, worker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker.run("many = locks.acquire_many([f'{n}' for n in range(30)], ttl=1000)")
@@ -305,9 +301,9 @@ def test_nothing_is_scanned_and_two_round_trips_do(
         redis_server.command("CONFIG", "RESETSTAT")
         made = round_trips(locks, monkeypatch)
         assert len(locks.held()) == 32
-        assert len(made) == 2
+        assert len(made) == 3
         locks.holder("x")
-        assert commands_since_reset(redis_server) - OF_OTHERS == {"zrange", "time", "get", "pttl", "zscore"}
+        assert commands_since_reset(redis_server) - OF_OTHERS == {"zrange", "time", "get", "pttl", "zscore", "scan"}
 
 
 # -- the list --------------------------------------------------------------------------------------------------------
@@ -316,7 +312,7 @@ def test_nothing_is_scanned_and_two_round_trips_do(
 def test_short_locks_do_not_come_on_the_list(
     locks: DistributedLock, redis_server: RedisServer, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease_module, "FIRST_TICK", 5)
+    monkeypatch.setattr(lease_module, "FIRST_DUE", 5)
     redis_server.command("CONFIG", "RESETSTAT")
     for _ in range(50):
         locks.acquire("x").release()
@@ -325,7 +321,7 @@ def test_short_locks_do_not_come_on_the_list(
 
 def run_list(locks: DistributedLock, entry: str, ttl_ms: int) -> int:
     assert locks._redis
-    return int(locks._redis.run(locks._arbiter._list_script, (LIST,), entry, str(ttl_ms)))
+    return int(locks._redis.run(locks._backend._list_script, (LIST,), entry, str(ttl_ms)))
 
 
 def test_entries_go_with_their_leases_and_the_list_with_the_last(
@@ -333,14 +329,15 @@ def test_entries_go_with_their_leases_and_the_list_with_the_last(
 ) -> None:
     assert run_list(locks, "long", 100_000) == 0
     assert 90_000 < plain_redis.pttl(LIST) <= 100_000
-    assert run_list(locks, "short", 40) == 0
-    assert run_list(locks, "shorter", 30) == 0
+    assert run_list(locks, "short", 80_000) == 0
+    assert run_list(locks, "shorter", 70_000) == 0
     assert plain_redis.pttl(LIST) > 90_000, "the longest one's"
     assert plain_redis.zrange(LIST, 0, -1) == ["shorter", "short", "long"]
-    eventually(lambda: run_list(locks, "another", 50_000) > 0 and plain_redis.zcard(LIST) == 2)
-    assert plain_redis.zrange(LIST, 0, -1) == ["another", "long"]
+    assert run_list(locks, "over at once", 1) == 0
+    eventually(lambda: run_list(locks, "another", 50_000) > 0)
+    assert plain_redis.zrange(LIST, 0, -1) == ["another", "shorter", "short", "long"]
     run_list(locks, "another", 200_000)
-    assert plain_redis.zrange(LIST, 0, -1) == ["long", "another"], "it is kept there"
+    assert plain_redis.zrange(LIST, 0, -1) == ["shorter", "short", "long", "another"], "it is kept there"
     assert 190_000 < plain_redis.pttl(LIST) <= 200_000
     seconds, micros = plain_redis.time()
     until = plain_redis.zscore(LIST, "another")
@@ -353,12 +350,10 @@ def test_entries_go_with_their_leases_and_the_list_with_the_last(
 def test_the_list_has_a_ttl_whatever_comes_on_it(locks: DistributedLock, plain_redis: Any) -> None:
     with locks.acquire("x", ttl=1000) as held:
         lease = held._lease
-        deadline = lease.deadline
         for left in -0.005, -5, 0.001:  # a renewal that met a slow Redis is over by then
-            lease.deadline = clock() + left
-            lease._enlist()
+            entry = Renewal(lease._resource, lease.owner, lease.token, left, False, "an entry")
+            assert locks._backend.extend_each([entry]) == ([], True)
             assert plain_redis.pttl(LIST) != -1
-        lease.deadline = deadline
 
 
 def test_a_release_takes_the_entry_along_in_its_round_trip(
@@ -374,8 +369,7 @@ def test_a_release_takes_the_entry_along_in_its_round_trip(
         lambda: locks.semaphore("x", slots=1).acquire(ttl=1000),
     ):
         held = take()
-        eventually(lambda held=held: held._lease._listed and kept._lease._listed)
-        assert plain_redis.zcard(LIST) == 2
+        eventually(lambda: plain_redis.zcard(LIST) == 2)
         with monkeypatch.context() as patched:
             made = round_trips(locks, patched)
             assert held.release() is True
@@ -387,7 +381,7 @@ def test_a_release_takes_the_entry_along_in_its_round_trip(
 
 def test_after_a_script_flush_too(locks: DistributedLock, plain_redis: Any, eventually: Callable[..., Any]) -> None:
     held = locks.acquire("x", ttl=1000)
-    eventually(lambda: held._lease._listed)
+    eventually(lambda: plain_redis.zcard(LIST))
     plain_redis.script_flush()
     assert held.release() is True
     assert not plain_redis.exists(KEY, LIST)
@@ -414,7 +408,7 @@ def test_a_list_that_fails_costs_nothing_but_a_count(
     with locks.acquire("x", ttl=1.5) if kind == "lock" else locks.semaphore("x", slots=1).acquire(ttl=1.5) as held:
         first = held._lease.deadline
         if when == "later":
-            eventually(lambda: held._lease._listed)
+            eventually(lambda: plain_redis.zcard(LIST))
             plain_redis.delete(LIST)
             plain_redis.set(LIST, "of somebody else")
         eventually(lambda: locks.counters.get("locks.unlisted") > 0)
@@ -429,11 +423,11 @@ def test_a_list_that_fails_costs_nothing_but_a_count(
     assert again.release() is True
 
 
-def test_of_a_lock_whose_key_is_spoilt_the_release_still_says_so(
+def test_the_release_of_a_lock_whose_key_is_spoilt_still_says_so(
     locks: DistributedLock, plain_redis: Any, eventually: Callable[..., Any]
 ) -> None:
     held = locks.acquire("x", ttl=1000)
-    eventually(lambda: held._lease._listed)
+    eventually(lambda: plain_redis.zcard(LIST))
     plain_redis.delete(KEY)
     plain_redis.hset(KEY, "a", "b")
     with pytest.raises(BackendError, match="WRONGTYPE"):
@@ -455,7 +449,7 @@ def test_redis_away_the_hosts_lock_file_says_who(
     worker = make_worker(redis_url=mortal_redis.url, socket_timeout=5)
     worker.run("held = locks.acquire('x', ttl=1000)")
     away.acquire("was").release()
-    files = sorted(os.listdir(away._folder.path))
+    files = sorted(os.listdir(away._file_backend.path))
     mortal_redis.kill()
     holder = away.holder("x")
     assert holder
@@ -467,7 +461,7 @@ def test_redis_away_the_hosts_lock_file_says_who(
     for nobody in "never", "was":
         assert away.holder(nobody) is None
         assert away.is_locked(nobody) is False
-    assert sorted(os.listdir(away._folder.path)) == files, "a look makes no file"
+    assert sorted(os.listdir(away._file_backend.path)) == files, "a look makes no file"
     assert worker.eval("held.raise_if_lost()") is None, "and disturbs nobody"
     worker.kill()
     assert away.holder("x") is None
@@ -479,7 +473,7 @@ def test_redis_away_a_look_leaves_no_file_open_and_makes_no_folder(
 ) -> None:
     locks = make_gov(redis_enabled=False).locks
     assert locks.holder("x") is None
-    assert not os.path.exists(locks._folder.path)
+    assert not os.path.exists(locks._file_backend.path)
     with locks.acquire("x", timeout=0, ttl=50) as held:
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(5):
@@ -491,9 +485,9 @@ def test_redis_away_a_look_leaves_no_file_open_and_makes_no_folder(
     assert locks.acquire("x", timeout=0).release()
 
 
-def test_a_look_at_one_that_was_passed_and_at_his_passer(make_gov: Callable[..., GovRedis]) -> None:
+def test_a_look_tells_a_passed_holder_from_its_passer(make_gov: Callable[..., GovRedis]) -> None:
     locks = make_gov(redis_enabled=False).locks
-    stopped, passer = locks._folder.guard(KEY), locks._folder.guard(KEY)
+    stopped, passer = locks._file_backend.open_exclusive(KEY), locks._file_backend.open_exclusive(KEY)
     assert stopped.enter(1, "stopped", clock() + 0.01, may_pass=False)
     deadline = clock() + 20
     while not passer.enter(2, "passer", clock() + 100, may_pass=True):
@@ -508,9 +502,9 @@ def test_a_look_at_one_that_was_passed_and_at_his_passer(make_gov: Callable[...,
     assert locks.holder("x") is None
 
 
-def test_one_whose_record_ran_out_is_inside_all_the_same(make_gov: Callable[..., GovRedis]) -> None:
+def test_a_holder_whose_record_ran_out_is_inside_all_the_same(make_gov: Callable[..., GovRedis]) -> None:
     locks = make_gov(redis_enabled=False).locks
-    stopped = locks._folder.guard(KEY)
+    stopped = locks._file_backend.open_exclusive(KEY)
     assert stopped.enter(1, "stopped", clock() - 1, may_pass=False)
     holder = locks.holder("x")
     assert holder
@@ -529,7 +523,7 @@ def test_with_the_fallback_fail_nobody_can_say(make_gov: Callable[..., GovRedis]
                     call("x")
 
 
-def test_what_needs_redis_raises_without_it(
+def test_methods_that_need_redis_raise_without_it(
     away: DistributedLock, mortal_redis: RedisServer, make_gov: Callable[..., GovRedis]
 ) -> None:
     with away.acquire("x", ttl=1000):
@@ -546,7 +540,7 @@ def test_what_needs_redis_raises_without_it(
         held.raise_if_lost()
 
 
-def test_what_was_granted_while_redis_was_away_is_not_listed(
+def test_a_lock_granted_while_redis_was_away_is_not_listed(
     away: DistributedLock, mortal_redis: RedisServer, eventually: Callable[..., Any]
 ) -> None:
     mortal_redis.kill()
@@ -558,7 +552,7 @@ def test_what_was_granted_while_redis_was_away_is_not_listed(
         with away.acquire("y", timeout=20):
             eventually(lambda: mortal_redis.command("ZCARD", LIST) == 1)
             assert names(away) == ["y"]
-        held._lease._enlist()
+        assert held._lease.begin() is None, "Redis is asked for nothing"
         assert mortal_redis.command("ZCARD", LIST) == 0
         assert away.held() == []
 
@@ -602,7 +596,7 @@ def waiting(
     return wait
 
 
-def test_it_is_handed_to_whoever_has_waited_longest_and_the_holder_finds_out(
+def test_a_forced_lock_goes_to_the_longest_waiter_and_the_holder_finds_out(
     locks: DistributedLock, far: DistributedLock, waiting: Any, plain_redis: Any, eventually: Callable[..., Any]
 ) -> None:
     held = locks.acquire("x", ttl=3)
@@ -611,11 +605,11 @@ def test_it_is_handed_to_whoever_has_waited_longest_and_the_holder_finds_out(
     first, second = waiting(far), waiting(far)
     held.raise_if_lost()
     assert locks.force_release("x") is True
-    with first.result(20) as mine:
+    with first.result(PATIENCE) as mine:
         assert mine.token > held.token
         eventually(lambda: plain_redis.pttl(KEY) > 90_000)
         assert int(plain_redis.get(FENCE)) == mine.token
-        assert lost.wait(20), "at its next renewal"
+        assert lost.wait(PATIENCE), "at its next renewal"
         with pytest.raises(LockLost, match="somebody else"):
             held.raise_if_lost()
         assert held.remaining() == 0
@@ -625,7 +619,7 @@ def test_it_is_handed_to_whoever_has_waited_longest_and_the_holder_finds_out(
         assert (holder.owner, holder.token) == (mine._lease.owner, mine.token)
         mine.extend(100)
         assert not second.done()
-    with second.result(20) as last:
+    with second.result(PATIENCE) as last:
         assert last.token > mine.token
     assert locks.counters.get("locks.lost") == 1
     assert far.counters.get("locks.lost") == 0
@@ -638,7 +632,7 @@ def test_without_a_waiter_it_is_free_and_stays_lost_to_its_holder(
     assert far.force_release("x") is True
     assert not plain_redis.exists(KEY)
     assert int(plain_redis.get(FENCE)) > held.token
-    assert 86_000_000 < plain_redis.pttl(FENCE) <= 86_400_000
+    assert 3_500_000 < plain_redis.pttl(FENCE) <= 3_600_000
     with pytest.raises(LockLost):
         held.extend()
     assert not plain_redis.exists(KEY), "an extension does not bring it back"
@@ -664,7 +658,7 @@ def test_the_token_rises_over_a_clock_that_was_set_back(
     assert held.token == ahead + 1
     future = waiting(far)
     assert locks.force_release("x") is True
-    with future.result(20) as mine:
+    with future.result(PATIENCE) as mine:
         assert mine.token == ahead + 2
         assert far.force_release("x") is True
         assert int(plain_redis.get(FENCE)) == ahead + 3
@@ -681,10 +675,10 @@ def test_an_outsiders_lock_is_freed_too(
     plain_redis.set(KEY, "async", **ttl)
     future = waiting(locks)
     assert locks.force_release("x") is True
-    assert future.result(20).release() is True
+    assert future.result(PATIENCE).release() is True
 
 
-def test_what_nobody_holds_is_not_forced(locks: DistributedLock, plain_redis: Any) -> None:
+def test_a_free_lock_is_not_forced(locks: DistributedLock, plain_redis: Any) -> None:
     assert locks.force_release("x") is False
     assert plain_redis.keys("*") == []
     with locks.acquire("x"):
@@ -704,7 +698,7 @@ def test_on_the_holders_own_host_nobody_gets_in_before_it_lets_go(
 ) -> None:
     worker.run("import threading\nlost = threading.Event()\nheld = locks.acquire('x', ttl=0.9)\nheld.on_lost(lost.set)")
     assert locks.force_release("x") is True
-    assert worker.eval("lost.wait(20)") is True
+    assert worker.eval("lost.wait(60)") is True
     with pytest.raises(LockTimeout):
         locks.acquire("x", timeout=1.2)  # longer than the ttl: it vouches for itself though it has lost
     assert locks.try_acquire("x") is None
@@ -718,18 +712,20 @@ def test_a_waiter_of_the_holders_own_host_leaves_it_to_the_next(
     worker.run("held = locks.acquire('x', ttl=1000)")
     near, elsewhere = waiting(locks), waiting(far)
     assert locks.force_release("x") is True
-    with elsewhere.result(20):
+    with elsewhere.result(PATIENCE):
         assert not near.done()
         worker.kill()
         assert not near.done()
-    assert near.result(20).release() is True
+    assert near.result(PATIENCE).release() is True
 
 
-def test_a_killed_holders_lock_is_forced_and_acquired_at_once_on_its_host(locks: DistributedLock, worker: Any) -> None:
+def test_a_killed_holders_lock_is_forced_and_acquired_at_once_on_another_host(
+    locks: DistributedLock, far: DistributedLock, worker: Any
+) -> None:
     worker.run("held = locks.acquire('x', ttl=1000)")
     token = worker.eval("held.token")
     worker.kill()
-    assert locks.try_acquire("x") is None
-    assert locks.force_release("x") is True
-    with locks.acquire("x", timeout=0) as held:
+    assert far.try_acquire("x") is None
+    assert far.force_release("x") is True
+    with far.acquire("x", timeout=0) as held:
         assert held.token > token

@@ -35,13 +35,14 @@ def strike() -> Iterator[Callable[[float], None]]:
 
 
 def descriptors(folder: str) -> list[str]:
+    """The open lock files, without the file of this process's liveness, which stays open."""
     found = []
     for fd in os.listdir("/proc/self/fd"):
         try:
             found.append(os.readlink(f"/proc/self/fd/{fd}"))
         except FileNotFoundError:
             pass
-    return [path for path in found if path.startswith(folder)]
+    return [path for path in found if path.startswith(folder) and not path.endswith("/living")]
 
 
 def end_what_was_never_given() -> None:
@@ -56,6 +57,8 @@ def end_what_was_never_given() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:lock .* was collected while held:ResourceWarning")
+# By redis-py, struck while it connects: see RoundTrips._open. No descriptor is left, as is asserted below.
+@pytest.mark.filterwarnings("ignore:unclosed <socket.socket:ResourceWarning")
 @pytest.mark.parametrize("contended", [False, True])
 def test_nothing_is_left_by_exceptions_that_strike_anywhere(
     make_gov: Callable[..., GovRedis],
@@ -100,7 +103,7 @@ def test_nothing_is_left_by_exceptions_that_strike_anywhere(
         assert other.release()
     # No key is left; not even for its ttl, and nothing renews it.
     eventually(lambda: not plain_redis.keys("lock:*"))
-    assert not descriptors(locks._folder.path)
+    assert not descriptors(locks._file_backend.path)
     assert len(os.listdir("/proc/self/fd")) <= before + 1  # a connection anew
     assert not renewer._leases
     assert locks.acquire("x", timeout=0).release()
@@ -124,7 +127,7 @@ def test_an_exception_in_the_middle_of_a_release_does_not_stop_it(
     with pytest.raises(Struck):
         held.release()
     assert not plain_redis.exists("lock:x")
-    assert not descriptors(locks._folder.path)
+    assert not descriptors(locks._file_backend.path)
     assert locks.acquire("x", timeout=0).release()
 
 

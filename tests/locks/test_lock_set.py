@@ -1,8 +1,8 @@
 """Processes that keep taking one lock, while one thing after another befalls them, Redis, or its replies.
 
-Each time: no two were inside at once (but for one that was stopped past its ttl and those that passed it), a register
-that checks fencing tokens took no stale write and lost none, a file that nothing but the lock protects lost no update,
-nobody was forgotten in the queue, and all went on working afterwards.
+Each time no two were inside at once, except a process that was stopped past its ttl and those that passed it. A
+register that checks fencing tokens took no stale write and lost none. A file that nothing but the lock protects lost no
+update. Nobody was forgotten in the queue, and all went on working afterwards.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lock_set import SLOTS, Board, CountsFile, Register
 
 from govredis import GovRedis, LockTimeout
 from govredis.keys import sibling
+from govredis.locks import lease as lease_module
 from govredis.testing.servers import RedisServer
 
 pytestmark = [pytest.mark.once, pytest.mark.one_redis]
@@ -188,7 +189,7 @@ def test_the_register_refuses_a_holder_that_was_stopped_past_its_ttl_inside(lock
     processes.check(passed=True, lossless=False)
 
 
-def test_who_passed_a_stopped_holder_is_alone_also_when_that_one_has_left(lock_set: Callable[..., LockSet]) -> None:
+def test_a_passer_of_a_stopped_holder_is_alone_also_when_that_has_left(lock_set: Callable[..., LockSet]) -> None:
     processes = lock_set(ttl=2.0)
     processes.park(0)
     processes.stop(0)
@@ -424,7 +425,10 @@ def test_replies_cut_after_execution(
     proxy: CuttingProxy,
     make_gov: Callable[..., GovRedis],
     eventually: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # The renewal thread lists held locks: its exchange must not be taken for one of those learned here.
+    monkeypatch.setattr(lease_module, "FIRST_DUE", 1000)
     locks, other_locks = (make_gov(redis_url=proxy.url).locks for _ in range(2))
     request, reply = exchanges_of(locks, other_locks, proxy, eventually)[which]
     processes = lock_set(url=proxy.url)
@@ -439,7 +443,7 @@ def test_replies_cut_after_execution(
     processes.check(passed=False, lossless=True)
 
 
-def test_a_release_whose_reply_was_lost_was_one_whoever_held_the_lock_since(
+def test_a_release_whose_reply_was_lost_counts_whatever_happened_since(
     proxy: CuttingProxy, redis: RedisServer, make_gov: Callable[..., GovRedis], eventually: Callable[..., Any]
 ) -> None:
     ours = make_gov(redis_url=proxy.url, socket_timeout=HUNG).locks

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from support import PATIENCE
 
 from govredis import GovRedis, HeldLock, LockLost, LockTimeout, LockUnavailable
 from govredis.keys import sibling
@@ -31,6 +33,14 @@ def held_now(plain_redis: Any) -> Callable[[], list[str]]:
     return lambda: sorted(key[5:] for key in plain_redis.keys("lock:*") if "{" not in key)
 
 
+async def coroutine_key(user: str) -> str:
+    return user
+
+
+def generator_key(user: str) -> Iterator[str]:
+    yield user
+
+
 class Agent:
     def __init__(self, name: Any) -> None:
         self.name = name
@@ -46,10 +56,10 @@ def test_the_name_is_filled_from_the_arguments_however_they_are_passed(
     def work(user_id: int, region: str = "eu", *rest: Any, mode: str = "rw", **more: Any) -> list[str]:
         return held_now()
 
-    assert work(7) == ["user:7:eu:rw"]
-    assert work(user_id=7) == ["user:7:eu:rw"]
-    assert work(7, "us", "rest", mode="r", more=1) == ["user:7:us:r"]
-    assert work(region="us", user_id="a b") == ["user:a b:us:rw"]
+    assert work(7) == ["user:int=7:eu:rw"]
+    assert work(user_id=7) == ["user:int=7:eu:rw"]
+    assert work(7, "us", "rest", mode="r", more=1) == ["user:int=7:us:r"]
+    assert work(region="us", user_id="a b") == ["user:a%20b:us:rw"]
     assert held_now() == []
 
 
@@ -83,7 +93,7 @@ def test_class_and_static_methods(locks: DistributedLock, held_now: Callable[[],
         def above(n: int) -> list[str]:
             return held_now()
 
-    assert Machine.of_class(1) == ["Machine:1"]
+    assert Machine.of_class(1) == ["Machine:int=1"]
     assert Machine().below(1) == ["below:1"]
     assert Machine.above(1) == ["above:1"]
 
@@ -104,7 +114,9 @@ def test_a_plain_name_is_shared_by_all_calls(locks: DistributedLock, held_now: C
         lambda work: work(Agent(None)),
     ],
 )
-def test_none_identifies_nobody(locks: DistributedLock, redis_server: RedisServer, call: Callable[[Any], Any]) -> None:
+def test_an_argument_of_none_identifies_nobody(
+    locks: DistributedLock, redis_server: RedisServer, call: Callable[[Any], Any]
+) -> None:
     called: list[Any] = []
 
     @locks.locked("agent:{agent.name}")
@@ -171,7 +183,7 @@ def plain(user: str, *rest: Any, how: str = "", **more: Any) -> str:
             "{user:{nobody}}",
             "{.user}",
         ),
-        *("", "a\nb", "a" * 600, "{{x}}", "\ud800", None, 7, b"user", ("user",), lambda user: user),
+        *("", "a\nb", "a" * 600, "{{x}}", "\ud800", None, 7, b"user", ("user",)),
     ],
     ids=lambda name: repr(name)[:20],
 )
@@ -208,7 +220,7 @@ async def async_generator(user: str) -> AsyncIterator[str]:
     [lambda f: f, functools.partial, staticmethod, lambda f: functools.partial(functools.partial(f), "a")],
     ids=["plain", "partial", "staticmethod", "partial of partial"],
 )
-def test_what_only_begins_when_it_is_called_is_refused_at_decoration(
+def test_a_function_that_only_begins_when_called_is_refused_at_decoration(
     locks: DistributedLock, function: Any, wrap: Callable[[Any], Any]
 ) -> None:
     with pytest.raises(ValueError, match=f"{function.__name__}.*@locked is for plain functions"):
@@ -227,7 +239,45 @@ def test_signature_name_and_docstring_are_kept(locks: DistributedLock) -> None:
 # -- calls -----------------------------------------------------------------------------------------------------------
 
 
-def test_it_returns_what_the_function_does_and_passes_its_exception_through(
+def test_a_callable_names_the_lock_from_the_arguments(
+    locks: DistributedLock, held_now: Callable[[], list[str]]
+) -> None:
+    def name(user: Any, how: str = "r") -> Any:
+        return user if how == "r" else f"{user}-{how}"
+
+    number = uuid.UUID(int=7)
+    for key in (name, functools.partial(name)):
+        work = locks.locked(key=key)(lambda user, how="r": held_now())
+        assert work("a") == ["a"]
+        assert work("a", how="w") == ["a-w"]
+        assert work(7) == ["7"]
+        assert work(number) == [str(number)]
+        with pytest.raises(TypeError):
+            work("a", kind="x")  # type: ignore[call-arg]
+    assert held_now() == []
+
+
+@pytest.mark.parametrize("name", [None, "", "a{b", True, 7.5, ["a"], "x" * 600])
+def test_a_callable_that_gives_no_name_is_an_error_of_the_call(
+    locks: DistributedLock, held_now: Callable[[], list[str]], name: Any
+) -> None:
+    called: list[str] = []
+
+    def work(user: str) -> None:
+        called.append(user)
+
+    with pytest.raises(ValueError, match=r"the lock name that `key` gave for .*work is .*; it must be a non-empty str"):
+        locks.locked(lambda user: name)(work)("a")
+    assert called == held_now() == []
+
+
+@pytest.mark.parametrize("key", [None, 5, b"x", coroutine_key, generator_key])
+def test_a_key_of_another_kind_is_refused_at_decoration(locks: DistributedLock, key: Any) -> None:
+    with pytest.raises(ValueError, match=r"key is .*; it must be a template .*, a plain name, or a plain callable"):
+        locks.locked(key)
+
+
+def test_the_functions_result_and_exception_pass_through(
     locks: DistributedLock, held_now: Callable[[], list[str]]
 ) -> None:
     @locks.locked("user:{user}")
@@ -252,7 +302,7 @@ def signal_of_the_user() -> None:
     raise KeyboardInterrupt
 
 
-def test_it_is_not_called_where_somebody_else_holds_the_lock(locks: DistributedLock) -> None:
+def test_a_function_whose_lock_is_held_is_not_called(locks: DistributedLock) -> None:
     called: list[str] = []
     work = locks.locked("user:{user}", timeout=0.05)(lambda user: called.append(user))
     with locks.acquire("user:a"):
@@ -280,13 +330,13 @@ def test_the_options_are_acquires(locks: DistributedLock, monkeypatch: pytest.Mo
     ]
 
 
-def test_it_is_waited_for(locks: DistributedLock, plain_redis: Any, eventually: Callable[..., Any]) -> None:
+def test_a_call_waits_for_the_lock(locks: DistributedLock, plain_redis: Any, eventually: Callable[..., Any]) -> None:
     work = locks.locked("user:{user}", timeout=60)(lambda user: user)
     with ThreadPoolExecutor(1) as pool:
         with locks.acquire("user:a"):
             waiting = pool.submit(work, "a")
             eventually(lambda: plain_redis.zcard(sibling("lock:user:a", "queue")) == 1)
-        assert waiting.result(20) == "a"
+        assert waiting.result(PATIENCE) == "a"
 
 
 def test_each_call_has_a_lock_of_its_own(locks: DistributedLock) -> None:
@@ -307,7 +357,7 @@ def test_each_call_has_a_lock_of_its_own(locks: DistributedLock) -> None:
     descend("a")
 
 
-def test_on_two_keys_at_once_and_on_one_key_one_at_a_time(locks: DistributedLock) -> None:
+def test_calls_with_two_keys_run_at_once_and_with_one_key_one_at_a_time(locks: DistributedLock) -> None:
     both = threading.Barrier(2)
 
     @locks.locked("{key}", timeout=60)

@@ -14,36 +14,37 @@ from typing import Any
 
 import pytest
 import redis as redis_py
+from support import PATIENCE
 
 from govredis import BackendUnavailable, GovRedis, HeldLock, LockLost, LockTimeout, LockUnavailable
 from govredis.client import Pending, RedisClient
 from govredis.locks import DistributedLock
 from govredis.locks import lease as lease_module
-from govredis.locks.attempt import GRACE
-from govredis.locks.shared import cells
-from govredis.locks.shared_guard import ReaderGuard
+from govredis.locks.acquisition import GRACE
+from govredis.locks.host_lock.shared import ReaderHostLock
+from govredis.locks.shared_locks import shared_lock_keys
 from govredis.testing.servers import RedisServer
 
 pytestmark = pytest.mark.once
 
-RW, SEM = cells("lock:x", "rwlock"), cells("lock:x", "semaphore")
+RW, SEM = shared_lock_keys("lock:x", "rwlock"), shared_lock_keys("lock:x", "semaphore")
 KINDS = ["read", "write", "semaphore"]
 Take = Callable[..., HeldLock]
 
 
 def taker(locks: DistributedLock, kind: str, slots: int = 1, name: str = "x") -> Take:
-    """What takes it so."""
+    """The method that takes a lock of this kind."""
     if kind == "semaphore":
         return locks.semaphore(name, slots=slots).acquire
     return locks.rwlock(name).read if kind == "read" else locks.rwlock(name).write
 
 
-def cells_of(kind: str, name: str = "x") -> tuple[str, ...]:
-    return cells(f"lock:{name}", "semaphore" if kind == "semaphore" else "rwlock")
+def keys_of(kind: str, name: str = "x") -> tuple[str, ...]:
+    return shared_lock_keys(f"lock:{name}", "semaphore" if kind == "semaphore" else "rwlock")
 
 
 def rival(kind: str) -> str:
-    """What does not go with it."""
+    """A kind that cannot be held beside it."""
     return "semaphore" if kind == "semaphore" else "write"
 
 
@@ -106,7 +107,7 @@ def refused(take: Take) -> bool:
 
 
 def let_go(held: list[HeldLock]) -> bool:
-    """Of all of them; whether all were held."""
+    """Release all. Returns whether all were held."""
     return False not in [h.release() for h in held]
 
 
@@ -208,21 +209,21 @@ def test_a_waiting_writer_lets_no_later_reader_in_and_those_behind_it_come_next_
     assert refused(read)
     assert plain_redis.zcard(RW[0]) == 1
     assert first.release()
-    writer = w1.result(30)
+    writer = w1.result(PATIENCE)
     assert not any(f.done() for f in (r1, r2, w2, r3))
     assert refused(read)
     assert writer.release()
-    readers = [r1.result(30), r2.result(30)]
+    readers = [r1.result(PATIENCE), r2.result(PATIENCE)]
     assert plain_redis.zcard(RW[0]) == 2
     assert plain_redis.zcard(RW[2]) == 2
     assert refused(read), "a writer waits"
     assert readers[0].release()
     assert plain_redis.zcard(RW[0]) == 1
     assert readers[1].release()
-    second = w2.result(30)
+    second = w2.result(PATIENCE)
     assert not r3.done()
     assert second.release()
-    last = r3.result(30)
+    last = r3.result(PATIENCE)
     assert last.release()
     assert first.token < writer.token < min(r.token for r in readers)
     assert max(r.token for r in readers) < second.token < last.token
@@ -236,8 +237,8 @@ def test_a_writer_that_gives_up_lets_those_behind_it_in(
         gives_up = pool.submit(lambda: raised(lambda: write(timeout=0.8), LockTimeout))
         eventually(lambda: plain_redis.zcard(RW[2]) == 1)
         behind = [begin(read), begin(read)]
-        assert gives_up.result(30)
-        held = [f.result(30) for f in behind]
+        assert gives_up.result(PATIENCE)
+        held = [f.result(PATIENCE) for f in behind]
         assert plain_redis.zcard(RW[0]) == 3
         for h in held:
             h.release()
@@ -266,14 +267,14 @@ def test_in_the_order_of_arrival(
     tokens = [first.token]
     first.release()
     for n, turn in enumerate(waiting):
-        tokens.append(turn.answer() if turn is worker else turn.result(30).token)
+        tokens.append(turn.answer() if turn is worker else turn.result(PATIENCE).token)
         assert plain_redis.zrange(of[0], 0, -1) == [order[n]]
         assert plain_redis.zrange(of[2], 0, -1) == order[n + 1 :]
         assert worker.eval("h.release()") if turn is worker else turn.result().release()
     assert tokens == sorted(set(tokens))
 
 
-def test_a_semaphore_hands_each_slot_to_the_one_that_waits_longest(
+def test_a_semaphore_hands_each_slot_to_the_longest_waiter(
     locks: DistributedLock, begin: Any, plain_redis: Any
 ) -> None:
     take = locks.semaphore("x", slots=2).acquire
@@ -282,7 +283,7 @@ def test_a_semaphore_hands_each_slot_to_the_one_that_waits_longest(
     assert refused(take)
     for n, turn in enumerate(waiting):
         assert held.pop(0).release()
-        held.append(turn.result(30))
+        held.append(turn.result(PATIENCE))
         assert plain_redis.zcard(SEM[0]) == 2
         assert not any(later.done() for later in waiting[n + 1 :])
         assert refused(take)
@@ -366,14 +367,14 @@ def test_a_killed_holder_is_reclaimed_within_its_ttl(
     assert all(map(refused, takes.values()))
     worker.kill()
     for kind, take in takes.items():
-        assert plain_redis.pttl(cells_of(kind, kind)[0]) <= 1001
+        assert plain_redis.pttl(keys_of(kind, kind)[0]) <= 1001
         with take(timeout=30) as held:
             assert not held.degraded
             assert held.token > theirs[kind]
-            assert plain_redis.zcard(cells_of(kind, kind)[0]) == 1
+            assert plain_redis.zcard(keys_of(kind, kind)[0]) == 1
 
 
-def test_one_of_several_holders_that_is_killed_frees_its_slot_only(
+def test_a_killed_holder_among_several_frees_its_slot_only(
     locks: DistributedLock, make_worker: Callable[..., Any], redis_server: RedisServer, plain_redis: Any
 ) -> None:
     take = locks.semaphore("x", slots=2).acquire
@@ -396,7 +397,7 @@ def test_a_killed_waiter_is_passed_over(
     eventually: Any,
     kind: str,
 ) -> None:
-    of = cells_of(kind)
+    of = keys_of(kind)
     worker = make_worker(redis_url=redis_server.url, socket_timeout=5)
     first = taker(locks, "read" if kind == "write" else kind)()
     worker.begin(f"{CALL[kind]}(timeout=60).token")
@@ -406,7 +407,7 @@ def test_a_killed_waiter_is_passed_over(
     worker.kill()
     if kind == "semaphore":
         assert first.release()
-    held = behind.result(30)
+    held = behind.result(PATIENCE)
     assert first.release() is (kind == "write")
     assert held.release()
     eventually(lambda: nothing_is_left(plain_redis, of))
@@ -422,7 +423,7 @@ def test_a_holder_stopped_past_its_lease_keeps_its_host_out_until_it_is_killed(
     worker = holder(0.5)
     worker.stop()
     for kind in KINDS:
-        eventually(lambda kind=kind: not plain_redis.exists(cells_of(kind, kind)[0]))
+        eventually(lambda kind=kind: not plain_redis.exists(keys_of(kind, kind)[0]))
         with pytest.raises(LockTimeout):
             taker(locks, rival(kind), name=kind)(timeout=0.2)
         taker(elsewhere, rival(kind), name=kind)(timeout=10).release()
@@ -442,13 +443,13 @@ def test_a_stopped_holder_that_wakes_up_knows_that_it_has_lost_it(
     worker = holder(0.5)
     worker.stop()
     for kind in KINDS:
-        eventually(lambda kind=kind: not plain_redis.exists(cells_of(kind, kind)[0]))
+        eventually(lambda kind=kind: not plain_redis.exists(keys_of(kind, kind)[0]))
     newer = [taker(elsewhere, rival(kind), name=kind)(timeout=10) for kind in KINDS]
     worker.resume()
     for kind in KINDS:
         assert worker.eval(f"held[{kind!r}].raise_if_lost()") == "LockLost"
         assert worker.eval(f"held[{kind!r}].release()") is False
-        assert plain_redis.zcard(cells_of(kind, kind)[0]) == 1
+        assert plain_redis.zcard(keys_of(kind, kind)[0]) == 1
     assert let_go(newer)
     for kind in KINDS:
         taker(locks, rival(kind), name=kind)(timeout=0).release()
@@ -457,7 +458,7 @@ def test_a_stopped_holder_that_wakes_up_knows_that_it_has_lost_it(
 # -- leases ------------------------------------------------------------------------------------------------------------
 
 
-def test_they_are_renewed_past_their_ttl(locks: DistributedLock, plain_redis: Any, eventually: Any) -> None:
+def test_shared_locks_are_renewed_past_their_ttl(locks: DistributedLock, plain_redis: Any, eventually: Any) -> None:
     with (
         locks.rwlock("x").read(ttl=0.9) as one,
         locks.rwlock("x").read(ttl=0.9) as two,
@@ -481,7 +482,7 @@ def test_renewed_no_more_it_ends_and_says_so_and_is_still_inside_on_its_host(
     other = rival(kind)
     with pytest.raises(LockLost), taker(locks, kind)(**how) as held:
         held.on_lost(lost.set)
-        assert lost.wait(20)
+        assert lost.wait(PATIENCE)
         with pytest.raises(LockLost):
             held.raise_if_lost()
         with pytest.raises(LockLost):
@@ -498,12 +499,12 @@ def test_a_loss_that_redis_tells_of_is_told(locks: DistributedLock, plain_redis:
     lost = threading.Event()
     with pytest.raises(LockLost), taker(locks, kind)(ttl=60) as held:
         held.on_lost(lost.set)
-        plain_redis.delete(cells_of(kind)[0])  # not all is lost, so whoever is not there has been taken off
+        plain_redis.delete(keys_of(kind)[0])  # not all data is lost, so a missing holder was taken off
         with pytest.raises(LockLost):
             held.extend()
-        assert lost.wait(20)
+        assert lost.wait(PATIENCE)
     with pytest.raises(ZeroDivisionError), taker(locks, kind)(ttl=60):
-        plain_redis.delete(cells_of(kind)[0])
+        plain_redis.delete(keys_of(kind)[0])
         raise ZeroDivisionError
 
 
@@ -523,7 +524,7 @@ def test_an_extension_is_the_holders_own(read: Take, plain_redis: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_release_is_idempotent_and_leaves_nothing(locks: DistributedLock, plain_redis: Any, kind: str) -> None:
-    of = cells_of(kind)
+    of = keys_of(kind)
     held = taker(locks, kind)(ttl=60)
     assert held.release() is True
     assert held.release() is False
@@ -536,7 +537,7 @@ def test_release_is_idempotent_and_leaves_nothing(locks: DistributedLock, plain_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_release_whose_reply_was_lost_is_no_loss_whoever_else_releases_meanwhile(
+def test_a_release_whose_reply_was_lost_is_no_loss_whatever_others_release(
     locks: DistributedLock, elsewhere: DistributedLock, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     take, other = (taker(at, kind, slots=2) for at in (locks, elsewhere))
@@ -546,7 +547,7 @@ def test_a_release_whose_reply_was_lost_is_no_loss_whoever_else_releases_meanwhi
 
     def cut_after(pool: Any, connection: Any, packed: bytes, *args: Any) -> Any:
         reply = exchange(pool, connection, packed, *args)
-        if locks._shared.release_script.sha.encode() in packed and not cut:
+        if locks._shared_backend.release_script.sha.encode() in packed and not cut:
             cut.append(True)
             connection.disconnect()
             assert (theirs or other(timeout=0)).release()
@@ -572,14 +573,15 @@ def test_a_handle_in_a_forked_child_is_inert(
         "    try:\n"
         "        held.raise_if_lost()\n"
         "    except LockLost:\n"
-        "        return held.release(), held.remaining(), held._lease.guard.inside, len(held._lease.guard._files)\n"
+        "        host_lock = held._lease.host_lock\n"
+        "        return held.release(), held.remaining(), host_lock.inside, len(host_lock._files)\n"
     )
     assert worker.eval("in_child(child)") == "(False, 0.0, False, 0)"
-    assert worker.eval(f"in_child(lambda: {CALL[other]}(timeout=0))") == "raised LockTimeout('lock " + (
-        worker.eval("held._lease.key") + " was held by others for all of 0 s')"
+    assert worker.eval(f"in_child(lambda: {CALL[other]}(timeout=0))") == "raised LockTimeout('" + (
+        worker.eval("held._lease.key") + " is held by another')"
     )
     assert worker.eval("held.raise_if_lost()") is None
-    plain_redis.delete(cells_of(kind)[0])
+    plain_redis.delete(keys_of(kind)[0])
     assert refused(taker(locks, other)), "the child has not unlocked its parent's file"
     assert worker.eval("held.release()") is False
     taker(locks, other)(timeout=10).release()
@@ -591,7 +593,7 @@ def test_collected_while_held_it_ends_with_its_lease(
 ) -> None:
     with pytest.warns(ResourceWarning, match="collected"):
         taker(locks, kind)(ttl=0.5)
-    eventually(lambda: not plain_redis.exists(cells_of(kind)[0]))
+    eventually(lambda: not plain_redis.exists(keys_of(kind)[0]))
     taker(locks, rival(kind))(timeout=10).release()
 
 
@@ -603,7 +605,7 @@ def test_bad_arguments_are_refused_before_anything_is_sent(
 ) -> None:
     sent: list[Any] = []
     monkeypatch.setattr(RedisClient, "_round_trip", lambda *args, **_: sent.append(args))
-    names: list[Any] = ["", "a{b", "a}b", "a\nb", "x" * 513, "\ud800", 5, None, b"x"]
+    names: list[Any] = ["", "a{b", "a}b", "a\nb", "x" * 513, "\ud800", 5.0, None, b"x"]
     for name in names:
         with pytest.raises(ValueError, match="lock name"):
             locks.rwlock(name)
@@ -700,11 +702,11 @@ def test_every_key_has_a_ttl_at_every_moment(
     for future in turns:
         future.result(60)
     assert not without
-    assert 0 < plain_redis.pttl(RW[1]) <= 2 * 86_400_000
+    assert 0 < plain_redis.pttl(RW[1]) <= 2 * 3_600_000
     eventually(lambda: nothing_is_left(plain_redis, RW) or plain_redis.exists(*SEM))
 
 
-def test_what_is_held_is_listed(locks: DistributedLock, elsewhere: DistributedLock, eventually: Any) -> None:
+def test_held_locks_are_listed(locks: DistributedLock, elsewhere: DistributedLock, eventually: Any) -> None:
     with locks.rwlock("x").read() as one, locks.rwlock("x").read() as two, locks.semaphore("x", slots=1).acquire() as s:
         assert [(h.kind, h.token) for h in locks.held()] == [
             ("read", one.token),
@@ -729,7 +731,7 @@ def test_after_a_flushall_each_of_several_gets_its_place_back_in_any_order(
     plain_redis.flushall()
     for n in order:
         held[n].extend()
-    assert plain_redis.zcard(cells_of(kind)[0]) == 3
+    assert plain_redis.zcard(keys_of(kind)[0]) == 3
     assert refused(taker(elsewhere, rival(kind), slots=3))
     assert let_go(held)
 
@@ -803,17 +805,17 @@ def test_a_flushall_lets_nobody_on_the_host_in_beside_the_holders(
     write(timeout=0).release()
 
 
-def test_a_reader_whom_a_later_writer_has_overtaken_does_not_go_in(locks: DistributedLock, write: Take) -> None:
+def test_a_reader_that_a_later_writer_has_overtaken_does_not_go_in(locks: DistributedLock, write: Take) -> None:
     with write() as writer:
         pass
-    guard = locks._folder.open(writer._lease.key, ReaderGuard)
+    host_lock = locks._file_backend.open(writer._lease.key, ReaderHostLock)
     for token in writer.token - 1, writer.token:
-        assert not guard.enter(token, "late", math.inf, may_pass=True)
+        assert not host_lock.enter(token, "late", math.inf, may_pass=True)
     write(timeout=0).release()  # who was refused has locked nothing
-    assert not guard.enter(writer.token + 1, "late", math.inf, may_pass=True), "there was another writer"
-    assert guard.enter(guard.last_token() + 1, "in time", math.inf, may_pass=False)
+    assert not host_lock.enter(writer.token + 1, "late", math.inf, may_pass=True), "there was another writer"
+    assert host_lock.enter(host_lock.last_token() + 1, "in time", math.inf, may_pass=False)
     assert refused(write)
-    guard.leave()
+    host_lock.leave()
     write(timeout=0).release()
 
 
@@ -837,9 +839,9 @@ def test_redis_away_the_hosts_files_alone_decide(
     assert worker.eval("read.degraded") is True
     reader = read(timeout=30)
     assert reader.degraded
-    # Whose grace was over before their breaker opened, by the second refusal, have it once more.
+    # Where the grace was over before the breaker opened, by the second refusal, it begins again.
     eventually(lambda: locks._redis and locks._redis.breaker.away_for() > GRACE)
-    eventually(lambda: worker.eval("gov._redis.breaker.away_for()") > GRACE)
+    eventually(lambda: worker.eval("gov.internal.context.redis.breaker.away_for()") > GRACE)
     assert refused(write), "there is one that Redis had granted, too"
     slot = two(timeout=30)
     assert slot.degraded
@@ -996,10 +998,10 @@ def test_gone_on_without_redis_it_does_not_stay_in_the_queue(
     waiting = pool.submit(locks.rwlock("x").write, timeout=60)
     eventually(lambda: mortal_redis.command("ZCARD", RW[2]) == 1)
     mortal_redis.pause()
-    with waiting.result(30) as held:
+    with waiting.result(PATIENCE) as held:
         assert held.degraded
         mortal_redis.resume()
-        eventually(lambda: not locks._shared.owed)
+        eventually(lambda: not locks._shared_backend.pending_releases)
         assert mortal_redis.command("EXISTS", RW[2]) == 0
         assert mortal_redis.command("ZRANGE", RW[0], 0, -1) == [theirs._lease.owner]
     theirs.release()
@@ -1009,11 +1011,11 @@ def test_gone_on_without_redis_it_does_not_stay_in_the_queue(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_handed_over_is_entered_at_once_and_confirmed_later_before_anything_else_is_sent(
+def test_a_handed_over_lock_is_entered_at_once_and_confirmed_before_anything_else_is_sent(
     locks: DistributedLock, begin: Any, plain_redis: Any, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(lease_module, "FIRST_TICK", 1000)
-    of = cells_of(kind)
+    monkeypatch.setattr(lease_module, "FIRST_DUE", 1000)
+    of = keys_of(kind)
     held = taker(locks, rival(kind))(ttl=60)
     future = begin(taker(locks, kind), of[2], ttl=60)
     log: list[str] = []
@@ -1021,11 +1023,11 @@ def test_what_is_handed_over_is_entered_at_once_and_confirmed_later_before_anyth
     monkeypatch.setattr(Pending, "reply", lambda self: [log.append("confirmed"), reply(self)][1])
     monkeypatch.setattr(RedisClient, "run", lambda self, *args: [log.append("ran"), run(self, *args)][1])
     held.release()
-    mine = future.result(20)
+    mine = future.result(PATIENCE)
     seen = log.count("ran")
-    assert log == ["ran"] * seen, "the release; and whoever woke up between to be seen alive"
+    assert log == ["ran"] * seen, "the release; and waiters that woke up meanwhile to show that they live"
     assert mine.token > held.token
-    assert mine._lease.guard.inside  # type: ignore[attr-defined]
+    assert mine._lease.host_lock.inside  # type: ignore[attr-defined]
     assert mine.release()
     assert log[seen:] == ["confirmed", "ran"]
     assert not plain_redis.exists(of[0])
@@ -1036,17 +1038,17 @@ def test_what_is_handed_over_is_entered_at_once_and_confirmed_later_before_anyth
 def test_confirmed_it_has_its_own_ttl(
     locks: DistributedLock, begin: Any, plain_redis: Any, eventually: Any, renew: bool, kind: str
 ) -> None:
-    of = cells_of(kind)
+    of = keys_of(kind)
     held = taker(locks, rival(kind))()
     future = begin(taker(locks, kind), of[2], ttl=100, renew=renew)
     held.release()
-    with future.result(20) as mine:
+    with future.result(PATIENCE) as mine:
         eventually(lambda: plain_redis.pttl(of[0]) > 90_000)
         assert 90 < mine.remaining() <= 100
         assert plain_redis.zscore(of[0], mine._lease.owner) / 1e6 - plain_redis.time()[0] > 90
 
 
-def test_what_cannot_be_confirmed_is_asked_for(
+def test_a_hand_over_that_cannot_be_confirmed_is_asked_for(
     locks: DistributedLock, write: Take, begin: Any, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cut(self: RedisClient, packed: bytes) -> Pending:
@@ -1056,12 +1058,12 @@ def test_what_cannot_be_confirmed_is_asked_for(
     held = write()
     future = begin(write, ttl=100)
     held.release()
-    with future.result(20) as mine:
+    with future.result(PATIENCE) as mine:
         assert plain_redis.pttl(RW[0]) > 90_000
         assert mine.remaining() > 90
 
 
-def test_one_that_redis_does_not_confirm_is_lost_within_the_second(
+def test_a_hand_over_that_redis_does_not_confirm_is_lost_within_the_second(
     locks: DistributedLock, read: Take, write: Take, begin: Any, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert locks._redis
@@ -1076,10 +1078,10 @@ def test_one_that_redis_does_not_confirm_is_lost_within_the_second(
     held = write()
     future = begin(read, ttl=100)
     held.release()
-    mine = future.result(20)
+    mine = future.result(PATIENCE)
     lost = threading.Event()
     mine.on_lost(lost.set)
-    assert lost.wait(20)
+    assert lost.wait(PATIENCE)
     assert mine.release() is False
     assert plain_redis.zrange(RW[0], 0, -1) == ["write:another"]
     assert not plain_redis.zcard(RW[2]), "it did not queue up again"
@@ -1095,7 +1097,7 @@ def test_a_confirmation_that_comes_after_others_had_it_grants_nothing_anew(
     kind: str,
 ) -> None:
     assert locks._redis
-    of, other = cells_of(kind), rival(kind)
+    of, other = keys_of(kind), rival(kind)
     send, theirs = locks._redis.send, []
 
     def late(packed: bytes) -> Pending:
@@ -1108,10 +1110,10 @@ def test_a_confirmation_that_comes_after_others_had_it_grants_nothing_anew(
     held = taker(locks, other)()
     future = begin(taker(locks, kind), of[2], ttl=100)
     held.release()
-    mine = future.result(20)
+    mine = future.result(PATIENCE)
     assert mine.token < theirs[0]
     lost = threading.Event()
     mine.on_lost(lost.set)
-    assert lost.wait(20)
+    assert lost.wait(PATIENCE)
     assert mine.release() is False
     assert not plain_redis.exists(of[0])

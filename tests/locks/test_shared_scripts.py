@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import redis as redis_py
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from govredis import GovRedis
 from govredis.keys import sibling
-from govredis.locks.arbiter import Arbiter
-from govredis.locks.shared import cells
+from govredis.locks.backends.redis_backend import RedisLockBackend
+from govredis.locks.shared_locks import shared_lock_keys
 from govredis.testing.servers import RedisServer
 
 pytestmark = pytest.mark.once
@@ -32,8 +34,8 @@ return found
 
 
 @dataclass
-class Seen:
-    """What a script replied, and what is in Redis right after it. `before` and `now`: of the server's clock."""
+class Outcome:
+    """A script's reply, and the state of Redis right after it. `before` and `now` are the server's clock."""
 
     reply: Any
     holders: dict[str, int]
@@ -53,29 +55,29 @@ class Seen:
 class Scripts:
     """Runs them for owners that live in no process, on one lock of a kind."""
 
-    def __init__(self, arbiter: Arbiter, plain: Any, slots: int | None) -> None:
-        self._arbiter, self.plain = arbiter, plain
-        self.cells = cells("lock:x", "semaphore" if slots else "rwlock")
-        self.holders, self.fence, self.queue, self.waiters = self.cells
+    def __init__(self, backend: RedisLockBackend, plain: Any, slots: int | None) -> None:
+        self._backend, self.plain = backend, plain
+        self.keys = shared_lock_keys("lock:x", "semaphore" if slots else "rwlock")
+        self.holders, self.fence, self.queue, self.waiters = self.keys
         self._slots = slots or READERS
 
-    def acquire(self, owner: str, waits: bool = True, ttl: int = 60_000, floor: int = 0) -> Seen:
-        return self._run(self._arbiter.acquire_script, owner, ttl, floor, DAY, int(waits))
+    def acquire(self, owner: str, waits: bool = True, ttl: int = 60_000, floor: int = 0) -> Outcome:
+        return self._run(self._backend.acquire_script, owner, ttl, floor, DAY, int(waits))
 
-    def extend(self, owner: str, token: int, ttl: int = 60_000) -> Seen:
-        return self._run(self._arbiter.extend_script, owner, ttl, token, DAY)
+    def extend(self, owner: str, token: int, ttl: int = 60_000) -> Outcome:
+        return self._run(self._backend.extend_script, owner, ttl, token, DAY)
 
-    def release(self, owner: str, token: int) -> Seen:
-        return self._run(self._arbiter.release_script, owner, token, DAY)
+    def release(self, owner: str, token: int) -> Outcome:
+        return self._run(self._backend.release_script, owner, token, DAY)
 
     def time(self) -> int:
         seconds, micros = self.plain.time()
         return int(seconds) * 1_000_000 + int(micros)
 
-    def _run(self, script: Any, *args: str | int) -> Seen:
+    def _run(self, script: Any, *args: str | int) -> Outcome:
         before = self.time()
         with self.plain.pipeline(transaction=True) as pipe:
-            pipe.eval(script.source, len(self.cells), *self.cells, *args, self._slots)
+            pipe.eval(script.source, len(self.keys), *self.keys, *args, self._slots)
             pipe.zrange(self.holders, 0, -1, withscores=True)
             pipe.zrange(self.queue, 0, -1)
             pipe.hgetall(self.waiters)
@@ -83,7 +85,7 @@ class Scripts:
             pipe.eval(ALL_TTLS, 0)
             reply, holders, queue, seen, fence, ttls = pipe.execute()
         lists = [key for key, _ in ttls if key.startswith(self.queue + ":")]
-        return Seen(
+        return Outcome(
             reply,
             {owner: int(end) for owner, end in holders},
             queue,
@@ -98,7 +100,7 @@ class Scripts:
 
 @dataclass
 class Client:
-    """One owner token, and what its process believes."""
+    """An owner token, and the beliefs of its process."""
 
     whole: bool
     doing: str = "out"  # or queued, holds, lapsed (its lease ended without a release)
@@ -111,7 +113,7 @@ class Client:
 
 @dataclass
 class Oracle:
-    """What the scripts are to do: a queue, holders, and tokens."""
+    """The behaviour that the scripts promise: a queue, holders, and tokens."""
 
     slots: int | None
     clients: dict[str, Client]
@@ -140,7 +142,7 @@ class Oracle:
         self.unseen.discard(owner)
 
     def hand_over(self) -> list[str]:
-        """To whom, in order."""
+        """Returns the new holders, in order."""
         handed = []
         while (first := self.first()) is not None and self.fits(first):
             self.leave(first)
@@ -190,7 +192,7 @@ class Oracle:
 class Machine(RuleBasedStateMachine):
     """Steps in any order. The clock stands still but for what a rule makes late."""
 
-    arbiter: Arbiter
+    backend: RedisLockBackend
     plain: Any
 
     @initialize(
@@ -202,7 +204,7 @@ class Machine(RuleBasedStateMachine):
         names = ["read:a", "write:b", "read:c", "write:d", "read:e", "read:f"]
         if slots:
             names = [f"semaphore:{n}" for n in "abcdef"]
-        self.scripts = Scripts(self.arbiter, self.plain, slots)
+        self.scripts = Scripts(self.backend, self.plain, slots)
         self.oracle = Oracle(slots, {name: Client(name.startswith("write")) for name in names})
         self.names = names
         self.highest = 0
@@ -213,7 +215,7 @@ class Machine(RuleBasedStateMachine):
         return self.pick(0, *doing) is not None
 
     def pick(self, n: int, *doing: str) -> str | None:
-        """One of those that do so."""
+        """A client that does so."""
         found = [name for name in self.names if self.oracle.clients[name].doing in doing]
         return found[n % len(found)] if found else None
 
@@ -346,12 +348,12 @@ class Machine(RuleBasedStateMachine):
         if client.whole:
             self.oracle.whole = token
 
-    def hand(self, handed: list[str], seen: Seen) -> None:
+    def hand(self, handed: list[str], seen: Outcome) -> None:
         for name in handed:
             (token,) = seen.woken[name]
             self.grant(name, token)
 
-    def check(self, seen: Seen) -> None:
+    def check(self, seen: Outcome) -> None:
         oracle = self.oracle
         assert set(seen.holders) == set(oracle.holders)
         assert seen.queue == oracle.queue
@@ -377,21 +379,21 @@ class Machine(RuleBasedStateMachine):
                 pipe.zadd(scripts.holders, {name: later})
             for name in oracle.queue:
                 pipe.hset(scripts.waiters, name, 0 if name in oracle.unseen else later)
-            for key in [*scripts.cells, *(f"{scripts.queue}:{name}" for name in oracle.clients)]:
+            for key in [*scripts.keys, *(f"{scripts.queue}:{name}" for name in oracle.clients)]:
                 pipe.pexpire(key, FROZEN_MS)
             pipe.pexpire(scripts.fence, DAY + FROZEN_MS)
             pipe.execute()
 
 
 @pytest.fixture
-def arbiter(make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> Arbiter:
-    return make_gov(redis_url=redis_server.url).locks._shared
+def backend(make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> RedisLockBackend:
+    return make_gov(redis_url=redis_server.url).locks._shared_backend
 
 
-def test_they_do_what_the_oracle_does_in_any_order_of_steps(arbiter: Arbiter, plain_redis: Any) -> None:
+def test_scripts_agree_with_the_oracle_in_any_order_of_steps(backend: RedisLockBackend, plain_redis: Any) -> None:
     class On(Machine):
         def __init__(self) -> None:
-            self.arbiter, self.plain = arbiter, plain_redis
+            self.backend, self.plain = backend, plain_redis
             super().__init__()
 
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
@@ -400,7 +402,6 @@ def test_they_do_what_the_oracle_does_in_any_order_of_steps(arbiter: Arbiter, pl
             max_examples=120,
             stateful_step_count=50,
             derandomize=True,
-            deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
         ),
@@ -411,13 +412,13 @@ def test_they_do_what_the_oracle_does_in_any_order_of_steps(arbiter: Arbiter, pl
 
 
 @pytest.fixture
-def semaphore(arbiter: Arbiter, plain_redis: Any) -> Callable[[int], Scripts]:
-    return lambda slots: Scripts(arbiter, plain_redis, slots)
+def semaphore(backend: RedisLockBackend, plain_redis: Any) -> Callable[[int], Scripts]:
+    return lambda slots: Scripts(backend, plain_redis, slots)
 
 
 @pytest.fixture
-def rwlock(arbiter: Arbiter, plain_redis: Any) -> Scripts:
-    return Scripts(arbiter, plain_redis, None)
+def rwlock(backend: RedisLockBackend, plain_redis: Any) -> Scripts:
+    return Scripts(backend, plain_redis, None)
 
 
 def test_a_lease_ends_after_its_ttl_and_not_with_a_shorter_one_of_another(rwlock: Scripts) -> None:
@@ -436,7 +437,7 @@ def test_a_lease_ends_after_its_ttl_and_not_with_a_shorter_one_of_another(rwlock
     assert seen.ttls[rwlock.holders] > 90_000
 
 
-def test_what_is_handed_over_is_held_for_a_second_until_confirmed_with_the_whole_ttl(rwlock: Scripts) -> None:
+def test_a_handed_over_lock_is_held_for_a_second_until_confirmed_with_the_whole_ttl(rwlock: Scripts) -> None:
     _, token = rwlock.acquire("write:me").reply
     for name in "read:a", "read:b", "write:c":
         assert rwlock.acquire(name).reply == [0, 0]
@@ -450,7 +451,7 @@ def test_what_is_handed_over_is_held_for_a_second_until_confirmed_with_the_whole
     assert seen.lasts("read:a", 60_000)
 
 
-def test_one_that_waits_is_kept_for_seconds_and_passed_over_after_one(rwlock: Scripts) -> None:
+def test_a_waiter_is_kept_for_seconds_and_passed_over_after_one(rwlock: Scripts) -> None:
     _, token = rwlock.acquire("read:me").reply
     rwlock.acquire("write:dead")
     rwlock.acquire("read:alive")
@@ -468,7 +469,7 @@ def test_one_that_waits_is_kept_for_seconds_and_passed_over_after_one(rwlock: Sc
 
 
 @pytest.mark.parametrize("kind", ["write", "semaphore"])
-def test_whoever_notices_that_it_is_free_does_not_get_it_before_who_waits(
+def test_a_caller_that_notices_a_free_lock_does_not_get_it_before_a_waiter(
     semaphore: Callable[[int], Scripts], rwlock: Scripts, kind: str
 ) -> None:
     scripts = rwlock if kind == "write" else semaphore(1)
@@ -485,7 +486,7 @@ def test_whoever_notices_that_it_is_free_does_not_get_it_before_who_waits(
 
 
 @pytest.mark.parametrize("kind", ["write", "semaphore"])
-def test_those_that_were_all_stopped_while_it_was_held_keep_their_order(
+def test_waiters_that_were_all_stopped_keep_their_order(
     semaphore: Callable[[int], Scripts], rwlock: Scripts, kind: str
 ) -> None:
     scripts = rwlock if kind == "write" else semaphore(1)
@@ -568,7 +569,7 @@ def test_readers_get_it_back_unless_a_writer_had_it_and_a_writer_unless_anybody_
     assert rwlock.extend(*readers[1]).reply == 0
 
 
-def test_a_writer_that_was_handed_it_is_remembered_like_one_that_took_it(rwlock: Scripts) -> None:
+def test_a_writer_that_was_handed_the_lock_is_remembered_like_one_that_took_it(rwlock: Scripts) -> None:
     lost = rwlock.acquire("read:lost").reply[1]
     rwlock.plain.flushall()
     token = rwlock.acquire("read:a").reply[1]
@@ -591,7 +592,51 @@ def test_a_writer_that_got_it_back_is_remembered_too(rwlock: Scripts) -> None:
     assert rwlock.extend("read:lost", reader).reply == 0
 
 
-def test_whose_lease_ended_gets_nothing_back(semaphore: Callable[[int], Scripts]) -> None:
+@contextlib.contextmanager
+def data_of_now(server: RedisServer) -> Iterator[Callable[[], None]]:
+    """Takes the server back to it."""
+    with redis_py.Redis.from_url(server.url) as client:
+        kept = [(key, client.pttl(key), client.dump(key)) for key in client.keys("*")]
+
+        def go_back() -> None:
+            client.flushall()
+            for key, left, value in kept:
+                client.restore(key, left, value)
+
+        yield go_back
+
+
+def test_after_a_failover_to_older_data_all_get_their_places_back_in_any_order(
+    semaphore: Callable[[int], Scripts], redis_server: RedisServer
+) -> None:
+    scripts = semaphore(4)
+    before = scripts.acquire("semaphore:before").reply[1]
+    with data_of_now(redis_server) as go_back:
+        held = [(f"semaphore:{n}", scripts.acquire(f"semaphore:{n}").reply[1]) for n in "abc"]
+        for order in held, held[::-1], [held[1], held[2], held[0]]:
+            go_back()
+            for name, token in order:
+                assert scripts.extend(name, token).reply == 1
+            assert scripts.extend("semaphore:before", before).reply == 1
+            assert scripts.acquire("semaphore:d", waits=False).reply == [0, 0]
+
+
+@pytest.mark.parametrize("kind", ["read", "write", "semaphore"])
+def test_a_slot_taken_away_while_the_fence_stood_is_not_given_back(
+    semaphore: Callable[[int], Scripts], rwlock: Scripts, kind: str
+) -> None:
+    scripts = semaphore(2) if kind == "semaphore" else rwlock
+    token = scripts.acquire(f"{kind}:me").reply[1]
+    scripts.plain.delete(scripts.holders)
+    seen = scripts.extend(f"{kind}:me", token)
+    assert seen.reply == 0
+    assert not seen.holders
+    token = scripts.acquire(f"{kind}:me").reply[1]
+    scripts.plain.delete(scripts.holders, scripts.fence)
+    assert scripts.extend(f"{kind}:me", token).reply == 1, "the fence was evicted too: nobody is ended by mistake"
+
+
+def test_a_holder_whose_lease_ended_gets_nothing_back(semaphore: Callable[[int], Scripts]) -> None:
     scripts = semaphore(2)
     token = scripts.acquire("semaphore:a").reply[1]
     scripts.plain.zadd(scripts.holders, {"semaphore:a": 1})
@@ -623,7 +668,7 @@ def test_an_extension_that_arrives_after_the_release_brings_no_ghost(
     assert scripts.extend(me, newer).reply == 1, "that was of an earlier grant"
 
 
-def test_a_release_that_arrives_again_was_one_also_after_those_of_others(semaphore: Callable[[int], Scripts]) -> None:
+def test_a_release_that_arrives_again_counts_also_after_those_of_others(semaphore: Callable[[int], Scripts]) -> None:
     scripts = semaphore(3)
     tokens = {name: scripts.acquire(name).reply[1] for name in ("semaphore:a", "semaphore:b", "semaphore:c")}
     for name, token in tokens.items():
@@ -639,5 +684,5 @@ def test_a_release_that_arrives_again_was_one_also_after_those_of_others(semapho
 
 def test_the_keys_are_those_of_the_kind_in_one_slot() -> None:
     base = sibling("lock:x", "rwlock")
-    assert cells("lock:x", "rwlock") == (base, f"{base}:fence", f"{base}:queue", f"{base}:waiters")
-    assert not set(cells("lock:x", "rwlock")) & set(cells("lock:x", "semaphore"))
+    assert shared_lock_keys("lock:x", "rwlock") == (base, f"{base}:fence", f"{base}:queue", f"{base}:waiters")
+    assert not set(shared_lock_keys("lock:x", "rwlock")) & set(shared_lock_keys("lock:x", "semaphore"))

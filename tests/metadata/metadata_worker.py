@@ -1,4 +1,4 @@
-"""One process of test_metadata_endurance.py: `metadata_worker.py ROLE REDIS_URL DATABASE_URL X FILE`, until SIGTERM.
+"""A process of test_metadata_endurance.py: `metadata_worker.py ROLE REDIS_URL DATABASE_URL X FILE`, until SIGTERM.
 
 Writes a line for each thing done. Instants are of CLOCK_MONOTONIC, which all processes of a host share.
 """
@@ -77,8 +77,8 @@ def psql(gov: GovRedis, url: str, out: TextIO) -> Iterator[None]:
 
 def drain(gov: GovRedis, url: str, out: TextIO) -> Iterator[None]:
     while True:
-        assert gov._guard is not None
-        gov._guard.drain()
+        assert gov.internal.freshness is not None
+        gov.internal.freshness.drain()
         time.sleep(0.3)
         yield
 

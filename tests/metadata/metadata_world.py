@@ -1,7 +1,7 @@
-"""Processes that read, write and tick, each stopped before everything it sends and let go on one at a time.
+"""Processes that read, write and run the relay, each stopped before everything it sends and let go on one at a time.
 
-What is done is real: the package, its Lua on a Redis, its SQL on a PostgreSQL. Who goes on next is the schedule's to
-say, and X seconds pass by moving a clock. Every read is held against the history of the writes.
+All that they do is real: the package, its Lua on a Redis, its SQL on a PostgreSQL. The schedule says which goes on
+next, and X seconds pass by moving a clock. Every read is held against the history of the writes.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from collections.abc import Callable
 from typing import Any
 
 import psycopg2
-from metadata_clock import Clock, X
+from clocked_pair import Clock, X
+from support import redis_of
 
 from govredis import GovRedis
 from govredis.keys import sibling
-from govredis.metadata import cells
+from govredis.metadata import entry_keys
 from govredis.testing.servers import PostgresServer, RedisServer
 
 #: One step of a schedule: what, and a number that chooses among those that it may be done to.
 Step = tuple[str, int]
 
 
-#: What a step is to stop before.
-MARKS = {"to fill": cells.FILL.sha, "to confirm": "govredis_outbox_told"}
+#: By step, a part of the command that it must stop before.
+MARKS = {"to fill": entry_keys.FILL.sha, "to confirm": "govredis_outbox_told"}
 
 
 class Killed(BaseException):
@@ -93,7 +94,7 @@ def stopping(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class World:
-    """One Redis, one PostgreSQL, and four processes of which each does one thing at a time."""
+    """A Redis, a PostgreSQL, and four processes that each do one thing at a time."""
 
     def __init__(self, redis: RedisServer, postgres: PostgresServer, make: Callable[..., GovRedis]) -> None:
         self.redis = redis
@@ -103,9 +104,8 @@ class World:
             for _ in range(4)
         ]
         for gov in self.govs:
-            assert gov._redis is not None
-            gov.metadata._loads.patience = 0.0  # whom it would wait for goes on when the schedule says so
-            gov._redis._round_trip = stopping(gov._redis._round_trip)  # type: ignore[method-assign]
+            gov.metadata._loads.patience = 0.0  # the caller that it would wait for goes on when the schedule says so
+            redis_of(gov)._round_trip = stopping(redis_of(gov)._round_trip)  # type: ignore[method-assign]
             gov.postgres._execute = stopping(gov.postgres._execute)  # type: ignore[method-assign]
         self._sql = psycopg2.connect(postgres.url)
         self._sql.autocommit = True
@@ -143,7 +143,7 @@ class World:
         self.sql("TRUNCATE govredis_outbox, govredis_epochs; DELETE FROM govredis_agents; DELETE FROM govredis_outbox")
         self.sql("INSERT INTO govredis_agents (agent_id, metadata) VALUES ('a', '{}'), ('b', '{}')")
         for gov in self.govs:
-            gov._guard.renew_after_fork()  # type: ignore[union-attr]
+            gov.internal.freshness.renew_after_fork()  # type: ignore[union-attr]
             gov.counters.renew_after_fork()
         self.actors: list[Actor] = []
         self.now = 0
@@ -203,7 +203,7 @@ class World:
             # Its process dies between commit and invalidation; and Redis is still told of by nobody.
             "lose": lambda gov: gov.postgres.fetch("UPDATE govredis_agents SET metadata = '{}' WHERE agent_id = %s",
                                                    (agent,)),
-            "drain": lambda gov: gov._guard.drain(),  # type: ignore[union-attr]
+            "drain": lambda gov: gov.internal.freshness.drain(),  # type: ignore[union-attr]
         }  # fmt: skip
         self.actors.append(Actor(free[0], f"{what} {agent}", calls[what]))
 
@@ -226,7 +226,7 @@ class World:
         if what == "write":
             self.told.append((agent, actor.result["version"], self.now))
         elif what == "drain" and actor.result is not None:
-            # A new epoch reaches those who know the old one's guard when that ends.
+            # A new epoch reaches those who know the old one's freshness lease when that ends.
             if actor.gov.counters.get("guard.epochs") == actor.epochs:
                 self.told += [(agent, version, self.now) for agent, version, _ in actor.committed]
         elif what == "read":
@@ -272,7 +272,7 @@ class World:
     def _evict_stone(self, number: int, agent: str) -> None:
         assert self.redis.command("DEL", sibling(f"agent_meta:{agent}", "tombstone")) == 1
 
-    def _evict_guard(self, number: int, agent: str) -> None:
+    def _evict_freshness(self, number: int, agent: str) -> None:
         self.redis.command("DEL", "govredis:guard")
 
     def _flush(self, number: int, agent: str) -> None:

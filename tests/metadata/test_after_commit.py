@@ -7,9 +7,11 @@ from typing import Any
 
 import psycopg2
 import pytest
-from metadata_clock import Clock, X
+from clocked_pair import Clock, X
+from support import redis_of
 
-from govredis import GovRedis
+from govredis import ConfigurationError, GovRedis
+from govredis.metadata import MetadataCache
 from govredis.testing.servers import PostgresServer, RedisServer
 
 pytestmark = pytest.mark.one_redis
@@ -46,7 +48,7 @@ def test_invalidates_after_the_commit(gov: GovRedis, connect: Callable[[], Any],
 
 
 @pytest.mark.parametrize("how", ["an error in the body", "an error of the commit", "a rollback"])
-def test_nothing_on_rollback(gov: GovRedis, connect: Callable[[], Any], sql: Callable[..., Any], how: str) -> None:
+def test_a_rollback_notes_nothing(gov: GovRedis, connect: Callable[[], Any], sql: Callable[..., Any], how: str) -> None:
     read(gov)
     connection = connect()
     with (
@@ -110,7 +112,7 @@ def test_a_crash_after_the_commit_is_made_good_for(
 ) -> None:  # fmt: skip
     one, two = pair
     read(two)
-    monkeypatch.setattr(one.metadata, "invalidate_or_owe", lambda _: None)
+    monkeypatch.setattr(one.metadata, "invalidate_committed", lambda _: None)
     connection = connect()
     cache = one.cache("user_meta")
     monkeypatch.setattr(cache, "invalidate", lambda *_, **__: None)
@@ -121,7 +123,7 @@ def test_a_crash_after_the_commit_is_made_good_for(
     assert read(two, lambda _: "new") == "new"
 
 
-def test_where_the_connection_is_to_another_database(
+def test_a_commit_to_another_database_invalidates_too(
     gov: GovRedis, postgres_server: PostgresServer, mortal_postgres: PostgresServer
 ) -> None:
     read(gov)
@@ -133,7 +135,7 @@ def test_where_the_connection_is_to_another_database(
     assert gov.cache("user_meta").get("u") is None
 
 
-def test_redis_away_raises_nothing_and_is_owed(
+def test_redis_away_raises_nothing_and_leaves_the_invalidation_pending(
     make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, connect: Callable[[], Any]
 ) -> None:
     gov = make_gov(redis_url=mortal_redis.url)
@@ -143,8 +145,7 @@ def test_redis_away_raises_nothing_and_is_owed(
         tx.invalidate("u")
     assert gov.metadata.stats()["invalidations_owed"] == 1
     mortal_redis.resume()
-    assert gov._redis is not None
-    while not gov._redis.breaker.closed:
+    while not redis_of(gov).breaker.closed:
         pass
     assert gov.metadata.get("u") is None
 
@@ -156,3 +157,52 @@ def test_bad_arguments_are_refused(gov: GovRedis, connect: Callable[[], Any]) ->
     connection.autocommit = True
     with pytest.raises(ValueError, match="autocommit"):
         gov.metadata.after_commit(connection)
+    for other in None, connection.cursor():  # of sqlite3, or SQLAlchemy's, as little
+        with pytest.raises(ValueError, match="must be a psycopg2 connection"):
+            gov.metadata.after_commit(other)
+
+
+def test_entries_are_noted_whatever_the_search_path_of_the_application(
+    gov: GovRedis, connect: Callable[[], Any], sql: Callable[..., Any]
+) -> None:
+    read(gov)
+    sql("CREATE SCHEMA theirs")
+    try:
+        connection = connect()
+        with gov.cache("user_meta").after_commit(connection) as tx, connection.cursor() as cursor:
+            cursor.execute(
+                "SET search_path = theirs; CREATE TABLE pg_proc (n integer);"
+                "UPDATE public.users SET name = 'x' WHERE id = 'u'"
+            )
+            tx.invalidate("u")
+        assert sql("SELECT namespace, id FROM govredis_outbox") == [("user_meta", "u")]
+    finally:
+        sql("DROP SCHEMA theirs CASCADE")
+
+
+def test_a_role_that_may_not_write_to_the_outbox_is_told_what_it_needs(
+    gov: GovRedis, connect: Callable[[], Any], sql: Callable[..., Any]
+) -> None:
+    sql("CREATE ROLE app; GRANT ALL ON users TO app")
+    try:
+        connection = connect()
+        with connection.cursor() as cursor:
+            cursor.execute("SET ROLE app")
+        connection.commit()
+        cache = gov.cache("user_meta")
+        with pytest.raises(ConfigurationError, match=r"EXECUTE ON FUNCTION .*govredis_outbox_add, to it") as caught:
+            change(cache, connection)
+        assert sql("SELECT name FROM users WHERE id = 'u'") == [("old",)]
+        assert "USAGE ON SCHEMA" in str(caught.value)
+        sql('GRANT USAGE ON SCHEMA public TO app; GRANT EXECUTE ON FUNCTION "public".govredis_outbox_add TO app')
+        change(cache, connection)
+        assert sql("SELECT namespace, id FROM govredis_outbox") == [("user_meta", "u")]
+    finally:
+        connection.rollback()
+        sql("DROP OWNED BY app; DROP ROLE app")
+
+
+def change(cache: MetadataCache, connection: Any) -> None:
+    with cache.after_commit(connection) as tx, connection.cursor() as cursor:
+        cursor.execute("UPDATE users SET name = 'new' WHERE id = 'u'")
+        tx.invalidate("u")

@@ -33,7 +33,7 @@ def test_a_call_is_answered_from_the_cache(gov: GovRedis, plain_redis: Any) -> N
     assert report("a")["n"] == 4
 
 
-def test_what_is_being_loaded_when_it_is_refreshed_is_not_kept(gov: GovRedis) -> None:
+def test_a_load_under_way_at_a_refresh_is_not_cached(gov: GovRedis) -> None:
     names = iter(["old", "new"])
 
     @gov.cache("report").cached("{agent_id}")
@@ -98,9 +98,9 @@ def test_templates_that_identify_nothing_are_refused_at_decoration(gov: GovRedis
     def report(agent_id: str) -> int:
         return 1
 
-    for template in ("{agent}", "all", "{agent_id", "{}"):
+    for template in ("{agent}", "all", "{agent_id", "{}", None, len):
         with pytest.raises(ValueError, match="key"):
-            gov.cache("report").cached(template)(report)
+            gov.cache("report").cached(template)(report)  # type: ignore[arg-type]
 
     async def later(agent_id: str) -> int:
         return 1
@@ -109,21 +109,63 @@ def test_templates_that_identify_nothing_are_refused_at_decoration(gov: GovRedis
         gov.cache("report").cached("{agent_id}")(later)
 
 
-def test_calls_that_identify_nobody_are_refused(gov: GovRedis) -> None:
+def test_a_function_without_arguments_may_have_a_plain_key(gov: GovRedis, plain_redis: Any) -> None:
+    calls: list[int] = []
+    cache = gov.cache("exchange")
+
+    @cache.cached("rates")
+    def rates() -> int:
+        calls.append(1)
+        return len(calls)
+
+    assert [rates(), rates()] == [1, 1]
+    assert plain_redis.exists("exchange:rates")
+    rates.invalidate()
+    assert [rates(), rates.refresh(), rates(), rates.uncached()] == [2, 3, 3, 4]
+    with pytest.raises(ValueError, match="could have a key of"):
+        cache.cached("rates")(lambda: 2)
+    with pytest.raises(ValueError, match="could have a key of"):
+        cache.cached("{pair}")(lambda pair: 2)
+    assert cache.cached("names")(lambda: "x")() == "x"
+
+
+def test_a_plain_key_is_refused_where_calls_could_differ(gov: GovRedis) -> None:
+    class Bank:
+        def rates(self) -> None: ...
+
+    for function in (Bank.rates, lambda day=None: 1, lambda *days: 1, lambda **more: 1):
+        with pytest.raises(ValueError, match=r"key 'rates' of .* names no argument"):
+            gov.cache("exchange").cached("rates")(function)
+
+
+@pytest.mark.parametrize("key", ["", "a\nb", "{{}}"])
+def test_a_plain_key_that_is_no_id_is_refused_at_decoration(gov: GovRedis, key: str) -> None:
+    with pytest.raises(ValueError, match="key"):
+        gov.cache("exchange").cached(key)(lambda: 1)
+
+
+def test_calls_that_do_not_fit_or_have_no_key_are_refused(gov: GovRedis) -> None:
     @gov.cache("report").cached("{agent_id}")
-    def report(agent_id: str | None) -> int:
+    def report(agent_id: Any) -> int:
         raise AssertionError("called")
 
     for call in (report, report.invalidate, report.refresh):
-        with pytest.raises(ValueError, match="agent_id is None"):
-            call(None)
-        with pytest.raises(ValueError, match="id is"):
-            call("{")
+        with pytest.raises(ValueError, match="agent_id is <object"):
+            call(object())
         with pytest.raises(TypeError):
             call()  # type: ignore[call-arg]
 
 
-def test_none_is_not_cached_but_by_a_negative_ttl(gov: GovRedis) -> None:
+def test_an_argument_may_be_none_or_hold_what_no_id_may(gov: GovRedis) -> None:
+    @gov.cache("report").cached("{agent_id}")
+    def report(agent_id: Any) -> str:
+        return repr(agent_id)
+
+    for _ in range(2):
+        assert [report(value) for value in (None, "None", "{", "\0", "")] == ["None", "'None'", "'{'", "'\\x00'", "''"]
+
+
+def test_a_result_of_none_is_cached_only_with_a_negative_ttl(gov: GovRedis) -> None:
     calls = []
 
     def report(agent_id: str) -> None:

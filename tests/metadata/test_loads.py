@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +12,7 @@ import pytest
 
 from govredis import GovRedis
 from govredis.keys import sibling
-from govredis.metadata import MetadataCache, loading, values
+from govredis.metadata import MetadataCache, loading, renewals, values
 from govredis.testing.servers import RedisServer
 
 pytestmark = pytest.mark.one_redis
@@ -27,17 +24,16 @@ def never(_: Any) -> Any:
     raise AssertionError("not a miss")
 
 
-def member(plain_redis: Any, key: str = KEY) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(plain_redis.get(key))["__govredis__"]
-    return found
-
-
-def age(plain_redis: Any, seconds: float, key: str = KEY, **members: Any) -> None:
-    """Have a stored value be older by so much."""
-    record = json.loads(plain_redis.get(key))
-    record["__govredis__"].update(members)
-    record["__govredis__"]["at"] -= seconds
-    plain_redis.set(key, json.dumps(record), keepttl=True)
+def age(plain_redis: Any, seconds: float, key: str = KEY, cost: float | None = None) -> None:
+    """Have a stored value be older by so much: at its key it ends, beside it stays what is there for longer."""
+    left = plain_redis.pttl(key) - int(seconds * 1000)
+    for beside in (sibling(key, "stamp"), sibling(key, "stale")):
+        digest, end, took, rest = (plain_redis.get(beside) or "- 0 0 ").split(" ", 3)
+        aged = f"{digest} {float(end) - seconds:.3f} {took if cost is None else cost} {rest}"
+        plain_redis.set(beside, aged, keepttl=True, xx=True)
+    plain_redis.pexpire(key, left)
+    if left <= 0:
+        assert not plain_redis.exists(key)
 
 
 @pytest.fixture
@@ -47,38 +43,7 @@ def other(make_gov: Callable[..., GovRedis], gov: GovRedis) -> GovRedis:
 
 
 class TestOneLoads:
-    def test_of_two_hundred_threads_in_eight_processes_one_does(self, gov: GovRedis, plain_redis: Any) -> None:
-        """The loader counts in Redis, and takes so long that all others come meanwhile."""
-        code = f"""
-import sys, threading, time, redis
-from govredis import Config, GovRedis
-gov = GovRedis(Config(redis_url={gov.config.redis_url!r}, database_url={gov.config.database_url!r},
-                      socket_timeout=10, connect_timeout=10, postgres_timeout=20))
-gov.metadata._loads.patience = 60
-gov.metadata.get("warm")
-plain = redis.Redis.from_url({gov.config.redis_url!r})
-def load(_):
-    plain.incr("loads")
-    while int(plain.get("came")) < 200: time.sleep(0.005)
-    return {{"n": 1}}
-def read():
-    plain.incr("came")
-    assert gov.metadata.get_or_load("a", load) == {{"n": 1}}
-threads = [threading.Thread(target=read) for _ in range(25)]
-plain.incr("ready")
-while int(plain.get("ready")) < 8: time.sleep(0.005)
-for t in threads: t.start()
-for t in threads: t.join()
-plain.incrby("read", len(threads))
-"""
-        gov.metadata.get("warm")  # there is a guard
-        processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(8)]
-        assert [process.wait(timeout=100) for process in processes] == [0] * 8
-        assert plain_redis.get("loads") == "1"
-        assert plain_redis.get("read") == "200"
-
-    def test_who_waits_gets_what_was_loaded(self, gov: GovRedis, other: GovRedis) -> None:
-        other.metadata._loads.patience = 60.0
+    def test_a_waiter_gets_the_loaded_value(self, gov: GovRedis, other: GovRedis) -> None:
         found: list[Any] = []
 
         def load(_: str) -> int:
@@ -93,10 +58,11 @@ plain.incrby("read", len(threads))
         assert found == [5]
 
     @pytest.mark.parametrize("outcome", ["raises", "finds none", "finds too much", "is not JSON", "is killed"])
-    def test_who_waits_for_one_that_stores_nothing_loads(
-        self, gov: GovRedis, other: GovRedis, outcome: str, plain_redis: Any
+    def test_a_waiter_loads_itself_after_a_load_that_stores_nothing(
+        self, gov: GovRedis, other: GovRedis, outcome: str, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        other.metadata._loads.patience = 0.2 if outcome == "is killed" else 60.0
+        if outcome == "is killed":
+            monkeypatch.setattr(renewals, "EVERY", 1000.0)  # as no thread of it lives to renew its lease
         found: list[Any] = []
 
         def load(_: str) -> Any:
@@ -119,8 +85,7 @@ plain.incrby("read", len(threads))
         assert not plain_redis.exists(sibling(KEY, "lease"))
         assert other.metadata.get("a") == 7
 
-    def test_a_write_meanwhile_is_seen_by_who_waits(self, gov: GovRedis, other: GovRedis) -> None:
-        other.metadata._loads.patience = 60.0
+    def test_a_write_meanwhile_is_seen_by_a_waiter(self, gov: GovRedis, other: GovRedis) -> None:
         found: list[Any] = []
 
         def load(_: str) -> str:
@@ -144,7 +109,9 @@ plain.incrby("read", len(threads))
         assert gov.metadata.get_or_load("a", load) == 2
         assert other.metadata.stats().get("waits", 0) == 0
 
-    def test_get_many_gives_the_leases_back_of_what_it_does_not_store(self, gov: GovRedis, plain_redis: Any) -> None:
+    def test_get_many_gives_back_the_leases_of_ids_that_it_does_not_store(
+        self, gov: GovRedis, plain_redis: Any
+    ) -> None:
         assert gov.metadata.get_many(["a", "b"], lambda _: {"b": 1}) == {"b": 1}
         with pytest.raises(KeyError):
             gov.metadata.get_many(["c"], lambda _: {}[0])
@@ -154,7 +121,7 @@ plain.incrby("read", len(threads))
 class TestEarly:
     def test_the_chance_grows_with_the_cost_and_the_nearness_of_the_end(self) -> None:
         def share(left: float, cost: float) -> float:
-            record = values.Record(1, None, "", time.time() + left, cost)
+            record = values.MetadataEntry(1, None, "", time.time() + left, cost)
             return sum(loading.is_due(record) for _ in range(400)) / 400
 
         assert share(100, 0.0) == 0
@@ -168,8 +135,8 @@ class TestEarly:
         self, gov: GovRedis, other: GovRedis, plain_redis: Any
     ) -> None:
         gov.metadata.get_or_load("a", lambda _: "old")
-        assert member(plain_redis)["cost"] > 0
-        age(plain_redis, 299, cost=1e9)
+        assert float(plain_redis.get(sibling(KEY, "stamp")).split(" ")[2]) > 0
+        age(plain_redis, 200, cost=1e9)
         loads = []
 
         def load(_: str) -> str:
@@ -181,20 +148,20 @@ class TestEarly:
         assert other.metadata.get_or_load("a", never) == "new"
         assert loads == [1]
 
-    def test_one_that_fails_harms_nobody(self, gov: GovRedis, plain_redis: Any) -> None:
+    def test_an_early_load_that_fails_harms_nobody(self, gov: GovRedis, plain_redis: Any) -> None:
         gov.metadata.get_or_load("a", lambda _: "old")
         age(plain_redis, 0, cost=1e9)
         assert gov.metadata.get_or_load("a", lambda _: {}["x"]) == "old"
         assert gov.metadata.stats()["degraded.loads"] == 1
         assert gov.metadata.get("a") == "old"
 
-    def test_one_that_finds_none_ends_the_value(self, gov: GovRedis, plain_redis: Any) -> None:
+    def test_an_early_load_that_finds_none_ends_the_value(self, gov: GovRedis, plain_redis: Any) -> None:
         gov.metadata.get_or_load("a", lambda _: "old")
         age(plain_redis, 0, cost=1e9)
         assert gov.metadata.get_or_load("a", lambda _: None) is None
         assert gov.metadata.get("a") is None
 
-    def test_what_was_loaded_together_does_not_end_together(self, gov: GovRedis, plain_redis: Any) -> None:
+    def test_values_loaded_together_do_not_end_together(self, gov: GovRedis, plain_redis: Any) -> None:
         ids = [str(n) for n in range(50)]
         gov.metadata.get_many(ids, lambda ids: dict.fromkeys(ids, 1))
         ttls = [plain_redis.pttl(f"agent_meta:{i}") for i in ids]
@@ -204,15 +171,16 @@ class TestEarly:
 class TestStale:
     @pytest.fixture
     def cache(self, gov: GovRedis, plain_redis: Any) -> MetadataCache:
-        """Of a value that is over, but still there."""
+        """A cache with a value that is over, but still there."""
         cache = gov.cache("report", ttl=60, stale=30)
         cache.get_or_load("a", lambda _: "old")
-        assert 80_000 < plain_redis.pttl("report:a") <= 90_000
+        assert 50_000 < plain_redis.pttl("report:a") <= 60_000, "at its key nothing is over age"
+        assert 80_000 < plain_redis.pttl(sibling("report:a", "stale")) <= 90_000
         assert cache.get("a") == "old"
         age(plain_redis, 61, "report:a")
         return cache
 
-    def test_one_caller_loads_and_the_others_use_what_is_over(self, cache: MetadataCache, other: GovRedis) -> None:
+    def test_one_caller_loads_and_the_others_use_the_stale_value(self, cache: MetadataCache, other: GovRedis) -> None:
         def load(_: str) -> str:
             assert other.cache("report", ttl=60, stale=30).get_or_load("a", never) == "old"
             return "new"
@@ -230,6 +198,24 @@ class TestStale:
         assert cache.get("a") is None
         assert cache.get_many(["a"]) == {}
         assert cache.get_many(["a"], lambda _: {"a": "new"}) == {"a": "new"}
+
+    def test_it_is_not_used_after_another_client_has_deleted_the_value(self, gov: GovRedis, plain_redis: Any) -> None:
+        """Before the end of its TTL: nothing else makes the value be gone so soon."""
+        cache = gov.cache("report", ttl=60, stale=30)
+        cache.get_or_load("a", lambda _: "old")
+        plain_redis.delete("report:a")
+        with pytest.raises(KeyError):
+            cache.get_or_load("a", lambda _: {}["x"])
+        assert cache.get_or_load("a", lambda _: "new") == "new"
+
+    def test_a_set_without_stale_leaves_no_stale_value(
+        self, cache: MetadataCache, gov: GovRedis, plain_redis: Any
+    ) -> None:
+        """A cache without `stale` leaves no copy, nor one of a value before its own."""
+        gov.cache("report", ttl=60).set("a", "new")
+        plain_redis.delete("report:a")
+        with pytest.raises(KeyError):
+            cache.get_or_load("a", lambda _: {}["x"])
 
     def test_invalidated_it_is_gone(self, cache: MetadataCache) -> None:
         cache.invalidate("a")
@@ -251,7 +237,8 @@ class TestNegative:
         assert cache.get_or_load("a", never) is None
         assert cache.get_many(["a"], never) == {}
         assert cache.get("a") is None
-        assert plain_redis.pttl(KEY) <= 5000
+        assert not plain_redis.exists(KEY)
+        assert 0 < plain_redis.pttl(sibling(KEY, "stamp")) <= 5000
         cache.invalidate("a")
         assert cache.get_or_load("a", lambda _: 1) == 1
 
@@ -263,40 +250,34 @@ class TestNegative:
         assert found is not None
         assert found["metadata"] == {"name": "x"}
 
-    def test_an_older_govredis_takes_it_for_a_miss(self, gov: GovRedis, plain_redis: Any) -> None:
-        gov.cache("agent_meta", negative_ttl=5).get_or_load("a", lambda _: None)
-        record = json.loads(plain_redis.get(KEY))
-        assert record["value"] is None
-        assert record["__govredis__"]["bare"]
-
 
 class TestAllOfANamespace:
-    def test_none_is_used_afterwards_here_at_once_and_elsewhere_within_a_second(
+    def test_no_value_is_used_afterwards_here_at_once_and_elsewhere_within_a_second(
         self, gov: GovRedis, other: GovRedis, plain_redis: Any
     ) -> None:
         for cache in (gov.metadata, gov.cache("report")):
             cache.get_many(["a", "b"], lambda ids: dict.fromkeys(ids, 1))
+        mine, others = (g.cache("agent_meta", negative_ttl=60) for g in (gov, other))
+        assert mine.get_or_load("none", lambda _: None) is None
         assert other.metadata.get("a") == 1
         now = 0.0
         generation = other.metadata._generation
         generation._clock = lambda: now
         generation.forget()
         assert other.metadata.get("a") == 1
-        plain_redis.config_resetstat()
         gov.metadata.invalidate_all()
-        stats = plain_redis.info("commandstats")
-        assert sum(s["calls"] for n, s in stats.items() if n in ("cmdstat_set", "cmdstat_del")) == 1
         assert gov.metadata.get_many(["a", "b"]) == {}
         assert gov.cache("agent_meta", ttl=5).get("a") is None
         assert gov.cache("report").get("a") == 1
-        assert other.metadata.get("a") == 1
+        assert other.metadata.get("a") is None, "it is deleted"
+        assert others.get_or_load("none", never) is None, "that there is none is not: it stands in the stamp"
         now = 1.0
-        assert other.metadata.get("a") is None
+        assert others.get_or_load("none", lambda _: 5) == 5
         assert gov.metadata.get_or_load("a", lambda _: 2) == 2
         assert gov.metadata.set("b", 3)
         assert other.metadata.get_many(["a", "b"]) == {"a": 2, "b": 3}
 
-    def test_what_was_being_loaded_is_not_used(self, gov: GovRedis, other: GovRedis) -> None:
+    def test_a_load_that_was_under_way_is_not_used(self, gov: GovRedis, other: GovRedis) -> None:
         def load(_: str) -> int:
             other.metadata.invalidate_all()
             gov.metadata.invalidate_all()
@@ -306,7 +287,7 @@ class TestAllOfANamespace:
         gov.metadata.get_or_load("a", load)
         assert gov.metadata.get("a") is None
 
-    def test_of_a_redis_that_is_away_it_raises(self, make_gov: Callable[..., GovRedis]) -> None:
+    def test_it_raises_while_redis_is_away(self, make_gov: Callable[..., GovRedis]) -> None:
         from govredis import BackendUnavailable
 
         gov = make_gov(redis_url="redis://127.0.0.1:1")
@@ -328,7 +309,7 @@ class TestSize:
         assert not plain_redis.exists(KEY)
         assert cache.set("c", "x" * 50) is True
 
-    def test_one_that_has_become_larger_ends_the_old_one(self, gov: GovRedis, plain_redis: Any) -> None:
+    def test_a_value_that_has_become_too_large_ends_the_old_one(self, gov: GovRedis, plain_redis: Any) -> None:
         gov.metadata.get_or_load("a", lambda _: "old")
         age(plain_redis, 0, cost=1e9)
         large = "x" * 2_000_000
@@ -341,7 +322,7 @@ def test_three_thousand_agents_from_cold_are_three_statements(gov: GovRedis, mon
     with gov.postgres.transaction() as tx:
         for i in ids:
             tx.fetch("INSERT INTO govredis_agents (agent_id, metadata) VALUES (%s, '{}')", (i,))
-    gov._guard.drain()  # type: ignore[union-attr]
+    gov.internal.freshness.drain()  # type: ignore[union-attr]
     gov.metadata.get("warm")
     statements = []
     execute = gov.postgres._execute

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg2
 import pytest
+from support import Child, Gate, eventually, redis_of
 
 from govredis import GovRedis
+from govredis.keys import sibling
 from govredis.metadata import local
-from govredis.metadata.guard import Seen
 from govredis.metadata.local import MISS
+from govredis.outbox.freshness import FreshnessSnapshot
 from govredis.testing.servers import PostgresServer, RedisServer
 
 PATIENCE = 30.0
 
 
-def until(condition: Callable[[], Any], what: str = "") -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, what or "it never came to that"
-        time.sleep(0.002)
-
-
 def held(gov: GovRedis, identity: str = "a", namespace: str = "") -> Any:
-    """What the process itself has, MISS for nothing that is valid."""
+    """The value that the process itself has, MISS where it has no valid one."""
     cache = gov.cache(namespace) if namespace else gov.metadata
     assert cache._local is not None
     return cache._local.get(identity)
@@ -43,7 +36,7 @@ def place(gov: GovRedis, identity: str = "a", namespace: str = "agent_meta") -> 
     """Where the process has it, valid or not: a busy machine may make it invalid for a moment."""
     values = gov.cache(namespace)._local
     assert values is not None
-    return values.cells.get(identity)
+    return values.places.get(identity)
 
 
 def keep(gov: GovRedis, identity: str = "a") -> Any:
@@ -55,16 +48,16 @@ def keep(gov: GovRedis, identity: str = "a") -> Any:
         found = gov.metadata.get(identity)
         return held(gov, identity) is not MISS
 
-    until(is_kept, "it is not kept")
+    eventually(is_kept, what="the value is kept")
     return found
 
 
-@pytest.fixture(params=["guard", "no guard"])
+@pytest.fixture(params=["freshness lease", "no freshness lease"])
 def make(
     request: pytest.FixtureRequest, make_gov: Callable[..., GovRedis], postgres_server: PostgresServer
 ) -> Callable[..., GovRedis]:
     """Makes GovRedis objects with the tier; processes, as it were. With PostgreSQL, and without."""
-    where = {"database_url": postgres_server.url} if request.param == "guard" else {}
+    where = {"database_url": postgres_server.url} if request.param == "freshness lease" else {}
     return lambda **settings: make_gov(**{"local_cache": True, **where, **settings})
 
 
@@ -94,17 +87,16 @@ class TestHits:
     def test_off_by_default(self, make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> None:
         gov = make_gov(redis_url=redis_server.url)
         gov.metadata.get_or_load("a", lambda _: {"n": 1})["n"] = 2
-        assert gov._local is None
+        assert gov.internal.caches.local is None
         assert "local_hits" not in gov.metadata.stats()
 
     def test_a_value_ends_with_its_ttl(self, one: GovRedis) -> None:
-        one.metadata.set("a", 1, ttl=0.5)
-        keep(one)
-        until(lambda: held(one) is MISS)
-        until(lambda: one.metadata.get("a") is None)
+        eventually(lambda: one.metadata.set("a", 1, ttl=0.5) and one.metadata.get("a") == 1 and held(one) is not MISS)
+        eventually(lambda: held(one) is MISS)
+        eventually(lambda: one.metadata.get("a") is None)
 
-    def test_what_ids_cannot_be_is_refused(self, one: GovRedis) -> None:
-        for bad in ("", "{", 5, None, [], {}):
+    def test_an_impossible_id_is_refused(self, one: GovRedis) -> None:
+        for bad in ("", "{", 5.5, None, [], {}):
             with pytest.raises(ValueError, match="id is"):
                 one.metadata.get(bad)  # type: ignore[arg-type]
 
@@ -116,12 +108,12 @@ class TestHits:
             gov.metadata.set(identity, identity)
         for identity in "abc":
             keep(gov, identity)
-        until(lambda: keep(gov, "a") and all(held(gov, i) is not MISS for i in "bca"))
+        eventually(lambda: keep(gov, "a") and all(held(gov, i) is not MISS for i in "bca"))
         keep(gov, "d")
         assert held(gov, "b") is MISS
-        assert len(gov.metadata._local.cells) == 3  # type: ignore[union-attr]
+        assert len(gov.metadata._local.places) == 3  # type: ignore[union-attr]
         gov.metadata.get_many([f"x{n}" for n in range(100)])
-        assert len(gov.metadata._local.cells) == 3  # type: ignore[union-attr]
+        assert len(gov.metadata._local.places) == 3  # type: ignore[union-attr]
 
 
 class TestSharedValues:
@@ -165,7 +157,7 @@ class TestCoherence:
     def test_a_change_in_another_process_is_seen(self, one: GovRedis, two: GovRedis, plain_redis: Any) -> None:
         def expire() -> None:
             plain_redis.pexpire("agent_meta:a", 1)
-            until(lambda: not plain_redis.exists("agent_meta:a"))
+            eventually(lambda: not plain_redis.exists("agent_meta:a"))
 
         for change in (
             lambda: two.metadata.invalidate("a"),
@@ -177,11 +169,11 @@ class TestCoherence:
             plain_redis.flushdb,
         ):
             plain_redis.flushall()
-            until(lambda: two.metadata.set("a", 1))
+            eventually(lambda: two.metadata.set("a", 1))
             keep(one)
             before = place(one)
             change()
-            until(lambda: place(one) is not before)  # noqa: B023
+            eventually(lambda: place(one) is not before)  # noqa: B023
             assert one.metadata.get("a") in (None, 2)
 
     def test_a_change_of_ones_own_is_seen_at_once(self, one: GovRedis) -> None:
@@ -194,22 +186,22 @@ class TestCoherence:
         one.metadata.set("b", 2)
         assert one.metadata.get("b") == 2
 
-    def test_what_is_changed_between_asking_and_answering_is_not_kept(
+    def test_a_value_that_changes_between_asking_and_answering_is_not_kept(
         self, one: GovRedis, two: GovRedis, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         two.metadata.set("a", 1)
         keep(one)
         two.metadata.set("a", 2)
-        until(lambda: held(one) is MISS)
-        records = one.metadata._shelf
+        eventually(lambda: held(one) is MISS)
+        records = one.metadata._backend
         usable = records._usable
-        cells = one.metadata._local.cells  # type: ignore[union-attr]
+        places = one.metadata._local.places  # type: ignore[union-attr]
 
         def change_meanwhile(*args: Any) -> Any:
             found = usable(*args)
-            place = cells["a"]
+            place = places["a"]
             two.metadata.set("a", 3)
-            until(lambda: cells.get("a") is not place)
+            eventually(lambda: places.get("a") is not place)
             return found
 
         monkeypatch.setattr(records, "_usable", change_meanwhile)
@@ -218,15 +210,40 @@ class TestCoherence:
         assert held(one) is MISS
         assert keep(one) == 3
 
+    def test_a_negative_result_is_kept_until_it_is_invalidated(
+        self, make: Callable[..., GovRedis], redis_server: RedisServer
+    ) -> None:
+        """It stands in the stamp alone: of the value's own key nothing is told."""
+        one, two = (make(redis_url=redis_server.url).cache("agent_meta", negative_ttl=60) for _ in range(2))
+        assert two.get_or_load("a", lambda _: None) is None
+        values = one._local
+        assert values is not None
+        eventually(lambda: one.get("a") is None and values.get("a") is None)
+        before = values.places["a"]
+        two.invalidate("a")
+        eventually(lambda: values.places.get("a") is not before)
+        assert one.get_or_load("a", lambda _: 1) == 1
+
+    def test_a_lease_of_another_ends_nothing(self, one: GovRedis, two: GovRedis, plain_redis: Any) -> None:
+        two.metadata.set("a", 1)
+        two.metadata.set("b", 1)
+        keep(one)
+        before = place(one)
+        plain_redis.set(sibling("agent_meta:a", "lease"), "x", px=1000)
+        keep(one, "b")
+        plain_redis.set("agent_meta:b", 2)
+        eventually(lambda: held(one, "b") is MISS, what="the earlier invalidation has come")
+        assert place(one) is before
+
     def test_all_of_a_namespace_are_invalidated_at_once(self, one: GovRedis, two: GovRedis) -> None:
         two.metadata.set("a", 1)
         other = two.cache("other")
         other.set("a", 5)
-        until(lambda: one.cache("other").get("a") == 5 and held(one, "a", "other") == 5)
+        eventually(lambda: one.cache("other").get("a") == 5 and held(one, "a", "other") == 5)
         keep(one)
         here, there = place(one), place(one, "a", "other")
         two.metadata.invalidate_all()
-        until(lambda: place(one) is not here)
+        eventually(lambda: place(one) is not here)
         assert one.metadata.get("a") is None, "its generation is asked for at once"
         assert place(one, "a", "other") is there
 
@@ -235,9 +252,9 @@ class TestCoherence:
         keep(one)
         late = one.cache("late")
         two.cache("late").set("a", 1)
-        until(lambda: late.get("a") == 1 and held(one, "a", "late") == 1)
+        eventually(lambda: late.get("a") == 1 and held(one, "a", "late") == 1)
         two.cache("late").set("a", 2)
-        until(lambda: held(one, "a", "late") is MISS)
+        eventually(lambda: held(one, "a", "late") is MISS)
         assert late.get("a") == 2
 
     def test_a_key_prefix_is_part_of_what_is_tracked(
@@ -247,7 +264,7 @@ class TestCoherence:
         two.metadata.set("a", 1)
         keep(one)
         two.metadata.set("a", 2)
-        until(lambda: held(one) is MISS)
+        eventually(lambda: held(one) is MISS)
         assert one.metadata.get("a") == 2
 
     def test_sql_of_others_is_seen(
@@ -263,8 +280,8 @@ class TestCoherence:
         with connection, connection.cursor() as cursor:
             cursor.execute("""UPDATE govredis_agents SET metadata = '{"name": "new"}'""")
         connection.close()
-        two._guard.drain()  # type: ignore[union-attr]
-        until(lambda: held(one) is MISS)
+        two.internal.freshness.drain()  # type: ignore[union-attr]
+        eventually(lambda: held(one) is MISS)
         assert one.metadata.get_or_load("a", one.agents.get)["metadata"] == {"name": "new"}
 
 
@@ -318,18 +335,18 @@ class TestFailures:
         yield proxy
         proxy.close()
 
-    def test_of_a_half_open_connection_nothing_is_valid_after_a_second(
+    def test_no_value_is_valid_a_second_after_its_connection_is_half_open(
         self, make: Callable[..., GovRedis], proxy: Proxy, two: GovRedis
     ) -> None:
         one = make(redis_url=proxy.url)
         two.metadata.set("a", 1)
         keep(one)
         proxy.open.clear()
-        at, valid_until = local.clock(), one._local.until  # type: ignore[union-attr]
+        at, valid_until = local.clock(), one.internal.caches.local.until  # type: ignore[union-attr]
         assert valid_until <= at + 1.0
         two.metadata.set("a", 2)
-        until(lambda: held(one) is MISS)
-        until(lambda: not one.metadata._local.cells)  # type: ignore[union-attr]
+        eventually(lambda: held(one) is MISS)
+        eventually(lambda: not one.metadata._local.places)  # type: ignore[union-attr]
         proxy.open.set()
         assert keep(one) == 2
 
@@ -338,19 +355,19 @@ class TestFailures:
     ) -> None:
         two.metadata.set("a", 1)
         keep(one)
-        assert one._local is not None
+        assert one.internal.caches.local is not None
         standing, goes_on = threading.Event(), threading.Event()
-        is_current = one._local.is_current
+        is_current = one.internal.caches.local.is_current
 
         def stand(tracking: Any) -> bool:
             standing.set()
             goes_on.wait()
             return is_current(tracking)
 
-        monkeypatch.setattr(one._local, "is_current", stand)
+        monkeypatch.setattr(one.internal.caches.local, "is_current", stand)
         assert standing.wait(PATIENCE)
         two.metadata.set("a", 2)
-        until(lambda: held(one) is MISS)
+        eventually(lambda: held(one) is MISS)
         assert one.metadata.get("a") == 2
         assert held(one) is MISS
         goes_on.set()
@@ -362,51 +379,51 @@ class TestFailures:
         keep(one)
         values = one.metadata._local
         assert values is not None
-        place = values.cells["a"]
+        place = values.places["a"]
         plain_redis.client_kill_filter(_type="normal", skipme=True)
-        until(lambda: values.cells.get("a") is not place)
+        eventually(lambda: values.places.get("a") is not place)
         assert keep(one) == 1
         two.metadata.set("a", 2)
-        until(lambda: held(one) is MISS)
+        eventually(lambda: held(one) is MISS)
         assert one.metadata.get("a") == 2
 
     def test_with_redis_away_all_ends_within_a_second(
         self, make: Callable[..., GovRedis], mortal_redis: RedisServer
     ) -> None:
         gov = make(redis_url=mortal_redis.url)
-        until(lambda: gov.metadata.set("a", 1))
+        eventually(lambda: gov.metadata.set("a", 1))
         keep(gov)
         mortal_redis.kill()
-        assert gov._local is not None
-        assert gov._local.until <= local.clock() + 1.0
-        until(lambda: held(gov) is MISS)
+        assert gov.internal.caches.local is not None
+        assert gov.internal.caches.local.until <= local.clock() + 1.0
+        eventually(lambda: held(gov) is MISS)
         assert gov.metadata.get_or_load("a", lambda _: 2) == 2
         mortal_redis.start()
-        until(lambda: gov.metadata.set("a", 3))
+        eventually(lambda: gov.metadata.set("a", 3))
         assert keep(gov) == 3
 
-    def test_under_a_guard_nothing_outlives_it(
+    def test_no_value_outlives_its_freshness_lease(
         self, make_gov: Callable[..., GovRedis], redis_server: RedisServer, postgres_server: PostgresServer
     ) -> None:
         gov = make_gov(redis_url=redis_server.url, database_url=postgres_server.url, local_cache=True)
-        assert gov._local is not None
-        assert gov._guard is not None
+        assert gov.internal.caches.local is not None
+        assert gov.internal.freshness is not None
         gov.metadata.get_or_load("a", lambda _: 1)
         keep(gov)
-        gov._guard._threads = False
-        gov._guard._again_at = float("inf")  # nobody ticks
-        redis = gov._redis
+        gov.internal.freshness._threads = False
+        gov.internal.freshness._again_at = float("inf")  # no relay runs
+        redis = redis_of(gov)
         assert redis is not None
-        raw = redis.call("GET", gov._guard.ticker.key)
-        epoch, tick, confirmed, at = map(int, raw.split())
-        redis.call("SET", gov._guard.ticker.key, f"{epoch} {tick} {confirmed} {at - 60_000_000}")
-        until(lambda: gov._local is not None and gov._local.until <= local.clock())
+        raw = redis.call("GET", gov.internal.freshness.relay.key)
+        epoch, run, confirmed, at = map(int, raw.split())
+        redis.call("SET", gov.internal.freshness.relay.key, f"{epoch} {run} {confirmed} {at - 60_000_000}")
+        eventually(lambda: gov.internal.caches.local is not None and gov.internal.caches.local.until <= local.clock())
         assert held(gov) is MISS
-        gov._guard._again_at = 0.0
-        gov._guard._seen = None
+        gov.internal.freshness._again_at = 0.0
+        gov.internal.freshness._snapshot = None
         keep(gov)
-        redis.call("SET", gov._guard.ticker.key, f"{epoch + 1} {tick} {confirmed} {at}")
-        until(lambda: not gov.metadata._local.cells or held(gov) is MISS)  # type: ignore[union-attr]
+        redis.call("SET", gov.internal.freshness.relay.key, f"{epoch + 1} {run} {confirmed} {at}")
+        eventually(lambda: not gov.metadata._local.places or held(gov) is MISS)  # type: ignore[union-attr]
 
     def test_a_server_that_forbids_it_is_warned_of_once_and_all_else_works(
         self, make: Callable[..., GovRedis], redis_server: RedisServer, plain_redis: Any, caplog: Any
@@ -414,8 +431,8 @@ class TestFailures:
         plain_redis.acl_setuser("plain", enabled=True, passwords=["+secret"], keys=["*"], commands=["+@all", "-client"])
         try:
             gov = make(redis_url=redis_server.url.replace("redis://", "redis://plain:secret@"))
-            until(lambda: gov.metadata.set("a", 1) and gov.metadata.get("a") == 1)
-            until(lambda: "no values are cached in this process" in caplog.text)
+            eventually(lambda: gov.metadata.set("a", 1) and gov.metadata.get("a") == 1)
+            eventually(lambda: "no values are cached in this process" in caplog.text)
             assert gov.metadata.get("a") == 1
             assert held(gov) is MISS
         finally:
@@ -426,18 +443,20 @@ class TestFailures:
         keep(one)
         one.close()
         assert held(one) is MISS
-        assert not [t for t in threading.enumerate() if t.name == "govredis-local" and t is one._local._thread]  # type: ignore[union-attr]
+        assert not [
+            t for t in threading.enumerate() if t.name == "govredis-local" and t is one.internal.caches.local._thread
+        ]  # type: ignore[union-attr]
         assert keep(one) == 1
 
-    def test_one_forgotten_ends_its_thread(self, redis_server: RedisServer) -> None:
+    def test_a_forgotten_govredis_ends_its_thread(self, redis_server: RedisServer) -> None:
         from govredis import Config
 
         gov = GovRedis(Config(redis_url=redis_server.url, local_cache=True))
         gov.metadata.set("a", 1)
         keep(gov)
-        thread = gov._local._thread  # type: ignore[union-attr]
+        thread = gov.internal.caches.local._thread  # type: ignore[union-attr]
         assert thread is not None
-        gov._redis.close()  # type: ignore[union-attr]
+        redis_of(gov).close()
         del gov
         import gc
 
@@ -450,70 +469,71 @@ class TestFork:
     def test_a_child_starts_with_nothing_and_its_own_connection(self, one: GovRedis, two: GovRedis) -> None:
         two.metadata.set("a", 1)
         keep(one)
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                empty = held(one) is MISS and not one.metadata._local.cells  # type: ignore[union-attr]
-                kept = keep(one) == 1
-                os.write(writing, b"ok" if empty and kept else b"no")
-                until(lambda: held(one) is MISS)
-                os.write(writing, b"%d" % one.metadata.get("a"))
-            finally:
-                os._exit(0)
-        assert os.read(reading, 2) == b"ok"
+        kept = Gate()
+
+        def work() -> object:
+            assert held(one) is MISS
+            assert not one.metadata._local.places  # type: ignore[union-attr]
+            assert keep(one) == 1
+            kept.open()
+            eventually(lambda: held(one) is MISS)
+            return one.metadata.get("a")
+
+        child = Child(work)
+        kept.wait()
         assert held(one) == 1, "the parent's connection is as it was"
         two.metadata.set("a", 2)
-        assert os.read(reading, 1) == b"2"
-        os.waitpid(child, 0)
-        until(lambda: held(one) is MISS)
+        assert child.result() == 2
+        eventually(lambda: held(one) is MISS)
         assert keep(one) == 2
 
 
 class TestRules:
-    """What no test can bring about when it wants to."""
+    """Rules for events that no test can bring about when it wants to."""
 
-    def test_a_value_is_kept_only_from_the_server_that_is_tracked_under_the_same_guard_and_for_its_ttl(
+    def test_a_value_is_kept_only_from_the_server_that_is_tracked_under_the_same_lease_and_for_its_ttl(
         self, one: GovRedis
     ) -> None:
-        tier, kept = one._local, one.metadata._local
+        tier, kept = one.internal.caches.local, one.metadata._local
         assert tier is not None
         assert kept is not None
         one.metadata.set("a", 1)
         keep(one)
         epoch = -1 if tier.epoch is None else tier.epoch
-        under = Seen(epoch, local.clock() + 60, local.clock() + 60, kept.connects)
+        under = FreshnessSnapshot(epoch, local.clock() + 60, local.clock() + 60, kept.connects)
         for connects, seen in (
             (kept.connects + 1, under),
-            *([(kept.connects, Seen(epoch + 1, under.until, under.until, 0))] if tier.guard else []),
+            *([(kept.connects, FreshnessSnapshot(epoch + 1, under.until, under.until, 0))] if tier.freshness else []),
         ):
-            cell = kept.reserve("x")
-            kept.fill(cell, 5, seen, connects, 60)
-            assert cell.until == 0.0
-        cell = kept.reserve("x")
-        kept.fill(cell, 5, under, kept.connects, 60)
-        assert local.clock() + 50 < cell.until <= local.clock() + 60
+            place = kept.reserve("x")
+            kept.fill(place, 5, seen, connects, 60)
+            assert place.until == 0.0
+        place = kept.reserve("x")
+        kept.fill(place, 5, under, kept.connects, 60)
+        assert local.clock() + 50 < place.until <= local.clock() + 60
 
-    def test_all_is_valid_for_a_second_from_the_question_and_no_longer_than_the_guard(
+    def test_all_is_valid_for_a_second_from_the_question_and_no_longer_than_the_lease(
         self, make_gov: Callable[..., GovRedis], redis_server: RedisServer, postgres_server: PostgresServer
     ) -> None:
-        unguarded = make_gov(redis_url=redis_server.url, local_cache=True)._local
-        guarded = make_gov(redis_url=redis_server.url, database_url=postgres_server.url, local_cache=True)._local
-        assert unguarded is not None
-        assert guarded is not None
-        unguarded.extend(100.0, None)
-        assert unguarded.until == 101.0
+        without_lease = make_gov(redis_url=redis_server.url, local_cache=True).internal.caches.local
+        with_lease = make_gov(
+            redis_url=redis_server.url, database_url=postgres_server.url, local_cache=True
+        ).internal.caches.local
+        assert without_lease is not None
+        assert with_lease is not None
+        without_lease.extend(100.0, None)
+        assert without_lease.until == 101.0
         for until_, valid in ((200.0, 101.0), (100.5, 100.5)):
-            guarded.extend(100.0, Seen(7, until_, until_, -1))
-            assert (guarded.until, guarded.epoch) == (valid, 7)
-        guarded.extend(100.0, None)
-        assert guarded.until == 0.0
+            with_lease.extend(100.0, FreshnessSnapshot(7, until_, until_, -1))
+            assert (with_lease.until, with_lease.epoch) == (valid, 7)
+        with_lease.extend(100.0, None)
+        assert with_lease.until == 0.0
 
 
 class TestThreads:
     def test_readers_see_no_value_twice_gone(self, one: GovRedis, two: GovRedis) -> None:
         """Eight readers, a writer that counts up, and as few places as make them push each other out."""
-        one._local._entries = 4  # type: ignore[union-attr]
+        one.internal.caches.local._entries = 4  # type: ignore[union-attr]
         one.metadata._local._entries = 4  # type: ignore[union-attr]
         ids = [f"i{n}" for n in range(6)]
         for identity in ids:
@@ -526,7 +546,7 @@ class TestThreads:
             last = dict.fromkeys(ids, -1)
             while not ended.is_set():
                 for identity in ids[number % 3 :]:
-                    # Of a thread's own reads none goes back, but over a read from Redis that is under way.
+                    # A thread's own reads never go back, but over a read from Redis that is under way.
                     found = one.metadata.get_or_load(identity, lambda i: written[i])
                     if found is None or found < last[identity] - 1:
                         errors.append(f"{identity}: {found} after {last[identity]}")
@@ -543,8 +563,8 @@ class TestThreads:
         for thread in threads:
             thread.join()
         assert not errors, errors[:5]
-        assert len(one.metadata._local.cells) <= 4 + 8  # type: ignore[union-attr]
-        until(lambda: all(one.metadata.get(i) == 149 for i in ids))
+        assert len(one.metadata._local.places) <= 4 + 8  # type: ignore[union-attr]
+        eventually(lambda: all(one.metadata.get(i) == 149 for i in ids))
         assert one.metadata.stats()["local_hits"] > 0
 
     def test_a_write_in_another_process_reaches_the_readers(self, one: GovRedis, redis_server: RedisServer) -> None:

@@ -1,14 +1,14 @@
-"""MetadataCache while Redis is away, and the invalidations that are owed to it."""
+"""MetadataCache while Redis is away, and the invalidations that are pending meanwhile."""
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from support import REDIS_AWAY, eventually, in_child, redis_of
 
 from govredis import BackendUnavailable, GovRedis
 from govredis.testing.servers import RedisServer
@@ -16,20 +16,13 @@ from govredis.testing.servers import RedisServer
 pytestmark = [pytest.mark.once, pytest.mark.one_redis]
 
 
-def until(condition: Callable[[], Any], within: float = 20.0) -> None:
-    deadline = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def back(gov: GovRedis) -> None:
-    until(lambda: gov._redis.breaker.closed)  # type: ignore[union-attr]
+    eventually(lambda: redis_of(gov).breaker.closed)
 
 
 @pytest.fixture(params=["away", "disabled"])
 def without_redis(request: pytest.FixtureRequest, make_gov: Callable[..., GovRedis]) -> GovRedis:
-    return make_gov(redis_url="redis://127.0.0.1:1/0", redis_enabled=request.param == "away")
+    return make_gov(redis_url=REDIS_AWAY, redis_enabled=request.param == "away")
 
 
 def test_reads_go_to_the_loader(without_redis: GovRedis) -> None:
@@ -45,13 +38,13 @@ def test_reads_go_to_the_loader(without_redis: GovRedis) -> None:
 
 
 def test_invalidate_raises_unless_disabled(without_redis: GovRedis) -> None:
-    if without_redis._redis is None:
+    if without_redis.internal.context.redis is None:
         without_redis.metadata.invalidate("a")
         return
     for _ in range(3):
         with pytest.raises(BackendUnavailable):
             without_redis.metadata.invalidate("a")
-    assert not without_redis.metadata._owed, "the caller was told"
+    assert not without_redis.metadata._pending.tokens, "the caller was told"
 
 
 @pytest.fixture
@@ -64,7 +57,7 @@ def two(make_gov: Callable[..., GovRedis], mortal_redis: RedisServer) -> tuple[G
 
 
 @pytest.mark.parametrize("how", ["killed", "paused"])
-def test_what_is_owed_is_carried_out_before_this_process_reads_again(
+def test_a_pending_invalidation_is_carried_out_before_this_process_reads_again(
     make_gov: Callable[..., GovRedis], redis_binary: str, how: str
 ) -> None:
     with RedisServer(binary=redis_binary, persistent=True) as server:
@@ -75,7 +68,7 @@ def test_what_is_owed_is_carried_out_before_this_process_reads_again(
             server.kill()
         else:
             server.pause()
-        gov.metadata.invalidate_or_owe("a")
+        gov.metadata.invalidate_committed("a")
         assert gov.metadata.stats()["invalidations_owed"] == 1
         assert gov.metadata.get_or_load("a", lambda _: "new") == "new"
         if how == "killed":
@@ -87,10 +80,10 @@ def test_what_is_owed_is_carried_out_before_this_process_reads_again(
             assert gov.metadata.get("a") is None
             assert time.monotonic() < deadline
         assert gov.metadata.get("a") is None
-        assert not gov.metadata._owed
+        assert not gov.metadata._pending.tokens
 
 
-def test_a_refusal_that_leaves_the_breaker_closed_is_owed_too(
+def test_a_refused_invalidation_that_leaves_the_breaker_closed_is_pending_too(
     two: tuple[GovRedis, GovRedis], mortal_redis: RedisServer
 ) -> None:
     """READONLY, as after a failover: PING succeeds, the invalidation does not."""
@@ -98,11 +91,10 @@ def test_a_refusal_that_leaves_the_breaker_closed_is_owed_too(
     mortal_redis.command("REPLICAOF", "127.0.0.1", "1")
     with pytest.raises(BackendUnavailable):
         gov.metadata.invalidate("a")
-    assert gov._redis is not None
-    assert gov._redis.breaker.closed
-    gov.metadata.invalidate_or_owe("a")
-    assert not gov._redis.breaker.closed
-    deadline = time.monotonic() + 0.6  # some probes, all of which get a PONG and then READONLY
+    assert redis_of(gov).breaker.closed
+    gov.metadata.invalidate_committed("a")
+    assert not redis_of(gov).breaker.closed
+    deadline = time.monotonic() + 0.6  # some probes, which all get a PONG and then READONLY
     while time.monotonic() < deadline:
         assert gov.metadata.get("a") is None
         assert gov.metadata.get_or_load("a", lambda _: "new") == "new"
@@ -115,65 +107,66 @@ def test_a_refusal_that_leaves_the_breaker_closed_is_owed_too(
     assert gov.metadata.get_or_load("a", lambda _: "new") == "new"
 
 
-def test_invalidations_of_every_cache_are_owed(two: tuple[GovRedis, GovRedis], mortal_redis: RedisServer) -> None:
+def test_invalidations_of_every_cache_are_pending(two: tuple[GovRedis, GovRedis], mortal_redis: RedisServer) -> None:
     gov, other = two
     gov.cache("report").set("r", "old")
     mortal_redis.command("REPLICAOF", "127.0.0.1", "1")
-    gov.metadata.invalidate_or_owe("a", version=3)
-    gov.cache("report").invalidate_or_owe("r")
+    gov.metadata.invalidate_committed("a", version=3)
+    gov.cache("report").invalidate_committed("r")
     mortal_redis.command("REPLICAOF", "NO", "ONE")
     back(gov)
     assert (other.metadata.get("a"), other.cache("report").get("r")) == (None, None)
 
 
-def test_a_child_does_not_owe_what_its_parent_does(two: tuple[GovRedis, GovRedis], mortal_redis: RedisServer) -> None:
+def test_a_child_does_not_share_its_parents_pending_invalidations(
+    two: tuple[GovRedis, GovRedis], mortal_redis: RedisServer
+) -> None:
     gov, _ = two
     mortal_redis.command("REPLICAOF", "127.0.0.1", "1")
-    gov.metadata.invalidate_or_owe("a")
-    pid = os.fork()
-    if pid == 0:
-        os._exit(1 if gov.metadata._owed else 0)
-    assert os.waitpid(pid, 0)[1] == 0
-    assert set(gov.metadata._owed) == {"a"}
+    gov.metadata.invalidate_committed("a")
+    assert in_child(lambda: gov.metadata.stats().get("invalidations_owed", 0)) == 0
+    assert set(gov.metadata._pending.tokens) == {"a"}
 
 
-def test_one_owed_anew_while_it_is_told_of_is_owed_still(
+def test_an_invalidation_noted_anew_while_it_is_told_is_pending_still(
     two: tuple[GovRedis, GovRedis], mortal_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = two
     mortal_redis.pause()
-    first.metadata.invalidate_or_owe("a")
-    pipeline = first._redis.pipeline  # type: ignore[union-attr]
-    again = threading.Thread(target=first.metadata.invalidate_or_owe, args=("a",))
+    first.metadata.invalidate_committed("a")
+    pipeline = redis_of(first).pipeline
+    again = threading.Thread(target=first.metadata.invalidate_committed, args=("a",))
 
-    def then_owe_again(*args: Any) -> Any:
+    def then_note_again(*args: Any) -> Any:
         replies = pipeline(*args)
         if again.ident is None:
             second.metadata.get_or_load("a", lambda _: "filled, and old by now")
             again.start()
-            until(lambda: first._redis.breaker._again)  # type: ignore[union-attr]
+            eventually(lambda: redis_of(first).breaker._again)
         return replies
 
-    monkeypatch.setattr(first._redis, "pipeline", then_owe_again)
+    monkeypatch.setattr(redis_of(first), "pipeline", then_note_again)
     mortal_redis.resume()
     back(first)
     again.join()
     assert second.metadata.get("a") is None
-    assert not first.metadata._owed
+    assert not first.metadata._pending.tokens
 
 
-def test_many_debts_are_told_in_pieces(two: tuple[GovRedis, GovRedis], mortal_redis: RedisServer) -> None:
+def test_many_pending_invalidations_are_told_in_pieces(
+    two: tuple[GovRedis, GovRedis], mortal_redis: RedisServer
+) -> None:
     first, _ = two
     mortal_redis.pause()
     for n in range(60_000):  # more than one send takes within its timeout
-        first.metadata._owed[f"agent-{n}-{'x' * 100}"] = object()
-    first.metadata.invalidate_or_owe("a")
+        first.metadata._pending.tokens[f"agent-{n}-{'x' * 100}"] = object()
+    first.metadata.invalidate_committed("a")
     mortal_redis.resume()
-    until(lambda: not first.metadata._owed, within=60)
+    eventually(lambda: not first.metadata._pending.tokens, within=60)
     back(first)
 
 
-def test_an_exception_within_the_invalidation_leaves_it_owed(
+def test_an_exception_within_the_invalidation_leaves_it_pending(
     two: tuple[GovRedis, GovRedis], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = two
@@ -181,9 +174,9 @@ def test_an_exception_within_the_invalidation_leaves_it_owed(
     def struck(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(first._redis, "run", struck)
+    monkeypatch.setattr(redis_of(first), "run", struck)
     with pytest.raises(KeyboardInterrupt):
-        first.metadata.invalidate_or_owe("a")
+        first.metadata.invalidate_committed("a")
     back(first)
-    assert not first.metadata._owed
+    assert not first.metadata._pending.tokens
     assert second.metadata.get("a") is None

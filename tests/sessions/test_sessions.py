@@ -1,4 +1,4 @@
-"""SessionCache on a living Redis: what it stores, counts, extends, refuses and reads of what others stored."""
+"""SessionCache on a living Redis: its values, counters, TTLs, refusals, and the values of other clients."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
 
 import pytest
+from support import POSTGRES_AWAY, REDIS_AWAY, redis_of
 
 from govredis import BackendError, GovRedis, SessionAlreadyBound
 from govredis.client import Script
@@ -25,8 +26,6 @@ def sent(plain_redis: Any) -> set[str]:
     return {name for name in names if not name.startswith(("config", "info", "client", "select"))}
 
 
-AWAY = "redis://127.0.0.1:1/0"
-PG_AWAY = "postgresql://postgres@127.0.0.1:1/postgres"
 HERE = "that of the test"
 
 #: How a GovRedis is set up, and who answers then.
@@ -34,15 +33,15 @@ MODES: dict[str, tuple[dict[str, Any], str]] = {
     "redis": ({}, "redis"),
     "durable": ({"database_url": HERE}, "redis"),
     "durable, hashed": ({"database_url": HERE, "session_hash_ids": True}, "redis"),
-    "durable, redis away": ({"database_url": HERE, "redis_url": AWAY}, "postgres"),
+    "durable, redis away": ({"database_url": HERE, "redis_url": REDIS_AWAY}, "postgres"),
     "durable, redis disabled": ({"database_url": HERE, "redis_enabled": False}, "postgres"),
     "disabled": ({"redis_enabled": False}, "local"),
 }
 #: With nobody to ask, what this process does not know is unknown: for the promises that hold then, too.
 AWAY_MODES: dict[str, tuple[dict[str, Any], str]] = {
-    "redis away": ({"redis_url": AWAY}, "local"),
-    "both away": ({"redis_url": AWAY, "database_url": PG_AWAY}, "local"),
-    "postgres away": ({"database_url": PG_AWAY}, "redis"),
+    "redis away": ({"redis_url": REDIS_AWAY}, "local"),
+    "both away": ({"redis_url": REDIS_AWAY, "database_url": POSTGRES_AWAY}, "local"),
+    "postgres away": ({"database_url": POSTGRES_AWAY}, "redis"),
 }
 
 
@@ -51,7 +50,7 @@ class Mode(NamedTuple):
     backend: str
 
     def named(self, *session_ids: str) -> list[str]:
-        """What `for_agent` names them."""
+        """The names that `for_agent` uses."""
         if not self.gov.config.session_hash_ids:
             return sorted(session_ids)
         return sorted(hashlib.sha256(sid.encode()).hexdigest() for sid in session_ids)
@@ -101,7 +100,7 @@ class TestContract:
         assert sessions.get_agent_id("s") == "agent"
 
     @where_asked
-    def test_what_nobody_has_bound(self, mode: Mode) -> None:
+    def test_an_unknown_session_is_none(self, mode: Mode) -> None:
         sessions = mode.gov.sessions
         assert sessions.get("unknown") is None
         assert sessions.get_agent_id("unknown") is None
@@ -214,13 +213,62 @@ class TestContract:
         assert sessions.get_agent_id("other") == "b"
 
     @everywhere
-    def test_unbind_agent_ends_what_is_known(self, mode: Mode) -> None:
+    def test_unbind_agent_ends_known_sessions(self, mode: Mode) -> None:
         sessions = mode.gov.sessions
         sessions.bind("s", "a")
         sessions.bind("t", "a")
         assert sessions.unbind_agent("a") == 2
         assert sessions.get("s") is None
         assert sessions.get("t") is None
+
+    @everywhere
+    def test_start(self, mode: Mode) -> None:
+        sessions = mode.gov.sessions
+        sessions.bind("planted", "mallory", data={"of": "mallory"})
+        started = sessions.start("ada", replacing="planted", ttl=60, data={"x": []})
+        assert len(started.session_id) >= 43, "256 bits"
+        assert sessions.start("ada").session_id != started.session_id
+        assert (started.agent_id, started.bind_count, started.data) == ("ada", 1, {"x": []})
+        assert started.expires_at is not None
+        assert abs((started.expires_at - started.bound_at).total_seconds() - 60) < 5
+        found = sessions.get(started.session_id)
+        assert found is not None
+        assert (found.agent_id, found.data) == ("ada", {"x": []})
+        assert sessions.get("planted") is None, "nobody is logged in under an id that somebody else may know"
+
+    @everywhere
+    @pytest.mark.parametrize("replacing", [None, "unknown", "", "{", "a\x00b", "x" * 600, "\ud800"], ids=repr)
+    def test_a_login_does_not_fail_for_its_old_id(self, mode: Mode, replacing: str | None) -> None:
+        sessions = mode.gov.sessions
+        started = sessions.start("ada", replacing=replacing)
+        assert sessions.get_agent_id(started.session_id) == "ada"
+
+    @pytest.mark.parametrize("mode", ["redis", "durable, hashed", "disabled"], indirect=True)
+    def test_bad_arguments_of_start_are_refused_before_anything_is_sent(self, mode: Mode, plain_redis: Any) -> None:
+        plain_redis.config_resetstat()
+        for options in ({"replacing": b"cookie"}, {"replacing": 5.5}, {"ttl": 0}, {"data": {1}}):
+            with pytest.raises(ValueError, match=r"^(replacing is|ttl is|data cannot)"):
+                mode.gov.sessions.start("ada", **options)
+        with pytest.raises(ValueError, match="agent_id is"):
+            mode.gov.sessions.start("")
+        assert sent(plain_redis) == set()
+
+    @everywhere
+    def test_the_session_that_is_replaced_ends_after_the_new_one_is_bound(
+        self, mode: Mode, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A login that fails leaves the visitor as he was."""
+        sessions = mode.gov.sessions
+        sessions.bind("s", "ada")
+
+        def fail(self: SessionCache, *args: Any, **options: Any) -> Any:
+            raise BackendError("a test")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(SessionCache, "bind", fail)
+            with pytest.raises(BackendError):
+                sessions.start("ada", replacing="s")
+        assert sessions.get_agent_id("s") == "ada"
 
     @everywhere
     def test_rotate(self, mode: Mode) -> None:
@@ -244,14 +292,14 @@ class TestContract:
     ) -> None:
         sessions = mode.gov.sessions
         sessions.bind("s", "a")
-        bind, made = SessionCache.bind, []
+        bind, made = SessionCache._bind, []
 
-        def bind_late(self: SessionCache, sid: str, *args: Any, **options: Any) -> Any:
+        def bind_late(self: SessionCache, order: Any) -> Any:
             self.unbind("s")
-            made.append(sid)
-            return bind(self, sid, *args, **options)
+            made.append(order.session_id)
+            return bind(self, order)
 
-        monkeypatch.setattr(SessionCache, "bind", bind_late)
+        monkeypatch.setattr(SessionCache, "_bind", bind_late)
         assert sessions.rotate("s") is None
         assert sessions.get(made[0]) is None
 
@@ -278,7 +326,7 @@ class TestContract:
         assert (touched.expires_at - datetime.now(UTC)).total_seconds() > 400, "never less"
 
     @pytest.mark.parametrize("mode", ["redis", "durable, hashed", "disabled"], indirect=True)
-    @pytest.mark.parametrize("bad", ["", "{s}", "a\x00", "a" * 513, b"s", None, 5], ids=repr)
+    @pytest.mark.parametrize("bad", ["", "{s}", "a\x00", "a" * 513, b"s", None, 5.5], ids=repr)
     def test_bad_ids_are_refused_before_anything_is_sent(self, mode: Mode, plain_redis: Any, bad: Any) -> None:
         plain_redis.config_resetstat()
         sessions = mode.gov.sessions
@@ -332,10 +380,11 @@ class TestOnRedis:
             "bound_at": bound.bound_at.isoformat(timespec="microseconds"),
             "data": {"list": []},
             "bind_count": 1,
+            "__govredis__": {},
         }
         assert record["bound_at"].endswith("+00:00")
         redis_alone.sessions.bind("t", "agent-é")
-        assert set(json.loads(plain_redis.get("session:t"))) == {"agent_id", "bound_at", "bind_count"}
+        assert set(json.loads(plain_redis.get("session:t"))) == {"agent_id", "bound_at", "bind_count", "__govredis__"}
         assert plain_redis.zrange("agent_sessions:agent-é", 0, -1) == ["s", "t"]
 
     def test_every_key_ends(self, redis_alone: GovRedis, plain_redis: Any) -> None:
@@ -389,10 +438,9 @@ class TestOnRedis:
         assert redis_alone.sessions.touch("forever")
         assert plain_redis.pttl("session:forever") == -1
         # As where the key changes between reading and extending.
-        assert redis_alone._redis is not None
         touch = Script("govredis.sessions", "touch.lua")
         keys = ("session:s", "session:forever", "session:none")
-        assert [redis_alone._redis.run(touch, (key,), "1000") for key in keys] == [1, 1, 0]
+        assert [redis_of(redis_alone).run(touch, (key,), "1000") for key in keys] == [1, 1, 0]
         assert plain_redis.pttl("session:s") > 7_190_000
         assert plain_redis.pttl("session:forever") == -1
         assert not plain_redis.exists("session:none")
@@ -401,7 +449,7 @@ class TestOnRedis:
         redis_alone.sessions.bind("s", "a")
         plain_redis.config_resetstat()
         redis_alone.sessions.get("s")
-        assert sent(plain_redis) == {"get", "pttl"}
+        assert sent(plain_redis) == {"mget", "pttl"}
 
     @pytest.mark.parametrize(
         ("record", "bound_at"),
@@ -425,7 +473,7 @@ class TestOnRedis:
         assert found.bound_at.utcoffset() is not None
         with pytest.raises(SessionAlreadyBound):
             redis_alone.sessions.bind("s", "b", if_absent=True)
-        assert redis_alone.sessions.for_agent("a") == []
+        assert redis_alone.sessions.for_agent("a") == ["s"], "once it was seen"
         assert redis_alone.sessions.bind("s", "b").bind_count == 2
 
     @pytest.mark.parametrize(
@@ -461,21 +509,27 @@ class TestOnRedis:
         assert redis_alone.sessions.bind("s", "a").agent_id == "a"
         assert redis_alone.sessions.get_agent_id("s") == "a"
 
-    def test_unbind_agent_ends_what_nobody_can_read(self, redis_alone: GovRedis, plain_redis: Any) -> None:
+    def test_unbind_agent_ends_unreadable_records(self, redis_alone: GovRedis, plain_redis: Any) -> None:
         redis_alone.sessions.bind("s", "a")
         deep = '{"agent_id": "a", "data": ' + "[" * 1100 + "]" * 1100 + "}"
         plain_redis.set("session:s", deep, ex=100)
         assert redis_alone.sessions.unbind_agent("a") == 1
         assert not plain_redis.exists("session:s")
 
-    def test_a_bind_that_arrives_twice_counts_once(self, redis_alone: GovRedis, plain_redis: Any) -> None:
-        head, at = '{"agent_id": "a", "bound_at": "t"', "t"
-        assert redis_alone._redis is not None
-        bind = Script("govredis.sessions", "bind.lua")
-        keys = ("session:s", "{session:s}:revoked")
-        first, second = (redis_alone._redis.run(bind, keys, head, "a", at, "5000", "0", "0") for _ in range(2))
-        assert json.loads(first[1]) == json.loads(second[1]) == {"agent_id": "a", "bound_at": "t", "bind_count": 1}
-        assert 0 < second[2] <= 5000
+    def test_a_bind_that_arrives_twice_counts_once(
+        self, redis_alone: GovRedis, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = redis_of(redis_alone)
+        pipeline = type(client).pipeline
+
+        def twice(self: Any, commands: Any, scripts: Any = ()) -> Any:
+            replies = pipeline(self, commands, scripts)
+            return pipeline(self, commands, scripts) if len(commands) == 1 else replies
+
+        monkeypatch.setattr(type(client), "pipeline", twice)
+        bound = redis_alone.sessions.bind("s", "a", data=[1], ttl=5)
+        assert (bound.bind_count, bound.data, bound.backend) == (1, [1], "redis")
+        assert json.loads(plain_redis.get("session:s"))["bind_count"] == 1
 
     def test_counts(self, redis_alone: GovRedis) -> None:
         redis_alone.sessions.bind("s", "a")

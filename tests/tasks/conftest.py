@@ -48,7 +48,7 @@ def worker(one_worker: Worker) -> Worker:
 
 @pytest.fixture
 def gov(make_gov: Callable[..., GovRedis], servers: Servers) -> GovRedis:
-    """Of another process than the worker's, on its servers."""
+    """A GovRedis of another process than the worker's, on its servers."""
     return make_gov(redis_url=servers.cache.url, database_url=servers.postgres.url)
 
 

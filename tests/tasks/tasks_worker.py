@@ -8,33 +8,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import redis
 from celery import Celery
+from support import PATIENCE, eventually
 
 from govredis import GovRedis
 from govredis.testing.servers import PostgresServer, RedisServer
 
-T = TypeVar("T")
-
 ROOT = Path(__file__).parents[2]
-#: Takes long only when something is broken.
-PATIENCE = 120.0
-
-
-def until(what: str, seen: Callable[[], T], timeout: float = PATIENCE) -> T:
-    """The first true answer of `seen`. Fails, saying `what` did not come, after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while not (answer := seen()):
-        assert time.monotonic() < deadline, f"not within {timeout:.0f} s: {what}"
-        time.sleep(0.02)
-    return answer
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -125,17 +111,20 @@ class Worker:
         return sum(line.split()[0] == task for line in self._evidence.lrange("began", 0, -1))
 
     def wait_began(self, *ids: str, times: int = 1) -> None:
-        until("they begin", lambda: self._all(ids, "began", times))
+        eventually(lambda: self._all(ids, "began", times), what="they begin")
 
     def wait_ended(self, *ids: str, times: int = 1) -> None:
-        until("they end", lambda: self._all(ids, "ended", times))
+        eventually(lambda: self._all(ids, "ended", times), what="they end")
 
     def wait_gone(self, *ids: str) -> None:
         """Until the broker has none of these, queued or unacknowledged."""
-        until("the broker is settled", lambda: not set(ids) & {message["headers"]["id"] for message in self.messages()})
+        eventually(
+            lambda: not set(ids) & {message["headers"]["id"] for message in self.messages()},
+            what="the broker is settled",
+        )
 
     def messages(self) -> list[dict[str, Any]]:
-        """What the broker has, queued or unacknowledged."""
+        """The messages that the broker has, queued or unacknowledged."""
         ask = self.servers.broker.command
         queued, unacked = ask("LRANGE", "celery", 0, -1), ask("HVALS", "unacked")
         return [*map(json.loads, queued), *(json.loads(noted)[0] for noted in unacked)]

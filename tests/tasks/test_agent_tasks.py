@@ -6,7 +6,8 @@ import json
 from uuid import uuid4
 
 import pytest
-from tasks_worker import Worker, stored, until
+from support import eventually
+from tasks_worker import Worker, stored
 
 from govredis import GovRedis
 
@@ -46,7 +47,7 @@ def test_update_archive_delete_change_the_row_and_invalidate_the_cache(
         ("tasks.agents.delete_agent", ()),
     ],
 )
-def test_one_at_a_time_for_each_agent(
+def test_tasks_of_an_agent_run_one_at_a_time(
     worker: Worker, gov: GovRedis, agent: str, task: str, more: tuple[object, ...]
 ) -> None:
     before = gov.agents.get(agent)
@@ -54,7 +55,7 @@ def test_one_at_a_time_for_each_agent(
         waiting = worker.send(task, agent, *more)
         worker.wait_ended(waiting, times=2)  # it comes, goes, and comes again
         assert gov.agents.get(agent) == before
-    until("it has run", lambda: gov.agents.get(agent) != before)
+    eventually(lambda: gov.agents.get(agent) != before, what="it has run")
 
 
 def test_the_21st_discovery_in_an_hour_waits(worker: Worker, gov: GovRedis) -> None:
@@ -64,8 +65,8 @@ def test_the_21st_discovery_in_an_hour_waits(worker: Worker, gov: GovRedis) -> N
     late = worker.send(STORE, agent, 20)
     worker.wait_ended(late)
     assert sorted(stored(gov, agent)) == [*range(20)]
-    assert gov._parked is not None
-    (lot,) = gov._parked.lots()
+    assert gov.internal.parked is not None
+    (lot,) = gov.internal.parked.lots()
     ((due, message),) = lot.first(9)
     headers = json.loads(message)["options"]["headers"]
     assert 3000 < due <= 3600
@@ -89,8 +90,8 @@ def test_postgres_away_is_waited_for(worker: Worker, gov: GovRedis, agent: str) 
         worker.wait_ended(store, update, times=2)
     finally:
         worker.servers.postgres.resume()
-    until("it is stored", lambda: stored(gov, other) == ["found"])
-    until("it is updated", lambda: gov.agents.get(agent)["metadata"] == {"model": "c", "tools": 1})
+    eventually(lambda: stored(gov, other) == ["found"], what="it is stored")
+    eventually(lambda: gov.agents.get(agent)["metadata"] == {"model": "c", "tools": 1}, what="it is updated")
 
 
 def test_postgres_and_the_broker_away_at_once(worker: Worker, gov: GovRedis) -> None:
@@ -104,9 +105,11 @@ def test_postgres_and_the_broker_away_at_once(worker: Worker, gov: GovRedis) -> 
     finally:
         worker.servers.postgres.resume()
         worker.servers.broker.restart()
-    until("it is stored", lambda: stored(gov, agent) == ["found"])
+    eventually(lambda: stored(gov, agent) == ["found"], what="it is stored")
 
 
 def test_beat_notes_the_health(worker: Worker, gov: GovRedis) -> None:
-    until("a heartbeat", lambda: [c for c in gov.health.check().checks if c.name == "beat" and c.status == "pass"])
-    until("two snapshots", lambda: worker.servers.cache.command("XLEN", "govredis:health") >= 2)
+    eventually(
+        lambda: [c for c in gov.health.check().checks if c.name == "beat" and c.status == "pass"], what="a heartbeat"
+    )
+    eventually(lambda: worker.servers.cache.command("XLEN", "govredis:health") >= 2, what="two snapshots")

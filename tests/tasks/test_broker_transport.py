@@ -88,7 +88,7 @@ def test_an_ack_that_failed_is_repeated_by_the_next_one(broker: RedisServer, con
     assert unacked(broker) == 0
 
 
-def test_what_was_not_told_is_told_when_the_connection_is_closed(
+def test_an_ack_that_was_not_told_is_told_when_the_connection_is_closed(
     broker: RedisServer, connect: Callable[[], Connection]
 ) -> None:
     connection = connect()

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tasks_worker import ROOT, Servers, Worker, environment, until
+from support import eventually
+from tasks_worker import ROOT, Servers, Worker, environment
 
 from govredis import Config, GovRedis
 
@@ -29,7 +30,7 @@ def bare() -> Iterator[Servers]:
 
 
 def refused(**variables: str) -> list[str]:
-    """What the command says where it does not start. Always: one line for each problem, and no password."""
+    """The lines that the command says where it does not start. Always: one line for each problem, and no password."""
     ended = subprocess.run(
         [sys.executable, "-m", "tasks"],
         cwd=ROOT,
@@ -47,7 +48,7 @@ def refused(**variables: str) -> list[str]:
     return [line.removeprefix("tasks: ") for line in lines]
 
 
-def test_what_is_wrong_is_said_in_words(servers: Servers, bare: Servers) -> None:
+def test_a_fault_is_said_in_words(servers: Servers, bare: Servers) -> None:
     good = servers.environment
     cases: dict[str, tuple[dict[str, str], list[list[str]]]] = {
         "malformed": (
@@ -123,10 +124,10 @@ def test_it_becomes_a_worker_that_sigterm_ends_when_its_tasks_have_ended(
         running = worker.send("slow", 1.5)
         queued = [worker.send("slow", 0, countdown=60) for _ in range(3)]
         worker.wait_began(running)
-        until("they wait in the worker", lambda: bare.broker.command("HLEN", "unacked") == 4)
+        eventually(lambda: bare.broker.command("HLEN", "unacked") == 4, what="they wait in the worker")
         assert worker.terminate() == 0
         assert worker.noted("ended")[running] == 1
-        # What had not begun is in the queue again, for any other worker.
+        # Each task that had not begun is in the queue again, for any other worker.
         assert bare.broker.command("HLEN", "unacked") == 0
         assert {m["headers"]["id"] for m in worker.messages()} >= {*queued}
     finally:

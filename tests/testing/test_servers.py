@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,15 @@ from typing import Any
 import psycopg2
 import pytest
 import redis
+from support import PATIENCE, Background, eventually
 
-from govredis.testing import _find, _server, servers
+from govredis.testing import _base_server, _binaries, servers
+from govredis.testing._base_server import Server
 from govredis.testing.servers import (
     PostgresServer,
     RedisCluster,
     RedisSentinel,
     RedisServer,
-    Server,
     ServerError,
     find_postgres,
     find_redis,
@@ -38,13 +38,6 @@ from govredis.testing.servers import (
 pytestmark = pytest.mark.once
 
 BINARIES = redis_binaries()
-
-
-def until(what: Callable[[], bool], timeout: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not what():
-        assert time.monotonic() < deadline, f"not within {timeout} s"
-        time.sleep(0.01)
 
 
 def alive(pid: int) -> bool:
@@ -203,9 +196,9 @@ class TestRedis:
 
     def test_a_port_somebody_else_takes(self, binary: str, monkeypatch: pytest.MonkeyPatch) -> None:
         with RedisServer(binary=binary) as first:
-            free = _server.free_port()
+            free = _base_server.free_port()
             ports = iter([first.port, free])
-            monkeypatch.setattr(_server, "free_port", lambda: next(ports))
+            monkeypatch.setattr(_base_server, "free_port", lambda: next(ports))
             with RedisServer(binary=binary) as second:
                 assert second.port == free
             with pytest.raises(ServerError, match="Address already in use"):
@@ -242,10 +235,9 @@ class TestPostgres:
             states = [Path(f"/proc/{pid}/stat").read_text() for pid in processes_of(postgres)[1:]]
             assert len(states) > 3
             assert {state.rpartition(")")[2].split()[0] for state in states} == {"T"}
-            started = time.monotonic()
+            connecting = Background(lambda: psycopg2.connect(postgres.url, connect_timeout=2))  # libpq's least
             with pytest.raises(psycopg2.OperationalError, match="timeout"):
-                psycopg2.connect(postgres.url, connect_timeout=2)  # libpq's least
-            assert time.monotonic() - started < 20
+                connecting.result(PATIENCE)
             postgres.resume()
             cursor.execute("SELECT 2")
             assert cursor.fetchall() == [(2,)]
@@ -320,7 +312,7 @@ class TestGroups:
                 assert len(group.replicas) == 2
                 pids = [pid for server in group.servers for pid in processes_of(server)]
                 master.kill()
-                until(lambda: group.master is not master and group.master.command("ROLE")[0] == "master")
+                eventually(lambda: group.master is not master and group.master.command("ROLE")[0] == "master")
                 assert group.master.command("GET", "a") == "1"
         assert not any(map(alive, pids))
         group.close()
@@ -373,20 +365,20 @@ def line(process: subprocess.Popen[str]) -> str:
 
 
 def all_gone(told: dict[str, Any]) -> None:
-    until(lambda: not any(map(alive, told["pids"])))
-    until(lambda: not any(map(os.path.exists, told["folders"])))
+    eventually(lambda: not any(map(alive, told["pids"])))
+    eventually(lambda: not any(map(os.path.exists, told["folders"])))
 
 
 class TestNothingIsLeft:
     @pytest.mark.parametrize("before", ["redis.pause(); postgres.pause()", "redis.kill(); postgres.kill()"])
-    def test_of_a_parent_killed(self, before: str) -> None:
+    def test_a_killed_parent_leaves_nothing(self, before: str) -> None:
         with parent(f"{before}\nprint('ready', flush=True); time.sleep(60)") as (process, told):
             assert line(process) == "ready\n"
             assert all(map(alive, told["pids"])) or "kill" in before
             process.kill()
             all_gone(told)
 
-    def test_of_a_parent_killed_whose_forked_child_lives_on(self) -> None:
+    def test_a_killed_parent_whose_forked_child_lives_on_leaves_nothing(self) -> None:
         with parent("if child := os.fork(): print(child, flush=True)\ntime.sleep(60)") as (process, told):
             child = int(line(process))
             process.kill()
@@ -394,23 +386,23 @@ class TestNothingIsLeft:
             assert alive(child)
             os.kill(child, signal.SIGKILL)
 
-    def test_of_a_parent_that_just_ends(self) -> None:
+    def test_a_parent_that_just_ends_leaves_nothing(self) -> None:
         with parent("") as (_, told):
             all_gone(told)
 
-    def test_of_a_killed_keeper(self) -> None:
+    def test_a_killed_keeper_leaves_nothing(self) -> None:
         with RedisServer() as one, PostgresServer() as two:
             for server in (one, two):
                 pids = processes_of(server)
                 os.kill(pids[0], signal.SIGKILL)
-                until(lambda pids=pids: not any(map(alive, pids)))  # type: ignore[misc]
+                eventually(lambda pids=pids: not any(map(alive, pids)))  # type: ignore[misc]
                 assert not server.running
                 with pytest.raises(ServerError, match="keeper was killed"):
                     server.start()
         assert not one.folder.exists()
         assert not two.folder.exists()
 
-    def test_of_the_shared_memory_of_a_killed_postgres(self) -> None:
+    def test_a_killed_postgres_leaves_no_shared_memory(self) -> None:
         table = Path("/proc/sysvipc/shm")
         with PostgresServer() as server:
             segment = (server._data / "postmaster.pid").read_text().split("\n")[6].split()[1]
@@ -477,8 +469,8 @@ def copy_python(folder: Path) -> Path:
     shutil.copy(Path(sys.executable).resolve(), program := folder / "bin" / library.name)
     modules = folder / "site" / "govredis" / "testing"
     modules.mkdir(parents=True)
-    for module in ("servers.py", "_server.py", "_find.py", "_keeper.py"):
-        shutil.copy(Path(servers.__file__).with_name(module), modules)
+    for module in Path(servers.__file__).parent.glob("*.py"):
+        shutil.copy(module, modules)
     for package in ("redis", "async_timeout", "typing_extensions"):
         if (spec := importlib.util.find_spec(package)) and spec.origin:
             origin = Path(spec.origin)
@@ -514,8 +506,8 @@ class TestFinding:
 
     def test_without_any_the_error_says_what_to_do(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
-        monkeypatch.setattr(_find, "find_spec", lambda name: None)
-        monkeypatch.setattr(_find, "DEBIAN", tmp_path)
+        monkeypatch.setattr(_binaries, "find_spec", lambda name: None)
+        monkeypatch.setattr(_binaries, "DEBIAN", tmp_path)
         broken = tmp_path / "redis-server"
         broken.write_text("#!/bin/sh\nexit 1\n")
         broken.chmod(0o755)

@@ -10,15 +10,15 @@ from typing import Any, Literal, ParamSpec, TypeVar, overload
 from celery import Task, current_task
 from celery.local import Proxy
 
-from ..._templates import KeyTemplate, refuse_unless_plain
+from ..._templates import check_key, name_of_calls, refuse_unless_plain
 from ...errors import LockTimeout, LockUnavailable, RateLimitExceeded, check_ttl, refuse
-from ...keys import check_id
-from ...limits.calls import LimitedCalls
+from ...keys import Id
+from ...limits.limit_spec import LimitSpec
 from ...limits.rates import Rate
-from ._booked import LIMIT
 from ._gov import current_gov
 from ._parking import admit_or_park
 from ._republish import can_republish, jittered, republish, runs
+from ._reserved import LIMIT
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,7 +32,7 @@ _CONFLICTS = "govredis_conflicts"
 def rate_limited(
     rate: Rate | Callable[..., Rate],
     *,
-    key: str | Callable[..., str],
+    key: str | Callable[..., Id],
     operation: str = ...,
     cost: int | Callable[..., int] = ...,
     exempt: Callable[..., bool] | None = ...,
@@ -42,7 +42,7 @@ def rate_limited(
 def rate_limited(
     rate: Rate | Callable[..., Rate],
     *,
-    key: str | Callable[..., str],
+    key: str | Callable[..., Id],
     operation: str = ...,
     cost: int | Callable[..., int] = ...,
     exempt: Callable[..., bool] | None = ...,
@@ -51,7 +51,7 @@ def rate_limited(
 def rate_limited(
     rate: Rate | Callable[..., Rate],
     *,
-    key: str | Callable[..., str],
+    key: str | Callable[..., Id],
     operation: str = "default",
     cost: int | Callable[..., int] = 1,
     exempt: Callable[..., bool] | None = None,
@@ -61,46 +61,49 @@ def rate_limited(
 
     Args:
         rate: as in `RateLimiter.hit`, or a callable that gets the task's arguments and returns one.
-        key: a template of the task's argument names, "{agent_id}", or a callable that gets its arguments.
-        operation: what is limited.
+        key: a template of the task's argument names, "{agent_id}"; a plain name such as "mail", for a limit of all runs
+            together; or a callable that gets the task's arguments.
+        operation: the name of the limited operation.
         cost: as in `RateLimiter.hit`, or a callable that gets the task's arguments and returns one.
         exempt: a callable that gets the task's arguments; a run for which it returns True is let through, unasked and
             uncounted.
-        on_limit: "retry" books the first time at which there is room, in the order of arrival, and parks the message
-            in Redis until then: its `retries` and `max_retries` do not know of it. "raise" raises RateLimitExceeded.
-            "skip" ends the task with None, and counts it.
+        on_limit: "retry" reserves the first time at which there is room, in the order of arrival, and parks the message
+            in Redis until then. The task's `retries` and `max_retries` do not change. "raise" raises
+            RateLimitExceeded. "skip" ends the task with None, and counts it.
 
     Called directly, by another task or eagerly, "retry" raises RateLimitExceeded: there is no message of its own to
     publish anew.
 
-    What is parked, the workers of an app with `init_celery` publish when it is due, whichever comes first: the message
-    as it was, to the exchange and routing key that it came by, in its serializer, with one header more,
-    "govredis_parked". So a task is delivered twice, however many wait, unless it came early because others were late.
-    While no worker runs, it waits. It is published at least once, and run once, but for what holds of every task: with
-    acks_late, a killed worker's runs again, and without it is lost. Where the message waits is a Redis too,
-    GOVREDIS_PARKING_URL or else REDIS_URL; what that loses is lost.
+    The workers of an app with `init_celery` publish a parked message when it is due, whichever worker is first. The
+    message goes out as it was, to the exchange and routing key that it came by, in its serializer, with the additional
+    header "govredis_parked". So a task is delivered twice, however many wait, unless it came early because others were
+    late. While no worker runs, it waits.
 
-    Nothing is booked while Redis is away, nor of limits whose windows are counters: what is refused then is published
-    anew with a countdown, to run when the limit said, or up to a quarter later (at most 10 minutes at a time, or half
-    of the broker's visibility_timeout; then it may be refused again).
+    The task is published at least once, and run once, with the exceptions that hold for every task: with acks_late, a
+    killed worker's task runs again, and without it is lost. The message waits in a Redis too, GOVREDIS_PARKING_URL or
+    else REDIS_URL. It is lost if that Redis loses it.
+
+    There are no reservations while Redis is away, nor in limits whose windows are counters. A refused message is
+    published anew then, with a countdown to the time that the limit said, or up to a quarter longer. The countdown is
+    at most 10 minutes, or half of the broker's visibility_timeout; after it the task may be refused again.
 
     Raises ValueError at decoration for a bad argument, and where it stands above `@app.task` or on an async function or
-    a generator. What each run may raise or promises when Redis is away is as for `RateLimiter.hit`. A run that was
-    admitted and then ends early (a killed worker, a conflict in `exclusive` below it) has used its place; so has, when
-    its time comes, one that was booked and does not come any more (revoked, expired).
+    a generator. Else each run raises, and promises when Redis is away, what `RateLimiter.hit` does. A run that was
+    admitted and then ends early (a killed worker, a conflict in `exclusive` below it) has used its place. So has, when
+    its time comes, a reservation whose task does not come any more (revoked, expired).
     """
     if on_limit not in ("retry", "raise", "skip"):
         raise refuse("on_limit", on_limit, '"retry", "raise" or "skip"')
-    calls = LimitedCalls(rate, key, operation, cost, exempt)
+    spec = LimitSpec(rate, key, operation, cost, exempt)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R | None]:
         _refuse_tasks(function, "rate_limited")
-        look = calls.of(function)
+        read = spec.reader_of(function)
 
         @_wraps(function)
         def limited(*args: P.args, **kwargs: P.kwargs) -> R | None:
             gov = current_gov()
-            found = look(args, kwargs)
+            found = read(args, kwargs)
             if found is None:
                 return function(*args, **kwargs)
             identity, now, cost = found
@@ -116,7 +119,7 @@ def rate_limited(
             raise RateLimitExceeded(result)
 
         if on_limit == "retry":
-            setattr(limited, LIMIT, (look, operation))
+            setattr(limited, LIMIT, (read, operation))
         return limited
 
     return decorate
@@ -124,29 +127,30 @@ def rate_limited(
 
 @overload
 def exclusive(
-    key: str, *, ttl: float | None = ..., on_conflict: Literal["retry", "raise"] = ...
+    key: str | Callable[..., Id], *, ttl: float | None = ..., on_conflict: Literal["retry", "raise"] = ...
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 @overload
 def exclusive(
-    key: str, *, ttl: float | None = ..., on_conflict: Literal["skip"]
+    key: str | Callable[..., Id], *, ttl: float | None = ..., on_conflict: Literal["skip"]
 ) -> Callable[[Callable[P, R]], Callable[P, R | None]]: ...
 def exclusive(
-    key: str, *, ttl: float | None = None, on_conflict: Literal["retry", "raise", "skip"] = "retry"
+    key: str | Callable[..., Id], *, ttl: float | None = None, on_conflict: Literal["retry", "raise", "skip"] = "retry"
 ) -> Callable[[Callable[P, R]], Callable[P, R | None]]:
     """Run a task only while it holds the lock of its key. Put it between `@app.task` and the function.
 
-    The lock is renewed while the task runs, and released when the function ends, however it does: returned, raised,
-    timed out, revoked with SIGTERM. Of a worker process that is killed (-9) it ends within the ttl; delivered again on
-    the same host, the same task (by its id) takes it over at once. Not from one that still runs, which a message that
-    is delivered twice (after its visibility_timeout, say) may meet; and not on another host, which cannot tell. What a
-    lock promises, and what no lock can, when Redis is away too, is in DistributedLock and HeldLock.
+    The lock is renewed while the task runs, and released when the function ends in any way: returned, raised, timed
+    out, revoked with SIGTERM. If a worker process is killed (-9), its lock ends within the ttl, or as soon as a task on
+    the same host asks for it. That may be the killed task, delivered again. A message that is delivered twice, after
+    its visibility_timeout for example, does not get the lock from a task that still runs. DistributedLock and HeldLock
+    say what a lock promises, also when Redis is away, and what no lock can promise.
 
     Args:
-        key: the lock's name: a template of the task's argument names, "agent:{agent_id}", or a name for all its runs.
+        key: the lock's name: a template of the task's argument names, "agent:{agent_id}"; a plain name, for all runs;
+            or a callable that gets the task's arguments and returns the name.
         ttl: seconds of the lock's lease; None: REDIS_LOCK_TIMEOUT.
-        on_conflict: somebody else holds it. "retry" publishes the message anew, to run in half a second, then in
-            twice the time each time, up to half a minute: its `retries` and `max_retries` do not know of it. "raise"
-            raises LockTimeout. "skip" ends the task with None, and counts it.
+        on_conflict: the reaction where somebody else holds the lock. "retry" publishes the message anew, to run in half
+            a second, then in twice the time each time, up to half a minute. The task's `retries` and `max_retries` do
+            not change. "raise" raises LockTimeout. "skip" ends the task with None, and counts it.
 
     Called directly, by another task or eagerly, "retry" raises LockTimeout: there is no message of its own to publish
     anew.
@@ -154,12 +158,11 @@ def exclusive(
     With both, put `exclusive` above `rate_limited`: a conflict then takes nothing of the limit.
 
     Raises ValueError at decoration for a bad argument, and where it stands above `@app.task` or on an async function or
-    a generator. A run raises LockLost where the lock was lost though the function succeeded, and LockUnavailable while
-    nobody can be asked (Redis is away for less than a second, or GOVREDIS_LOCK_FALLBACK=fail); "retry" takes that for a
-    conflict.
+    a generator. A run raises ValueError where a callable gave no name, and LockLost where the lock was lost though the
+    function succeeded. It raises LockUnavailable while no server can be asked: Redis is away for less than a second, or
+    GOVREDIS_LOCK_FALLBACK=fail. "retry" takes that for a conflict.
     """
-    if not isinstance(key, str):
-        raise refuse("key", key, 'a template such as "agent:{agent_id}"')
+    check_key(key, "key", "agent:{agent_id}")
     if on_conflict not in ("retry", "raise", "skip"):
         raise refuse("on_conflict", on_conflict, '"retry", "raise" or "skip"')
     if ttl is not None:
@@ -167,20 +170,15 @@ def exclusive(
 
     def decorate(function: Callable[P, R]) -> Callable[P, R | None]:
         _refuse_tasks(function, "exclusive")
-        template = KeyTemplate(key, function, shared=True)
-        if template.plain is not None:
-            check_id(template.plain, "lock name")
+        name_of = name_of_calls(key, function)
 
         @_wraps(function)
         def alone(*args: P.args, **kwargs: P.kwargs) -> R | None:
             gov = current_gov()
-            name = template.fill(args, kwargs)
+            name = name_of(args, kwargs)
             mine = can_republish(current_task) and runs(current_task, function)
             try:
-                if mine:
-                    held = gov.locks.acquire_for(current_task.request.id, name, ttl=ttl)
-                else:
-                    held = gov.locks.acquire(name, timeout=0, ttl=ttl)
+                held = gov.locks.acquire(name, timeout=0, ttl=ttl)
             except (LockTimeout, LockUnavailable) as conflict:
                 if on_conflict == "retry" and mine:
                     gov.counters.add("celery.conflicts.retry")
@@ -202,11 +200,11 @@ def exclusive(
 
 
 def _refuse_tasks(function: Any, decorator: str) -> None:
-    # Of a task that is not made yet, Celery's proxy: to look into it would finalize the app.
+    # Celery's proxy stands for a task that is not made yet: a look into it would finalize the app.
     if issubclass(type(function), (Proxy, Task)):
         raise ValueError(f"@{decorator} stands above @app.task; it must stand below it, next to the function")
     if not callable(function):
-        raise refuse("what is decorated", function, "the function of a task")
+        raise refuse("the decorated object", function, "the function of a task")
     refuse_unless_plain(function, decorator)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from celery import Celery, current_app, current_task
+from celery.signals import worker_process_shutdown
 
+from ..._exit import write_all_pending
 from ...api import GovRedis, get_gov
+from ...config import Config
 from ...errors import ConfigurationError, check_ttl
-from .._settings import gov_of_settings
 
-#: Of each periodic task, the setting that says how often, and its default, in seconds.
+#: For each periodic task, the setting that says how often it runs, and its default, in seconds.
 INTERVALS = {
     "govredis.drain_outbox": ("drain_interval", 1.0),
     "govredis.heartbeat": ("heartbeat_interval", 15.0),
@@ -19,28 +22,34 @@ INTERVALS = {
     "govredis.purge": ("purge_interval", 3600.0),
 }
 
-#: Of each app that init_celery has seen: its GovRedis, None for the process-wide one, "" while its settings are unread.
+#: The setting that names the queue of our tasks.
+_QUEUE = "govredis_queue"
+
+#: Celery's settings are in small letters, and its redis_* belong to its result backend: so ours have one form there.
+_NAMES = {f.name: f"govredis_{f.name}" for f in fields(Config)}
+
+#: The GovRedis of each app that init_celery has seen; None: the process-wide GovRedis; "": its settings are unread yet.
 govs: WeakKeyDictionary[Celery, GovRedis | Literal[""] | None] = WeakKeyDictionary()
 
 
 def gov_of(app: Celery) -> GovRedis:
-    """What `init_celery` gave the app, else the process-wide one. Raises ConfigurationError."""
+    """The GovRedis that `init_celery` gave the app, else the process-wide GovRedis. Raises ConfigurationError."""
     gov = govs.get(app)
     if gov == "":
-        # Of two threads that make one each, one of the two, which has not connected yet, is forgotten.
-        also = [setting for setting, _ in INTERVALS.values()]
-        made = gov_of_settings(_settings(app), "govredis_", also)
-        gov = govs[app] = govs[app] or made
+        also = [_QUEUE, *(f"govredis_{setting}" for setting, _ in INTERVALS.values())]
+        config = Config.from_app(_settings(app), _NAMES, also)
+        # Two threads may make one each; one of the two, which has not connected yet, is forgotten.
+        gov = govs[app] = govs[app] or (None if config is None else GovRedis(config))
     return gov or get_gov()
 
 
 def current_gov() -> GovRedis:
-    """Of the app whose task is running here, else of Celery's current app."""
+    """The GovRedis of the app whose task is running here, else of Celery's current app."""
     return gov_of(current_task.app if current_task else current_app._get_current_object())
 
 
 def _settings(app: Celery) -> dict[str, Any]:
-    """The app's settings by their lower-case names, without its namespace. What is not in that is somebody else's."""
+    """The app's settings by their lower-case names, without its namespace. Names outside of it are not settings."""
     namespace = f"{app.namespace}_".lower() if app.namespace else ""
     found = {}
     for name in map(str, app.conf):
@@ -50,7 +59,7 @@ def _settings(app: Celery) -> dict[str, Any]:
 
 
 def intervals(app: Celery) -> dict[str, float]:
-    """How often each periodic task is to run, in seconds; those that are not scheduled are not in it."""
+    """How often each scheduled task runs, in seconds."""
     found = {}
     settings = _settings(app)
     for name, (setting, default) in INTERVALS.items():
@@ -61,3 +70,19 @@ def intervals(app: Celery) -> dict[str, float]:
             except ValueError as error:
                 raise ConfigurationError(f"{error}, or None") from None
     return found
+
+
+def queue_of(app: Celery) -> str | None:
+    """The queue that our tasks go to, where the app's settings name one. Raises ConfigurationError."""
+    queue = _settings(app).get(_QUEUE)
+    if queue is None or (isinstance(queue, str) and queue):
+        return queue
+    raise ConfigurationError(f"{_QUEUE} is {queue!r}; it must be the name of a queue, or None")
+
+
+def _write_pending(**_: Any) -> None:
+    """A process of the prefork pool leaves without Python's own end."""
+    write_all_pending()
+
+
+worker_process_shutdown.connect(_write_pending)

@@ -1,87 +1,142 @@
-"""The thread of a worker that publishes what is parked when it is due."""
+"""Publisher: the thread of a worker that publishes parked messages when they are due."""
 
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+from typing import Any
 
 from celery import Celery
+from kombu.exceptions import OperationalError
 
+from ..._latch import Latch
 from ...api import GovRedis
-from ...config import redact
-from ...errors import BackendError
-from ...limits.parked import ParkingLot
+from ...errors import BackendError, BackendUnavailable, printable
+from ...limits.parked import ParkingLot, Taken
+from ._broker import broker_secrets
 from ._parking import decode, still_to_wait, to_publish
 
 log = logging.getLogger("govredis")
 
-#: Seconds after which it looks whether something is due: what others have parked since, it does not know.
+#: Seconds between two looks for due messages: other processes may have parked some since.
 _POLL = 0.1
-#: Seconds before it tries again where Redis or the broker is away.
+#: Seconds before the next try where Redis or the broker is away.
 _RETRY = 1.0
 
-#: AMQP is to confirm what was published, before it is removed here. A broker that is away is said so, and tried again
-#: here; kombu would try up to every 30 s, and say nothing.
+#: AMQP confirms a message before it is removed from Redis. This thread logs that a broker is away, and tries again;
+#: kombu would try up to every 30 s, and log nothing.
 _TRANSPORT_OPTIONS = {"confirm_publish": True, "max_retries": 0}
 
 
 class Publisher(threading.Thread):
-    """Publishes what is due, until it is stopped, over a connection of its own. Any number of them may run.
+    """Publishes due messages until it is stopped, over a connection of its own. Any number of publishers may run.
 
-    Redis or the broker may go away meanwhile: what is parked stays so. What was taken when a broker went away is due
-    again after 5 s. Of one that is killed, others take over what it had taken after 5 s.
+    Redis or the broker may go away meanwhile: messages stay parked. A message that was taken when the broker went away,
+    or when the publisher was killed, is due again after 5 s, for any publisher.
+
+    A task that cannot be published is set aside, counted as celery.set_aside, and delays no other. Its message may be
+    damaged, its queue unknown, its limit unreadable, or the broker refuses it.
     """
 
     def __init__(self, app: Celery, gov: GovRedis, lot: ParkingLot) -> None:
         super().__init__(name="govredis-publisher", daemon=True)
         self._app, self._gov, self._lot = app, gov, lot
-        self._stopped = threading.Event()
+        self._stopped = Latch()
         self._away = False
+        self._connection: Any = None
+        self._producer: Any = None
 
     def run(self) -> None:
         """Work until `stop` is called."""
         wait = 0.0
         while not self._stopped.wait(wait):
             try:
-                self._until_away()
-            except BackendError:
-                wait = _RETRY  # Redis is: its breaker says so
-            except Exception as error:  # noqa: BLE001 - each transport has its own
+                next_in = self._publish_due()
+                wait = _POLL if next_in is None else min(_POLL, next_in)
+            except BackendUnavailable:
+                wait = _RETRY  # Redis is away: its breaker logs that
+            except Exception as error:  # noqa: BLE001 - each transport has errors of its own
+                self._disconnect()
                 if not self._away:
-                    log.warning("parked tasks cannot be published, and stay parked: %s", redact(str(error)))
+                    log.warning("parked tasks cannot be published, and stay parked: %s", self._said(error))
                 self._away, wait = True, _RETRY
+        self._disconnect()
 
     def stop(self) -> None:
-        """Publish no more than what it is at."""
+        """Stop after the message that is being published."""
         self._stopped.set()
         self.join(_RETRY)
 
-    def _until_away(self) -> None:
-        """Over one connection, made when something is due first. Returns when it is stopped."""
-        with self._app.connection_for_write(transport_options=_TRANSPORT_OPTIONS) as connection:
-            producer = self._app.amqp.Producer(connection, auto_declare=False)
-            while True:
-                due, next_in = self._lot.take()
-                for taken in due:
-                    if self._stopped.is_set():
-                        return
-                    parked = decode(taken.message)
-                    wait = 0.0 if taken.flushed else still_to_wait(self._gov, parked, _POLL)
-                    if wait:
-                        self._lot.postpone(taken.entry, wait)
-                        continue
-                    try:
-                        body, options = to_publish(self._app, parked)
-                    except KeyError as error:
-                        # It stays where it is, to be seen: another worker may know the queue.
-                        log.error("%s[%s] is parked, and its queue unknown: %s", parked["task"], parked["id"], error)
-                        continue
-                    producer.publish(body, **options)
-                    self._lot.remove(taken.entry)
-                    self._gov.counters.add("celery.published")
-                    if self._away:
-                        log.info("parked tasks are published again")
-                        self._away = False
-                if self._stopped.wait(_POLL if next_in is None else min(_POLL, next_in)):
-                    return
+    def _publish_due(self) -> float | None:
+        """Publish some of the due messages. Returns seconds until the next is due; None: nothing is parked.
+
+        Raises BackendUnavailable where Redis is away, and the broker's error where it accepts nothing.
+        """
+        due, next_in = self._lot.take()
+        published = 0
+        refused: list[tuple[Taken, Exception]] = []
+        for taken in due:
+            if self._stopped.is_set():
+                break
+            try:
+                parked = decode(taken.message)
+                wait = 0.0 if taken.flushed else still_to_wait(self._gov, parked, _POLL)
+                body, options = to_publish(self._app, parked) if not wait else (b"", {})
+            except BackendUnavailable:
+                raise
+            except Exception as error:  # noqa: BLE001 - anything may be parked there; only this message is at fault
+                self._put_aside(taken, error)
+                continue
+            if wait:
+                self._lot.postpone(taken.entry, wait)
+                continue
+            producer = self._connected()
+            try:
+                producer.publish(body, **options)
+            except Exception as error:
+                if isinstance(error, (OperationalError, *self._connection.connection_errors)):
+                    raise
+                self._disconnect()  # AMQP closes the channel
+                refused.append((taken, error))
+                continue
+            published += 1
+            self._lot.remove(taken.entry)
+            self._gov.counters.add("celery.published")
+            if self._away:
+                log.info("parked tasks are published again")
+                self._away = False
+        if len(refused) > 1 and not published and len({type(reason) for _, reason in refused}) == 1:
+            raise refused[0][1]  # the broker refuses all alike (it is full, or read-only): no message is at fault
+        for taken, reason in refused:
+            self._put_aside(taken, reason)
+        return next_in
+
+    def _put_aside(self, taken: Taken, error: Exception) -> None:
+        why = f"{type(error).__name__}: {self._said(error)}"
+        tries = self._lot.put_aside(taken.entry, why)
+        if tries:
+            self._gov.counters.add("celery.set_aside")
+            entry = taken.entry.decode(errors="backslashreplace")
+            log.error(
+                "parked task %s is set aside, as it cannot be published (try %d): %s", printable(entry), tries, why
+            )
+
+    def _said(self, error: Exception) -> str:
+        if isinstance(error, BackendError):
+            return str(error)  # has no secrets
+        return printable(broker_secrets(self._app).hide(str(error)))
+
+    def _connected(self) -> Any:
+        """The producer, over one connection, made when the first message is due."""
+        if self._producer is None:
+            self._connection = self._app.connection_for_write(transport_options=_TRANSPORT_OPTIONS)
+            self._producer = self._app.amqp.Producer(self._connection, auto_declare=False)
+        return self._producer
+
+    def _disconnect(self) -> None:
+        connection, self._connection, self._producer = self._connection, None, None
+        if connection is not None:
+            with contextlib.suppress(Exception):  # it may be broken
+                connection.release()

@@ -1,4 +1,4 @@
-"""Our tasks, each made into one of the app's own by `init_celery`. Bound: `self.app` says whose GovRedis it is."""
+"""Our tasks, which `init_celery` makes into tasks of the app. They are bound: `self.app` leads to the GovRedis."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 from celery import Task
 
 from ...errors import BackendUnavailable
+from ...keys import Id
 from ._gov import gov_of
 from ._republish import jittered, republish
 
 _SECONDS_BETWEEN_TRIES = 2.0
 
 
-def invalidate_metadata(self: Task, agent_id: str) -> None:
+def invalidate_metadata(self: Task, agent_id: Id) -> None:
     """Invalidate the cached metadata of an agent: once this has run, no later hit is older.
 
-    While Redis is away it is published anew every few seconds, until it could be done.
+    While Redis is away the task is published anew every few seconds, until it has succeeded.
     """
     try:
         gov_of(self.app).metadata.invalidate(agent_id)
@@ -25,22 +26,22 @@ def invalidate_metadata(self: Task, agent_id: str) -> None:
 
 
 def drain_outbox(self: Task) -> int | None:
-    """Tell Redis which cached values were changed, by whomever, as the outbox has it.
+    """Tell Redis which cached values were changed, by any writer, as the outbox has it.
 
-    Returns how many; None where it could not be done, or somebody else is at it.
+    Returns how many; None where it could not be done, or another process is doing it.
     """
-    guard = gov_of(self.app)._guard
-    return None if guard is None else guard.drain()
+    freshness = gov_of(self.app).internal.freshness
+    return None if freshness is None else freshness.drain()
 
 
 def health_snapshot(self: Task) -> dict[str, Any]:
-    """Look at the health and keep the report. Returns its status, and where it is kept: None if it could not be."""
+    """Check the health and store the report. Returns its status, and where it is stored; None if it could not be."""
     report = gov_of(self.app).health.snapshot()
     return {"status": report.status, "stored": report.stored}
 
 
 def purge(self: Task) -> int:
-    """Delete what is over from our tables. Returns the number of rows."""
+    """Delete ended windows, sessions and reports from our tables. Returns the number of rows."""
     gov = gov_of(self.app)
     return gov.limits.purge() + gov.sessions.purge() + gov.health.purge()
 
@@ -55,7 +56,7 @@ def heartbeat(self: Task, every: float = 15.0) -> bool:
 
 
 TASKS = {
-    # Whatever happens to the worker that took it, it is carried out; twice is harmless.
+    # It is carried out even if the worker that took it is killed; twice is harmless.
     "govredis.invalidate_metadata": (invalidate_metadata, {"bind": True, "acks_late": True}),
     # Nobody asks for these results: they would only fill the result backend.
     "govredis.health_snapshot": (health_snapshot, {"bind": True, "ignore_result": True}),

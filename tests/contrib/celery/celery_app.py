@@ -1,7 +1,8 @@
-"""The app of the worker subprocesses. What its tasks saw and did they note in a Redis that is only for that.
+"""The app of the worker subprocesses. Its tasks note what they saw and did, in a Redis that is only for that.
 
 GOVREDIS_TEST_APP, a JSON object: `name` of the process, `broker`, `backend` and `evidence` (URLs), `queue`, `conf` (the
-app's settings), and `warm`: use everything here, in the parent, before there are workers.
+app's settings), `warm`: use everything here, in the parent, before there are workers, and `silent`: a process tells
+its denials only when it ends.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from govredis import Config, GovRedis
 from govredis.contrib.celery import exclusive, init_celery, rate_limited
 from govredis.contrib.celery._gov import gov_of
 from govredis.contrib.celery._parking import HEADER
+from govredis.limits import denied_counts
 
 SETTINGS: dict[str, Any] = json.loads(os.environ["GOVREDIS_TEST_APP"])
 
@@ -73,7 +75,7 @@ def deliveries() -> int:
     return int(evidence.incr(f"deliveries:{current_task.request.id}"))
 
 
-#: Of what a delivery is described by: when it may run, and what its own delivery was like.
+#: Parts of a request that describe a delivery: when it may run, and how it came.
 CHANGES = {"eta", "delivery_info", "properties", "hostname", "_children", "argsrepr", "kwargsrepr", HEADER}
 
 
@@ -255,13 +257,14 @@ def meet(mine: str, others: str) -> None:
 def _hold(self: Task, key: str) -> str:
     note(f"holding:{key}")
     try:
-        time.sleep(120)
+        time.sleep(1000)
     except SoftTimeLimitExceeded:
         return "ended softly"
     return "was not ended"
 
 
-app.task(exclusive("hold:{key}", ttl=60)(_hold), name="hold", bind=True)
+# Nobody waits for the end of its lease, or of itself.
+app.task(exclusive("hold:{key}", ttl=1000)(_hold), name="hold", bind=True)
 app.task(exclusive("hold:{key}", ttl=3)(_hold), name="hold_shortly", bind=True)
 
 
@@ -286,7 +289,7 @@ def hold_late(key: str) -> int:
 
 
 def use_everything(gov: GovRedis, name: str) -> dict[str, Any]:
-    """What came of it, and which sockets this process has, to the Redis of `gov`."""
+    """The results, and the sockets that this process has to the Redis of `gov`."""
     with gov.locks.acquire(f"lock-{name}", timeout=10) as held:
         token = held.token
     return {
@@ -296,7 +299,7 @@ def use_everything(gov: GovRedis, name: str) -> dict[str, Any]:
         "session": gov.sessions.get_agent_id(f"session-{name}"),
         "loaded": gov.metadata.get_or_load("agent", lambda _: {"a": 1}),
         "away": gov.counters.get("limits.degraded.local"),
-        "clients": [gov._redis.call("CLIENT", "ID") for _ in range(3)],  # type: ignore[union-attr]
+        "clients": [gov.internal.context.redis.call("CLIENT", "ID") for _ in range(3)],  # type: ignore[union-attr]
         "sockets": sorted(sockets_to(gov.config.redis_url)),
     }
 
@@ -310,7 +313,7 @@ def sockets_to(url: str) -> set[str]:
     for fd in os.listdir("/proc/self/fd"):
         try:
             mine.add(os.readlink(f"/proc/self/fd/{fd}").removeprefix("socket:[").removesuffix("]"))
-        except FileNotFoundError:  # what listed them
+        except FileNotFoundError:  # the descriptor that listed them
             pass
     return connected & mine
 
@@ -319,6 +322,9 @@ def sockets_to(url: str) -> set[str]:
 def use(n: int) -> dict[str, Any]:
     return {"pid": os.getpid(), **use_everything(gov_of(app), f"{n % 5}")}
 
+
+if SETTINGS.get("silent"):
+    denied_counts._INTERVAL = 3600
 
 if SETTINGS.get("warm"):
     warm = GovRedis(Config(**SETTINGS["warm"]))

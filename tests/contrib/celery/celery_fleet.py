@@ -8,28 +8,29 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import redis
 from celery import Celery
-
-T = TypeVar("T")
+from support import PATIENCE, eventually
 
 HERE = Path(__file__).parent
-#: Takes long only when something is broken.
-PATIENCE = 180.0
+
+#: Beat publishes none of our tasks.
+NEVER = {"drain_interval": None, "heartbeat_interval": None, "snapshot_interval": None, "purge_interval": None}
 
 
-def until(what: str, seen: Callable[[], T], timeout: float = PATIENCE) -> T:
-    """The first true answer of `seen`. Fails, saying `what` did not come, after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while not (answer := seen()):
-        assert time.monotonic() < deadline, f"not within {timeout:.0f} s: {what}"
-        time.sleep(0.02)
-    return answer
+def in_app(settings: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The settings as an app's configuration has them."""
+    return {f"govredis_{name}": value for name, value in {**settings, **more}.items()}
+
+
+def close_backend(app: Celery) -> None:
+    """End the connections to an app's results in Redis: its client, which was given its pool, does not."""
+    app.backend.result_consumer.stop()
+    app.backend.client.connection_pool.disconnect()
 
 
 class Process:
@@ -129,9 +130,9 @@ class Fleet:
     def wait_ready(self, *names: str) -> None:
         for name in names:
             process = self.processes[name]
-            until(
-                f"{name} is ready",
+            eventually(
                 lambda name=name, process=process: self.evidence.exists(f"ready:{name}") or not process.running,
+                what=f"{name} is ready",
             )
             assert process.running, f"{name} ended:\n{process.text()[-3000:]}"
 
@@ -152,8 +153,7 @@ class Fleet:
         for process in self.processes.values():
             process.kill()
         for app in self._apps.values():
-            app.backend.result_consumer.stop()
-            app.backend.client.close()
+            close_backend(app)
             app.close()
         self.evidence.close()
 

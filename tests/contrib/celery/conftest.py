@@ -1,6 +1,6 @@
 """One fleet of real workers for all tests of this folder, on Redises and a PostgreSQL of their own.
 
-Not for each redis-server found: what is asked here is what Celery does.
+Not for each redis-server found: these tests ask what Celery does.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import psycopg2
 import pytest
-from celery_fleet import Fleet
+from celery_fleet import NEVER, Fleet, in_app
 
 from govredis import Config, GovRedis
 from govredis.testing.servers import PostgresServer, RedisServer
@@ -17,7 +18,7 @@ from govredis.testing.servers import PostgresServer, RedisServer
 
 @pytest.fixture(scope="session")
 def celery_redis() -> Iterator[RedisServer]:
-    """What the limits and locks of the fleet's tasks are in. Lives as long as the fleet."""
+    """The Redis of the limits and locks of the fleet's tasks. Lives as long as the fleet."""
     with RedisServer() as server:
         yield server
 
@@ -25,8 +26,11 @@ def celery_redis() -> Iterator[RedisServer]:
 @pytest.fixture(scope="session")
 def celery_postgres(shared_postgres: PostgresServer) -> str:
     """A database of the fleet's own, with our tables: its URL. Other tests empty those of the shared one."""
-    with GovRedis(Config(redis_enabled=False, database_url=shared_postgres.url)) as gov:
-        gov.postgres.fetch("CREATE DATABASE fleet")
+    connection = psycopg2.connect(shared_postgres.url)
+    connection.autocommit = True  # as CREATE DATABASE wants it
+    with connection.cursor() as cursor:
+        cursor.execute("CREATE DATABASE fleet")
+    connection.close()
     url = shared_postgres.url.rsplit("/", 1)[0] + "/fleet"
     with GovRedis(Config(redis_enabled=False, database_url=url)) as gov:
         gov.postgres.migrate()
@@ -56,7 +60,7 @@ def celery_broker() -> Iterator[RedisServer]:
 
 @pytest.fixture(scope="session")
 def short_broker() -> Iterator[RedisServer]:
-    """Of the worker `short`, which publishes as the user "writer": to be refused."""
+    """The broker of the worker `short`, which publishes as the user "writer", and is refused."""
     with RedisServer(persistent=True) as server:
         server.command("ACL", "SETUSER", "writer", "on", ">writer", "~*", "&*", "+@all")
         yield server
@@ -64,17 +68,9 @@ def short_broker() -> Iterator[RedisServer]:
 
 @pytest.fixture(scope="session")
 def mortal_cache() -> Iterator[RedisServer]:
-    """Of the worker `mortal`: to kill and restart."""
+    """The broker of the worker `mortal`, which tests kill and restart."""
     with RedisServer(persistent=True) as server:
         yield server
-
-
-def in_app(settings: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """As an app's configuration has them."""
-    return {f"govredis_{name}": value for name, value in {**settings, **more}.items()}
-
-
-NEVER = {"drain_interval": None, "heartbeat_interval": None, "snapshot_interval": None, "purge_interval": None}
 
 
 @pytest.fixture(scope="session")
@@ -85,9 +81,12 @@ def fleet(
     celery_settings: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Fleet]:
-    """Workers `first` and `second` on the queues "pair" and "other", four processes each; `mortal`, with beat, whose
-    Redis may be killed; `short`, with a visibility timeout of 4 s, on a broker of its own; and `warm`, which has used
-    everything before its children were forked, and replaces each after five tasks.
+    """The workers of these tests.
+
+    - `first` and `second` are on the queues "pair" and "other", with four processes each.
+    - `mortal`, with beat, has a Redis that may be killed.
+    - `short` has a visibility timeout of 4 s, on a broker of its own.
+    - `warm` has used everything before its children were forked, and replaces each after five tasks.
     """
     server = celery_broker.url.removesuffix("/0")
     fleet = Fleet(

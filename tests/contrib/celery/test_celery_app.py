@@ -1,8 +1,11 @@
-"""init_celery: what it puts into an app, what it leaves alone, and whose GovRedis an app's tasks use."""
+"""init_celery: the tasks and settings that it puts into an app, those that it leaves alone, and the app's GovRedis."""
 
 from __future__ import annotations
 
+import ast
 import copy
+import re
+import socket
 import sys
 import types
 from collections.abc import Iterator
@@ -12,6 +15,8 @@ from typing import Any
 import pytest
 from celery import Celery, current_app
 from celery.schedules import crontab, schedule
+from kombu.exceptions import OperationalError
+from support import PATIENCE, REDIS_AWAY, Background, WatchedSocket, redis_of
 
 from govredis import (
     BackendUnavailable,
@@ -77,6 +82,7 @@ class TestTasks:
         for sid in ("over", "alive"):
             gov.sessions.bind(sid, "a")
         gov.postgres.fetch("UPDATE govredis_sessions SET expires_at = now() - interval '1 day' WHERE session = 'over'")
+        redis_of(gov).call("DEL", "session:over")  # which would keep it alive, as an EXPIRE of the async service's does
         assert app.tasks["govredis.purge"]() == 1
         assert gov.postgres.fetch("SELECT session FROM govredis_sessions") == [("alive",)]
 
@@ -86,7 +92,7 @@ class TestTasks:
         app.finalize()
         for name, entry in app.conf.beat_schedule.items():
             assert entry["task"] == name
-            assert entry["options"] == {"expires": entry["schedule"]}
+            assert entry["options"] == {"expires": entry["schedule"], "expiration": entry["schedule"]}
         assert app.conf.beat_schedule["govredis.heartbeat"]["kwargs"] == {"every": 7}
         assert "kwargs" not in app.conf.beat_schedule["govredis.purge"]
 
@@ -128,7 +134,7 @@ class TestTasks:
 
 class TestSchedule:
     @pytest.mark.parametrize("finalized", [False, True])
-    def test_what_the_user_scheduled_stays(self, finalized: bool) -> None:
+    def test_the_users_schedule_stays(self, finalized: bool) -> None:
         mine: dict[str, Any] = {
             "govredis.purge": {"task": "something.else", "schedule": crontab(hour=3)},
             "often": {"task": "govredis.heartbeat", "schedule": 1.0, "kwargs": {"every": 1}},
@@ -179,6 +185,99 @@ class TestSchedule:
             init_celery(app)
 
 
+class TestQueue:
+    def queues(self, app: Celery) -> dict[str, str | None]:
+        return {name: getattr(app.tasks[name], "queue", None) for name in TASKS}
+
+    def test_is_the_apps_default_one(self) -> None:
+        app = make_app(task_default_queue="mine")
+        init_celery(app)
+        app.finalize()
+        assert self.queues(app) == dict.fromkeys(TASKS)
+
+    def test_a_queue_that_a_setting_names_is_for_our_tasks_and_not_for_the_users(self) -> None:
+        app = make_app(govredis_queue="ours")
+
+        @app.task(shared=False, name="govredis.purge")
+        def purge() -> None: ...
+
+        init_celery(app)
+        app.finalize()
+        assert self.queues(app) == {**dict.fromkeys(TASKS, "ours"), "govredis.purge": None}
+
+    @pytest.mark.parametrize("queue", ["", 5, ["a"]])
+    def test_refuses_what_is_no_name(self, queue: Any) -> None:
+        app = make_app(govredis_queue=queue)
+        app.finalize()
+        with pytest.raises(
+            ConfigurationError, match=r"^govredis_queue is .*; it must be the name of a queue, or None$"
+        ):
+            init_celery(app)
+
+
+class TestUnboundedBroker:
+    """A broker that hangs."""
+
+    SAID = "blocks for as long as the broker hangs"
+
+    def said(self, caplog: pytest.LogCaptureFixture, broker: str, **conf: Any) -> int:
+        caplog.clear()
+        app = Celery("mine", set_as_current=False)
+        app.conf.update(broker_url=broker, **conf)
+        for _ in range(2):
+            init_celery(app)
+            app.finalize()
+        return caplog.text.count(self.SAID)
+
+    def test_is_warned_of_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        urls = ("redis://h", "rediss://h", "sentinel://h;sentinel://i", "redis://u:hunter2@h/3")
+        assert [self.said(caplog, url) for url in urls] == [1, 1, 1, 1]
+        assert "hunter2" not in caplog.text
+        assert self.said(caplog, "redis://h", broker_transport_options={"visibility_timeout": 9}) == 1
+        assert "{'visibility_timeout': 9, 'socket_timeout': 1," in caplog.text, "the user's own stay"
+
+    def test_nothing_is_said_where_it_is_bounded_or_no_redis(self, caplog: pytest.LogCaptureFixture) -> None:
+        assert self.said(caplog, "redis://h", broker_transport_options={"socket_timeout": 5}) == 0
+        assert self.said(caplog, "memory://") == self.said(caplog, "amqp://h") == 0
+
+    def test_the_warning_is_true(
+        self, caplog: pytest.LogCaptureFixture, celery_broker: RedisServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(socket, "socket", WatchedSocket)
+
+        def publish(app: Celery) -> tuple[str, int, list[float | None]]:
+            waits = WatchedSocket.waits
+            try:
+                app.send_task("any", queue="unbounded")
+            except OperationalError:
+                return "refused", waits.connects, waits.timeouts
+            return "published", waits.connects, waits.timeouts
+
+        url = celery_broker.url.removesuffix("/0")
+        unbounded = Celery("mine", broker=f"{url}/5", set_as_current=False)
+        init_celery(unbounded)
+        unbounded.finalize()
+        told = re.search(r"With broker_transport_options=(\{.*\}) and task_publish_retry=(\w+) it", caplog.text)
+        assert told is not None
+        bounded = Celery("mine", broker=f"{url}/6", set_as_current=False)
+        bounded.conf.update(
+            broker_transport_options=ast.literal_eval(told[1]), task_publish_retry=ast.literal_eval(told[2])
+        )
+        celery_broker.pause()
+        try:
+            blocked = Background(lambda: publish(unbounded))
+            assert Background(lambda: publish(bounded)).result(PATIENCE) == ("refused", 1, [1]), "a second, once"
+            assert blocked.is_alive(), "the other one blocks"
+        finally:
+            celery_broker.resume()
+        answer, _, ran_out = blocked.result(PATIENCE)
+        assert (answer, ran_out) == ("published", [])
+        celery_broker.command("DEL", "unbounded")
+        for app in (unbounded, bounded):
+            app.pool.force_close_all()
+            app.close()
+
+
 class TestSettings:
     def test_make_a_gov_of_the_apps_own_over_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("REDIS_SESSION_TTL", "77")
@@ -225,6 +324,13 @@ class TestSettings:
         app.finalize()
         with pytest.raises(ConfigurationError, match=r"^govredis_redis_ulr is no setting") as caught:
             init_celery(app)
+        assert str(caught.value).endswith("; the name must be govredis_redis_url")
+
+    def test_a_strange_name_is_refused_with_those_there_are(self) -> None:
+        app = make_app(govredis_wonder="redis://u:hunter2@h/0")
+        app.finalize()
+        with pytest.raises(ConfigurationError, match=r"^govredis_wonder is no setting; these are: .*") as caught:
+            init_celery(app)
         assert "hunter2" not in str(caught.value)
         assert "govredis_redis_url" in str(caught.value)
         assert "govredis_purge_interval" in str(caught.value)
@@ -236,9 +342,7 @@ class TestSettings:
             init_celery(app)
         assert "hunter2" not in str(caught.value)
 
-    def test_what_is_wrong_is_said_by_the_tasks_of_an_app_finalized_later(
-        self, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_tasks_of_an_app_finalized_later_raise_the_wrong_setting(self, caplog: pytest.LogCaptureFixture) -> None:
         app = make_app(govredis_lock_fallback="none")
         init_celery(app)
         app.finalize()  # Celery logs what a receiver of its signal raised
@@ -260,7 +364,7 @@ class TestSettings:
         assert gov_of(app) is gov
 
 
-class TestWhoseGov:
+class TestChoiceOfGov:
     def test_with_neither_gov_nor_settings_it_is_the_process_wide_one(self) -> None:
         mine = GovRedis(Config(key_prefix="configured:"))
         app = make_app(govredis_purge_interval=5)  # an interval makes no GovRedis
@@ -302,7 +406,11 @@ class TestWhoseGov:
             @exclusive("own:{agent}")
             def locked(self: Any, agent: str) -> list[str]:
                 gov = gov_of(self.app)
-                return [key for key in celery_redis.command("KEYS", "*lock:own:a") if key.startswith(gov._keys.prefix)]
+                return [
+                    key
+                    for key in celery_redis.command("KEYS", "*lock:own:a")
+                    if key.startswith(gov.internal.context.keys.prefix)
+                ]
 
         for app, prefix in zip(apps, ("one:", "two:", "three:"), strict=True):
             assert app.tasks["limited"].apply(("a",)).get() == "a"
@@ -318,7 +426,7 @@ class TestWhoseGov:
 
 
 class TestCalls:
-    """Our tasks as functions: what they return."""
+    """Our tasks as functions: their results."""
 
     def test_snapshot_heartbeat_purge_and_invalidation(
         self, celery_redis: RedisServer, celery_settings: dict[str, Any]
@@ -328,6 +436,7 @@ class TestCalls:
         init_celery(app)
         app.finalize()
         gov = gov_of(app)
+        gov.postgres.migrate()  # under this prefix
         assert app.tasks["govredis.health_snapshot"]() == {"status": "pass", "stored": "redis"}
         assert celery_redis.command("XLEN", "calls:govredis:health") == 1
         assert app.tasks["govredis.heartbeat"]() is True
@@ -340,18 +449,20 @@ class TestCalls:
         assert app.tasks["govredis.drain_outbox"]() == 1
         assert gov.metadata.get("a") is None
         gov.postgres.fetch(
-            "INSERT INTO govredis_limit_windows SELECT 'calls:' || n, '{}', 1, 5 FROM generate_series(1, 3) n"
+            "INSERT INTO govredis_limit_windows SELECT %s || n, '{}', 1, 5 FROM generate_series(1, 3) n",
+            (gov.internal.context.keys.row("default:"),),
         )
         gov.postgres.fetch(
-            "INSERT INTO govredis_health_snapshots SELECT 'calls:', now() - n * interval '31 days', '{}'"
-            " FROM generate_series(1, 2) n"
+            "INSERT INTO govredis_health_snapshots SELECT %s, now() - n * interval '31 days', '{}'"
+            " FROM generate_series(1, 2) n",
+            (gov.internal.context.keys.health_history(),),
         )
         assert app.tasks["govredis.purge"]() == 5
         assert app.tasks["govredis.purge"]() == 0
         gov.close()
 
     def test_with_redis_away(self) -> None:
-        app = make_app(govredis_redis_url="redis://127.0.0.1:1/0")
+        app = make_app(govredis_redis_url=REDIS_AWAY)
         init_celery(app)
         app.finalize()
         assert app.tasks["govredis.heartbeat"]() is False
@@ -373,7 +484,7 @@ class TestNames:
         assert gov_of(app).config.key_prefix == "mine:"
         assert app.conf.beat_schedule["govredis.purge"]["schedule"] == 7
 
-    def test_those_of_a_flask_app_in_the_same_module_are_not_its_own(self) -> None:
+    def test_settings_of_a_flask_app_in_the_same_module_are_not_its_own(self) -> None:
         app = Celery("mine", set_as_current=False)
         module = {"CELERY_BROKER_URL": "memory://", "GOVREDIS_SESSION_HEADER": "X", "CELERY_GOVREDIS_KEY_PREFIX": "c:"}
         app.config_from_object(types.SimpleNamespace(**module), namespace="CELERY")

@@ -1,21 +1,23 @@
-"""rate_limited and exclusive: what they refuse where they stand, what they keep of the function, and calls without a
-worker.
-"""
+"""rate_limited and exclusive: refusals at decoration, the function's signature, and calls without a worker."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from celery import Celery, shared_task
 from celery._state import _task_stack
-from celery.exceptions import Reject, Retry
+from celery.exceptions import Reject, Retry, SoftTimeLimitExceeded
 from kombu.exceptions import EncodeError, OperationalError
+from support import REDIS_AWAY, redis_of
 
 from govredis import Config, GovRedis, Limit, LockTimeout, LockUnavailable, RateLimitExceeded
 from govredis.contrib.celery import _republish, exclusive, init_celery, rate_limited
+from govredis.contrib.celery._parking import HEADER
 from govredis.testing.servers import RedisServer
 
 
@@ -30,6 +32,13 @@ def app(gov: GovRedis) -> Iterator[Celery]:
     init_celery(app, gov)
     yield app
     app.close()
+
+
+class Striking:
+    """The soft time limit is over when kombu encodes it."""
+
+    def __json__(self) -> Any:
+        raise SoftTimeLimitExceeded
 
 
 def limited(*args: Any, **options: Any) -> Any:
@@ -59,7 +68,7 @@ class TestRefusals:
                 decorate(task)
 
     @pytest.mark.parametrize("decorate", DECORATORS)
-    def test_what_only_begins_when_it_is_called(self, decorate: Any) -> None:
+    def test_coroutines_and_generators(self, decorate: Any) -> None:
         async def coroutine(agent: str) -> None: ...
 
         def generator(agent: str) -> Iterator[str]:
@@ -69,10 +78,16 @@ class TestRefusals:
             with pytest.raises(ValueError, match=rf"{function.__name__} only begins when it is called"):
                 decorate(function)
 
-    def test_what_is_no_template_and_no_choice(self) -> None:
-        for key in (None, 5, len):
-            with pytest.raises(ValueError, match=r"key is .*; it must be a template"):
-                exclusive(key)  # type: ignore[call-overload]
+    def test_bad_templates_and_choices(self) -> None:
+        async def later(agent: str) -> str:
+            return agent
+
+        for key in (None, 5, b"mail", later):
+            for decorate in (exclusive, functools.partial(rate_limited, "1/hour")):
+                with pytest.raises(
+                    ValueError, match=r"key is .*; it must be a template .*, a plain name, or a plain call"
+                ):
+                    decorate(key=key)  # type: ignore[operator]
         with pytest.raises(ValueError, match="on_limit is"):
             limited("1/hour", on_limit=["skip"])
         with pytest.raises(ValueError, match="on_conflict is"):
@@ -80,7 +95,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("decorate", DECORATORS)
     @pytest.mark.parametrize("what", [None, "agent", 5])
-    def test_what_is_no_function(self, decorate: Any, what: Any) -> None:
+    def test_an_object_that_is_no_function(self, decorate: Any, what: Any) -> None:
         with pytest.raises(ValueError, match="it must be the function of a task"):
             decorate(what)
 
@@ -120,30 +135,24 @@ class TestRefusals:
         with pytest.raises(ValueError, match="lock name"):
             exclusive(key)(function)
 
-    def test_a_limit_names_whom_it_is_for_and_a_lock_may_be_everybodys(self, app: Celery, gov: GovRedis) -> None:
-        def function(agent: str) -> bool:
-            return gov.locks.is_locked("everybody")
-
-        with pytest.raises(ValueError, match="names no argument"):
-            limited("1/hour", key="everybody")(function)
-        assert app.task(exclusive("everybody")(function), name="alone")("agent-1") is True
-        assert not gov.locks.is_locked("everybody")
+        with pytest.raises(ValueError, match="key"):
+            limited("1/hour", key=key)(function)
 
 
 class TestFunctions:
     def test_name_doc_and_signature_are_kept(self, app: Celery) -> None:
         def function(self: Any, agent: str, n: int = 3, *, fast: bool = False) -> int:
-            """What it does."""
+            """Its docstring."""
             return n
 
         for decorate in DECORATORS:
             wrapped = decorate(function)
-            assert (wrapped.__name__, wrapped.__doc__) == ("function", "What it does.")
+            assert (wrapped.__name__, wrapped.__doc__) == ("function", "Its docstring.")
             assert wrapped.__module__ == __name__
             assert inspect.signature(wrapped) == inspect.signature(function)
         task = app.task(shared=False, bind=True)(DECORATORS[0](DECORATORS[1](function)))
         assert task.name.endswith("test_celery_decorators.function")
-        assert task.__doc__ == "What it does."
+        assert task.__doc__ == "Its docstring."
 
     @pytest.mark.parametrize("bind", [True, False])
     @pytest.mark.parametrize("decorate", DECORATORS)
@@ -186,7 +195,72 @@ class TestFunctions:
             task("a")
         assert caught.value.result.limit == Limit(1, 3600)
         assert seen == [("a", "paid"), ("a", "paid"), ("a", "free")]
-        assert celery_redis.command("ZCARD", f"{gov._keys.prefix}rate_limit:plans:who-a") == 2
+        assert celery_redis.command("ZCARD", f"{gov.internal.context.keys.prefix}rate_limit:plans:who-a") == 2
+
+
+class TestOfAllRuns:
+    def test_a_plain_key_is_a_limit_of_all_runs(self, app: Celery, gov: GovRedis) -> None:
+        @app.task(shared=False)
+        @limited("2/hour", key="mail", operation="sent")
+        def mail(to: str) -> str:
+            return to
+
+        assert [mail("ann"), mail.apply(("bob",)).get()] == ["ann", "bob"]
+        with pytest.raises(RateLimitExceeded):
+            mail("cyd")
+        assert gov.limits.get_count("mail", window=3600, operation="sent") == 2
+        with pytest.raises(ValueError, match=r"key 'to' of .*mail is the name of an argument; write '\{to\}'"):
+            limited("2/hour", key="to")(mail.run)
+
+    def test_a_plain_key_is_a_lock_of_all_runs(self, app: Celery, gov: GovRedis) -> None:
+        def function(agent: str) -> bool:
+            return gov.locks.is_locked("everybody")
+
+        assert app.task(exclusive("everybody")(function), name="alone")("agent-1") is True
+        assert not gov.locks.is_locked("everybody")
+
+
+class TestCallableKeys:
+    @pytest.mark.parametrize("bind", [True, False])
+    def test_get_the_arguments_of_the_run(self, app: Celery, gov: GovRedis, bind: bool) -> None:
+        seen: list[Any] = []
+
+        def name(*args: Any, **kwargs: Any) -> str:
+            seen.append((args[-1:], kwargs))
+            return f"agent-{args[-1]}"
+
+        def body(*args: Any, **kwargs: Any) -> bool:
+            return gov.locks.is_locked(f"agent-{args[-1]}")
+
+        task = app.task(shared=False, bind=bind, name="named")(exclusive(key=name, on_conflict="raise")(body))
+        assert task("a", n=1) is True
+        assert not gov.locks.is_locked("agent-a")
+        with gov.locks.acquire("agent-a", timeout=0):
+            with pytest.raises(LockTimeout):
+                task("a")
+            assert task.apply(("b",)).get() is True
+        assert seen == [(("a",), {"n": 1}), (("a",), {}), (("b",), {})]
+
+    @pytest.mark.parametrize("name", [7, uuid.UUID(int=7)])
+    def test_may_give_an_int_or_a_uuid(self, app: Celery, gov: GovRedis, name: Any) -> None:
+        def body() -> bool:
+            return gov.locks.is_locked(str(name))
+
+        assert app.task(shared=False, name="by_id")(exclusive(lambda: name)(body))() is True
+
+    @pytest.mark.parametrize("name", [None, "", "a\nb", True, 7.5, ["a"]])
+    def test_that_give_no_name_are_an_error_of_the_run(self, app: Celery, name: Any) -> None:
+        ran: list[str] = []
+
+        def nightly(agent: str) -> None:
+            ran.append(agent)
+
+        task = app.task(shared=False, name="no_name")(exclusive(lambda agent: name, on_conflict="skip")(nightly))
+        with pytest.raises(
+            ValueError, match=r"the lock name that `key` gave for .*nightly is .*; it must be a non-empty str"
+        ):
+            task.apply(("a",)).get()
+        assert ran == []
 
 
 class TestWithoutAWorker:
@@ -255,8 +329,10 @@ class TestWithoutAWorker:
         assert gov.counters.get("celery.conflicts.skip") == 2
 
     @pytest.mark.parametrize("on_conflict", ["retry", "raise", "skip"])
-    def test_nobody_can_be_asked_is_no_conflict(self, make_gov: Callable[..., GovRedis], on_conflict: str) -> None:
-        gov = make_gov(redis_url="redis://127.0.0.1:1/0", lock_fallback="fail")
+    def test_a_lock_that_is_unavailable_is_no_conflict(
+        self, make_gov: Callable[..., GovRedis], on_conflict: str
+    ) -> None:
+        gov = make_gov(redis_url=REDIS_AWAY, lock_fallback="fail")
         app = Celery("mine", broker="memory://", set_as_current=False)
         init_celery(app, gov)
         ran: list[str] = []
@@ -274,7 +350,7 @@ class TestWithoutAWorker:
     def test_the_lock_is_held_while_it_runs_with_its_ttl_and_no_longer(
         self, app: Celery, gov: GovRedis, celery_redis: RedisServer
     ) -> None:
-        key = f"{gov._keys.prefix}lock:agent:a"
+        key = f"{gov.internal.context.keys.prefix}lock:agent:a"
 
         def body(agent: str, fails: bool) -> int:
             if fails:
@@ -360,11 +436,11 @@ def run(task: Any, *args: Any, **request: Any) -> Any:
 
 
 class TestPublishedAnew:
-    """What becomes of the running task's message where Redis is away."""
+    """The running task's message where Redis is away."""
 
     @pytest.fixture
     def gov(self, make_gov: Callable[..., GovRedis]) -> GovRedis:
-        return make_gov(redis_url="redis://127.0.0.1:1/0")
+        return make_gov(redis_url=REDIS_AWAY)
 
     @pytest.fixture(autouse=True)
     def serializers(self, app: Celery) -> None:
@@ -384,7 +460,7 @@ class TestPublishedAnew:
         assert 59 <= retry.value.when <= 75
 
     @pytest.mark.parametrize("late", [True, False])
-    def test_what_cannot_be_encoded_fails_and_does_not_come_back(self, app: Celery, late: bool) -> None:
+    def test_a_message_that_cannot_be_encoded_fails_and_does_not_come_back(self, app: Celery, late: bool) -> None:
         @app.task(shared=False, acks_late=late)
         @limited("1/minute", key=lambda thing: "a")
         def task(thing: object) -> None: ...
@@ -394,13 +470,31 @@ class TestPublishedAnew:
             run(task, object())
 
     @pytest.mark.parametrize("late", [True, False])
-    def test_what_a_broker_refuses_comes_back_no_sooner_than_a_second(
+    def test_a_soft_time_limit_that_strikes_the_encoder_loses_no_task(
+        self, app: Celery, late: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """kombu makes an EncodeError of it."""
+        monkeypatch.setattr(_republish.time, "sleep", lambda _: None)
+
+        @app.task(shared=False, acks_late=late)
+        @limited("1/minute", key=lambda thing: "a")
+        def task(thing: object) -> None: ...
+
+        run(task, Striking())
+        with pytest.raises(Reject if late else SoftTimeLimitExceeded) as caught:
+            run(task, Striking())
+        if late:
+            assert caught.value.requeue
+            assert isinstance(caught.value.__cause__, SoftTimeLimitExceeded)
+
+    @pytest.mark.parametrize("late", [True, False])
+    def test_a_message_that_a_broker_refuses_comes_back_no_sooner_than_a_second(
         self, app: Celery, late: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         waited: list[float] = []
         monkeypatch.setattr(_republish.time, "sleep", waited.append)
         # Nobody listens there.
-        app.conf.update(broker_url="redis://127.0.0.1:1/0", task_publish_retry=False)
+        app.conf.update(broker_url=REDIS_AWAY, task_publish_retry=False)
         app.conf.broker_transport_options = {"max_retries": 0}
 
         @app.task(shared=False, acks_late=late)
@@ -458,7 +552,7 @@ class TestPublishedAnew:
 
 
 class TestWithAMessage:
-    def test_one_that_it_calls_does_not_begin_it_anew(self, app: Celery, gov: GovRedis) -> None:
+    def test_a_task_that_it_calls_does_not_begin_it_anew(self, app: Celery, gov: GovRedis) -> None:
         @app.task(shared=False)
         @exclusive("x:{agent}")
         @limited("1/minute", operation="inner")
@@ -495,3 +589,29 @@ class TestWithAMessage:
         assert run(task, "a") == "a"
         with pytest.raises(Retry):
             run(task, "a")
+
+    @pytest.mark.parametrize("header", [None, "1:abc:0.0"], ids=["as it was sent", "parked before"])
+    def test_a_message_comes_again_where_no_connection_is_free_to_ask(
+        self, make_gov: Callable[..., GovRedis], celery_redis: RedisServer, header: str | None
+    ) -> None:
+        """Redis may well admit it, or know it for one too many: it is neither run unasked, nor does it fail."""
+        gov = make_gov(redis_url=celery_redis.url, redis_connections=1, socket_timeout=0.1, connect_timeout=0.1)
+        app, ran = Celery("crowded", broker="memory://", set_as_current=False), []
+        init_celery(app, gov)
+
+        @app.task(shared=False)
+        @limited("9/minute", operation="crowded")
+        def task(agent: str) -> None:
+            ran.append(agent)
+
+        connection = redis_of(gov)._pool.take(5)
+        headers = {} if header is None else {HEADER: header}
+        with pytest.raises(Retry) as retry:
+            run(task, "a", headers=headers)
+        assert 1 <= retry.value.when <= 1.25
+        assert retry.value.sig.options["headers"].get(HEADER) == header
+        assert ran == []
+        redis_of(gov)._pool.give(connection)
+        run(task, "a", headers=headers)
+        assert ran == ["a"]
+        app.close()

@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from support import PATIENCE
 
-from govredis import Config, GovRedis
+from govredis import GovRedis
+from govredis.config import variables
 from govredis.contrib.flask import FlaskGovRedis
 from govredis.testing.servers import RedisServer
 
@@ -43,7 +45,6 @@ def client(app: Flask) -> FlaskClient:
 class Answer:
     status: int
     worker: str  # its pid
-    seconds: float
     body: bytes
 
 
@@ -51,9 +52,10 @@ class Gunicorn:
     """gunicorn with four workers on a loopback port of its own, serving served_app.py."""
 
     def __init__(self, log: Path, options: tuple[str, ...], settings: dict[str, object]) -> None:
-        ours = {f.metadata["variable"] for f in Config.__dataclass_fields__.values()}
+        ours = set(variables().values())
         environment = {name: value for name, value in os.environ.items() if name not in ours}
-        environment.update({f"FLASK_GOVREDIS_{name.upper()}": str(value) for name, value in settings.items()})
+        names = {name: variables().get(name, f"GOVREDIS_{name.upper()}") for name in settings}
+        environment.update({f"FLASK_{names[name]}": str(value) for name, value in settings.items()})
         # The socket is made here, so that clients wait in its backlog until there are workers, and nobody polls.
         with socket.create_server(("127.0.0.1", 0), backlog=64) as listener, log.open("wb") as sink:
             self._port = listener.getsockname()[1]
@@ -76,23 +78,21 @@ class Gunicorn:
         self._process.wait(10)
 
     def get(self, path: str, agent: str = "agent-1") -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
-        began = time.perf_counter()
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE)
         try:
             connection.request("GET", path, headers={"X-Agent": agent})
             response = connection.getresponse()
             body = response.read()
         finally:
             connection.close()
-        seconds = time.perf_counter() - began
-        return Answer(response.status, response.headers["X-Worker"], seconds, body)
+        return Answer(response.status, response.headers["X-Worker"], body)
 
     def ask(
         self, path: str, until: Callable[[list[Answer]], bool], *, agent: str = "agent-1", pause: float = 0
     ) -> list[Answer]:
-        """All answers that four clients at once get, until `until` of them, but for two minutes at most."""
+        """All answers that four clients at once get, until `until` of them. Fails after PATIENCE."""
         answers: list[Answer] = []
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
 
         def client() -> None:
             while not until(answers) and time.monotonic() < deadline:
@@ -102,7 +102,7 @@ class Gunicorn:
         with ThreadPoolExecutor(4) as clients:
             for ended in [clients.submit(client) for _ in range(4)]:
                 ended.result()
-        assert until(answers), f"not within 120 s, of {len(answers)} answers, the last {answers[-1:]}"
+        assert until(answers), f"not within {PATIENCE:g} s, of {len(answers)} answers, the last {answers[-1:]}"
         return answers
 
 

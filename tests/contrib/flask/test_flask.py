@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from flask import Blueprint, Flask, Response, jsonify, make_response, request
 from flask.testing import FlaskClient
+from support import REDIS_AWAY
 
 from govredis import (
     BackendUnavailable,
@@ -31,8 +32,8 @@ from govredis.testing.servers import PostgresServer, RedisServer
 
 pytestmark = pytest.mark.one_redis
 
-NOWHERE = "redis://127.0.0.1:1/0"
 AGENT = {"X-Agent": "agent-1"}
+PAGES = "live", "ready", "health"
 
 
 def by_header() -> str:
@@ -42,7 +43,7 @@ def by_header() -> str:
 @pytest.fixture
 def away(make_gov: Callable[..., GovRedis]) -> GovRedis:
     """Neither a Redis nor a PostgreSQL."""
-    return make_gov(redis_url=NOWHERE)
+    return make_gov(redis_url=REDIS_AWAY)
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def assert_problem(response: Any, status: int) -> dict[str, Any]:
 def test_the_argument_comes_before_the_settings_before_the_process_wide_one(
     gov: GovRedis, make_gov: Callable[..., GovRedis], close_apps: list[Flask]
 ) -> None:
-    process_wide = make_gov(redis_url=NOWHERE)
+    process_wide = make_gov(redis_url=REDIS_AWAY)
     configure(process_wide)
     given, own, plain = Flask("given"), Flask("own"), Flask("plain")
     given.config["GOVREDIS_KEY_PREFIX"] = own.config["GOVREDIS_KEY_PREFIX"] = "own:"
@@ -90,7 +91,7 @@ def test_the_argument_comes_before_the_settings_before_the_process_wide_one(
     assert gov_of(given) is gov
     assert gov_of(own).config.key_prefix == "own:"
     assert gov_of(plain) is process_wide
-    later = make_gov(redis_url=NOWHERE)
+    later = make_gov(redis_url=REDIS_AWAY)
     configure(later)
     assert gov_of(plain) is later
 
@@ -108,7 +109,7 @@ def test_one_extension_serves_several_apps_each_with_its_own_settings(
 
     def create_app(name: str) -> Flask:
         app = Flask(name)
-        app.config.from_mapping(GOVREDIS_REDIS_URL=redis_server.url, GOVREDIS_KEY_PREFIX=f"{name}:")
+        app.config.from_mapping(REDIS_URL=redis_server.url, GOVREDIS_KEY_PREFIX=f"{name}:")
         ext.init_app(app)
         app.register_blueprint(views)
         close_apps.append(app)
@@ -136,11 +137,25 @@ def test_settings_are_put_over_the_environments(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"GOVREDIS_SESSION_TTL": "an hour"}, "GOVREDIS_SESSION_TTL is 'an hour'; it must be a number of seconds"),
-        ({"GOVREDIS_SESION_HEADER": "X-Sid"}, "GOVREDIS_SESION_HEADER is no setting; .* GOVREDIS_SESSION_HEADER"),
+        ({"REDIS_SESSION_TTL": "an hour"}, "^REDIS_SESSION_TTL is 'an hour'; it must be a number of seconds"),
+        ({"GOVREDIS_SESSION_TTL": "7"}, "^GOVREDIS_SESSION_TTL is no setting; the name must be REDIS_SESSION_TTL$"),
+        ({"GOVREDIS_REDIS_URL": "redis://h"}, "^GOVREDIS_REDIS_URL is no setting; the name must be REDIS_URL$"),
+        (
+            {"GOVREDIS_SESION_HEADER": "X-Sid"},
+            "^GOVREDIS_SESION_HEADER is no setting; the name must be GOVREDIS_SESSION_HEADER$",
+        ),
         ({"GOVREDIS_SESSION_HEADER": "X Sid"}, "GOVREDIS_SESSION_HEADER is 'X Sid'; it must be a name of letters"),
         ({"GOVREDIS_SESSION_COOKIE": 7}, "GOVREDIS_SESSION_COOKIE is 7; it must be a name of letters.*, or None"),
-        ({"GOVREDIS_REDIS_URL": "redis://u:hunter2@h:x"}, r"GOVREDIS_REDIS_URL is 'redis://u:\*\*\*@h:x'"),
+        (
+            {"GOVREDIS_URL_PREFIX": "ops"},
+            "GOVREDIS_URL_PREFIX is 'ops'; it must be a path such as .*, or None",
+        ),
+        ({"GOVREDIS_URL_PREFIX": "/"}, "GOVREDIS_URL_PREFIX is '/'"),
+        ({"GOVREDIS_URL_PREFIX": "/<x>"}, "GOVREDIS_URL_PREFIX is '/<x>'"),
+        ({"GOVREDIS_HEALTH_DETAILS": "no"}, "GOVREDIS_HEALTH_DETAILS is 'no'; it must be True, False or a plain call"),
+        ({"GOVREDIS_HEALTH_DETAILS": lambda user: True}, "GOVREDIS_HEALTH_DETAILS is .* callable without arguments"),
+        ({"GOVREDIS_WONDER": "x"}, "^GOVREDIS_WONDER is no setting; these are: .*GOVREDIS_SESSION_COOKIE.*REDIS_URL"),
+        ({"REDIS_URL": "redis://u:hunter2@h:x"}, r"^REDIS_URL is 'redis://u:\*\*\*@h:x'"),
     ],
 )
 def test_wrong_settings_are_refused_by_init_app(app: Flask, settings: dict[str, Any], said: str) -> None:
@@ -393,17 +408,17 @@ def test_key_may_be_a_template_of_the_urls_arguments(
     answers = [client.get(path) for path in ("/a/1", "/a/2", "/a/1")]
     assert [(a.status_code, a.text) for a in answers[:2]] == [(200, "a 1"), (200, "a 2")]
     assert answers[2].status_code == 429
-    assert "rate_limit:visit:a.1" in plain_redis.keys("*")
+    assert "rate_limit:visit:a.:int=1" in plain_redis.keys("*")
 
 
-def test_a_key_that_gives_no_str_is_a_mistake_to_be_seen(app: Flask, ext: FlaskGovRedis, client: FlaskClient) -> None:
+def test_a_key_that_gives_no_id_is_a_mistake_to_be_seen(app: Flask, ext: FlaskGovRedis, client: FlaskClient) -> None:
     @app.get("/")
-    @ext.rate_limited("1/hour", key=lambda: 7)  # type: ignore[arg-type,return-value]
+    @ext.rate_limited("1/hour", key=lambda: 7.5)  # type: ignore[arg-type,return-value]
     def view() -> str:
         raise AssertionError("it ran")
 
     app.testing = True
-    with pytest.raises(TypeError, match=r"key of \S*view gave 7; it must give a str, or None"):
+    with pytest.raises(TypeError, match=r"key of \S*view gave 7\.5; it must give a str, an int or a UUID, or None"):
         client.get("/")
 
 
@@ -499,7 +514,7 @@ def test_one_limit_holds_across_threads(app: Flask, ext: FlaskGovRedis) -> None:
     [
         ({"rate": "20/fortnight", "key": "{agent_id}"}, "rate is '20/fortnight'"),
         ({"rate": "20/hour", "key": None}, "key is None; it must be a template"),
-        ({"rate": "20/hour", "key": "agent"}, "names no argument; it must name at least one of agent_id"),
+        ({"rate": "20/hour", "key": "agent_id"}, "key 'agent_id' of .*view is the name of an argument"),
         ({"rate": "20/hour", "key": "{agnet_id}"}, "names 'agnet_id'; the function's arguments are agent_id"),
         ({"rate": "20/hour", "key": "{agent_id}", "operation": "a:b"}, "operation is 'a:b'"),
         (
@@ -526,7 +541,7 @@ def test_an_async_view_is_refused(ext: FlaskGovRedis) -> None:
 
     with pytest.raises(ValueError, match=r"<locals>\.view is async; @rate_limited is for synchronous views"):
         ext.rate_limited("1/hour", key=by_header)(view)
-    with pytest.raises(ValueError, match="what is decorated is 7; it must be the function of a view"):
+    with pytest.raises(ValueError, match="the decorated object is 7; it must be the function of a view"):
         ext.rate_limited("1/hour", key=by_header)(7)  # type: ignore[arg-type]
 
 
@@ -725,7 +740,7 @@ def test_redis_is_asked_once_a_request_and_the_session_slides(
 
 
 @pytest.mark.parametrize("session_id", ["a{b}", "x" * 513, "tab\tbed", "\x85"])
-def test_what_can_be_no_session_id_is_nobody_and_nothing_is_sent(
+def test_an_impossible_session_id_is_nobody_and_nothing_is_sent(
     app: Flask, client: FlaskClient, away: GovRedis, session_id: str
 ) -> None:
     ext = FlaskGovRedis(app, away)
@@ -777,7 +792,9 @@ def test_a_view_is_limited_by_the_agent(app: Flask, ext: FlaskGovRedis, client: 
 # -- errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_away_is_a_503_that_tells_nothing_else(app: Flask, ext: FlaskGovRedis, client: FlaskClient) -> None:
+def test_a_backend_that_is_away_is_a_503_that_tells_nothing_else(
+    app: Flask, ext: FlaskGovRedis, client: FlaskClient
+) -> None:
     errors = {"b": BackendUnavailable, "l": LockUnavailable, "s": SessionStoreUnavailable}
 
     @app.get("/<name>")
@@ -827,13 +844,44 @@ def test_health_passes(ext: FlaskGovRedis, client: FlaskClient, gov: GovRedis, m
     monkeypatch.setattr(gov.health, "_clock", lambda: 100.0)  # what was seen holds for a second: none passes
     assert assert_health(client, "live", 200) == {"status": "pass"}
     assert assert_health(client, "ready", 200) == {"status": "pass"}
-    assert assert_health(client, "health", 200) == gov.health.check().as_dict()
+    assert assert_health(client, "health", 200) == {"status": "pass"}
+
+
+def test_strangers_get_the_status_and_no_more(app: Flask, client: FlaskClient, away: GovRedis) -> None:
+    FlaskGovRedis(app, away)
+    assert assert_health(client, "health", 503) == {"status": "fail"}
+    assert "127.0.0.1" not in client.get("/govredis/health").text
+
+
+def test_the_whole_report_is_for_those_who_may_see_it(
+    app: Flask, client: FlaskClient, gov: GovRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gov.health, "_clock", lambda: 100.0)  # what was seen holds for a second: none passes
+    app.config["GOVREDIS_HEALTH_DETAILS"] = lambda: request.headers.get("X-Ops") == "yes"
+    FlaskGovRedis(app, gov)
+    assert assert_health(client, "health", 200) == {"status": "pass"}
+    shown = client.get("/govredis/health", headers={"X-Ops": "yes"})
+    assert json.loads(shown.data) == gov.health.check().as_dict()
+
+
+def test_the_endpoints_can_be_moved_and_switched_off(gov: GovRedis) -> None:
+    def found(prefix: str | None) -> list[int]:
+        app = Flask("shop")
+        app.config["GOVREDIS_URL_PREFIX"] = prefix
+        FlaskGovRedis(app, gov)
+        client = app.test_client()
+        return [client.get(f"{at}/{page}").status_code for at in ("/govredis", "/ops/gov") for page in PAGES]
+
+    pages = len(PAGES)
+    assert found("/ops/gov") == [404] * pages + [200] * pages
+    assert found(None) == [404] * 2 * pages
 
 
 def test_health_warns_with_200(
     app: Flask, client: FlaskClient, make_gov: Callable[..., GovRedis], postgres_server: PostgresServer
 ) -> None:
-    FlaskGovRedis(app, make_gov(redis_url=NOWHERE, database_url=postgres_server.url))
+    app.config["GOVREDIS_HEALTH_DETAILS"] = True
+    FlaskGovRedis(app, make_gov(redis_url=REDIS_AWAY, database_url=postgres_server.url))
     assert assert_health(client, "ready", 200) == {"status": "warn"}
     report = assert_health(client, "health", 200)
     assert report["status"] == "warn"
@@ -864,7 +912,7 @@ def test_health_fails_with_503_and_live_does_not(app: Flask, client: FlaskClient
 def test_the_commands_work_on_the_apps_govredis(
     app: Flask, postgres_server: PostgresServer, redis_server: RedisServer, close_apps: list[Flask]
 ) -> None:
-    app.config.from_mapping(GOVREDIS_REDIS_URL=redis_server.url, GOVREDIS_DATABASE_URL=postgres_server.url)
+    app.config.from_mapping(REDIS_URL=redis_server.url, GOVREDIS_DATABASE_URL=postgres_server.url)
     FlaskGovRedis(app)
     close_apps.append(app)
     runner = app.test_cli_runner()

@@ -110,7 +110,7 @@ class TestCountWhen:
         assert login("wrong").headers["RateLimit"] == '"login: 2 per 60 s";r=0;t=60'
         assert login("right").headers["RateLimit"].startswith('"login: 2 per 60 s";r=0;')
 
-    def test_what_others_took_meanwhile_is_told_too(
+    def test_hits_of_others_meanwhile_are_reported_too(
         self, app: Flask, ext: FlaskGovRedis, client: FlaskClient, gov: GovRedis
     ) -> None:
         @app.get("/<int:others>")

@@ -1,0 +1,276 @@
+"""FlaskGovRedis, the extension."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from http import HTTPStatus
+from typing import Any, ParamSpec, TypeVar, cast
+from weakref import WeakSet
+
+from flask import Flask, Response
+from werkzeug.exceptions import BadRequest, Unauthorized
+
+from ...api import GovRedis
+from ...config import Config, variables
+from ...errors import BackendUnavailable, RateLimitExceeded, refuse
+from ...keys import Id, check_id
+from ...limits import RateLimitResult
+from ...limits.limit_spec import LimitSpec
+from ...limits.rates import Rate, parse_rate
+from ...sessions import SessionBinding
+from . import _logins
+from ._decoration import BareViews, name_of, refuse_arguments, takes, without
+from ._endpoints import commands, endpoints
+from ._limit_headers import MetLimit, report
+from ._problems import problem, too_many, unavailable
+from ._settings import read_settings
+from ._state import COOKIE, DETAILS, EXTENSION, HEADER, PREFIX, SECURE, AppState, app_gov
+
+__all__ = ["FlaskGovRedis"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class FlaskGovRedis:
+    """govredis in Flask apps. An extension may serve several apps, and be made before them (`init_app`).
+
+    Each app gets:
+
+    - `/govredis/live` (200, touches nothing), `/govredis/ready` (503 only where health says fail) and
+      `/govredis/health` (the same; for those who may see it, the whole report, which names hosts). They are
+      application/health+json, and never cached;
+    - status 429 for RateLimitExceeded out of any view, and 503 for BackendUnavailable (SessionStoreUnavailable and
+      LockUnavailable too). Both have Retry-After and an application/problem+json body (RFC 9457). The app's own
+      `errorhandler` for one of the two takes precedence, registered before or after;
+    - `flask govredis`: the commands of `govredis`, except `demo`, under the app's settings.
+
+    Settings, in the app's configuration:
+
+    - all settings of the environment under the same names (`REDIS_URL`, `GOVREDIS_KEY_PREFIX`, ...), which override it;
+    - `GOVREDIS_SESSION_HEADER` ("X-Session-Id") and `GOVREDIS_SESSION_COOKIE` ("__Host-govredis_session"): the names of
+      the header and of the cookie that carry a session's id; None for none. Browsers take a cookie whose name begins
+      with `__Host-` from this host alone, and only over https;
+    - `GOVREDIS_SESSION_COOKIE_SECURE` (True): False for development without https. The cookie is then named
+      "govredis_session", if you gave it no name;
+    - `GOVREDIS_URL_PREFIX` ("/govredis"), the path of the endpoints; None: there are none;
+    - `GOVREDIS_HEALTH_DETAILS` (False), for the whole report: True for everybody, or a callable without arguments that
+      reads flask.request.
+
+    Works under prefork servers, `--preload` included, and with threads. While Redis is away requests go on, on the
+    fallbacks of each feature.
+
+    Args:
+        app: a first app; the same as `init_app(app)`.
+        gov: the GovRedis of its apps. None: an app whose settings have any of Config's gets a GovRedis of its own, and
+            any other app the process-wide one.
+    """
+
+    def __init__(self, app: Flask | None = None, gov: GovRedis | None = None) -> None:
+        self._gov = gov
+        self._apps: WeakSet[Flask] = WeakSet()
+        self._limited = BareViews("rate_limited", "limit")
+        self._protected = BareViews("login_required", "protect")
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Serve `app` too: its settings are read now. Nothing is connected.
+
+        Raises ConfigurationError for wrong settings, and for an unknown setting that begins as ours do; ValueError for
+        an app that has a FlaskGovRedis already.
+        """
+        if EXTENSION in app.extensions:
+            raise ValueError(f"app {app.name!r} has a FlaskGovRedis already; init_app is called once for an app")
+        config = Config.from_app(app.config, variables(), (HEADER, COOKIE, SECURE, PREFIX, DETAILS))
+        read_settings(app)
+        if (prefix := app.config[PREFIX]) is not None:
+            app.register_blueprint(endpoints, url_prefix=prefix)
+        for error, handler in (RateLimitExceeded, too_many), (BackendUnavailable, unavailable):
+            if error not in app.error_handler_spec[None][None]:
+                app.register_error_handler(error, handler)
+        state = app.extensions[EXTENSION] = AppState(self._gov or (None if config is None else GovRedis(config)))
+        app.before_request(lambda: self._refuse_unreached(app, state))
+        _logins.watch(app)
+        app.cli.add_command(commands)
+        self._apps.add(app)
+
+    @property
+    def gov(self) -> GovRedis:
+        """The GovRedis of the current app. Raises RuntimeError without an app, and for an app without `init_app`."""
+        return app_gov()
+
+    def login(
+        self, agent_id: Id, *, ttl: float | None = None, data: Any = None, remember: bool = False
+    ) -> SessionBinding:
+        """Begin an agent's session, once you know that it is the agent. The response gets its cookie.
+
+        The session has a new, unguessable id. Every session that the request came with ends, so that an id from before
+        the login is worth nothing. If a request logs in several times, the last login counts. From then on
+        `current_agent` is the agent.
+
+        The cookie is named by GOVREDIS_SESSION_COOKIE. It is HttpOnly, SameSite=Lax, for the path / and for this host
+        alone; and Secure, unless GOVREDIS_SESSION_COOKIE_SECURE is False. The response that has it gets
+        `Cache-Control: no-store`.
+
+        Args:
+            agent_id: the agent: a user's id, say.
+            ttl: seconds, above REDIS_SESSION_TTL: a session that ends sooner gets that by its next request.
+            data: as in `SessionCache.start`.
+            remember: keep the cookie for the ttl. False: until the browser ends.
+
+        If the view raises an error afterwards, the new session ends and no cookie is set. `abort(redirect(...))` is no
+        error.
+
+        Returns the SessionBinding. Its session_id is for clients that send it in the header. Raises ValueError for a
+        bad argument, RuntimeError where the response has been made already, and SessionStoreUnavailable as
+        `SessionCache.start` does: a 503, and the old session stands.
+        """
+        if not isinstance(remember, bool):
+            raise refuse("remember", remember, "True or False")
+        if remember and ttl is None:
+            raise refuse("remember", remember, "False where there is no ttl")
+        return _logins.login(agent_id, ttl, data, remember)
+
+    def logout(self) -> bool:
+        """End the session that the request came with, or that it has begun, and delete the cookie.
+
+        An id that nobody has bound leaves nothing in Redis. From then on `current_agent` is None.
+
+        Returns False if there was no session to end. Raises RuntimeError where the response has been made already, and
+        SessionStoreUnavailable as `current_agent` does: a 503, and the cookie stays, as the session may go on.
+        """
+        return _logins.logout()
+
+    def login_required(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Answer 401 to requests without an agent (`current_agent`). Put it between the route and the function.
+
+        The 401 is a werkzeug Unauthorized with an application/problem+json body: the app's `errorhandler(401)` may
+        redirect to a login page. While nobody can say who it is, the answer is 503.
+
+        Raises ValueError for an async view, and for a place above the route, in the same way as `rate_limited`.
+        """
+        self._protected.check(function)
+        self._protected.add(function, self._apps)
+
+        @functools.wraps(function)
+        def protected(*args: P.args, **kwargs: P.kwargs) -> R:
+            if _logins.current_agent() is None:
+                said = "this request needs a login"
+                raise Unauthorized(said, problem(HTTPStatus.UNAUTHORIZED, said))
+            return function(*args, **kwargs)
+
+        return protected
+
+    def current_agent(self) -> str | None:
+        """The agent of this request's session, by the session id in the header, or else in the cookie.
+
+        GOVREDIS_SESSION_HEADER and GOVREDIS_SESSION_COOKIE name the two. The session's TTL slides
+        (`sessions.get(..., touch=True)`). Redis is asked once per request, which sees its own `login` and `logout`, but
+        no other bind or unbind.
+
+        Returns None if the request has no session id or a malformed one, or if the session is bound to nobody.
+
+        Raises SessionStoreUnavailable where no server can be asked and this process does not know the session: the user
+        may be logged in. A view that does not catch it answers 503.
+        """
+        return _logins.current_agent()
+
+    def rate_limited(
+        self,
+        rate: Rate | Callable[[], Rate],
+        *,
+        key: str | Callable[[], Id | None],
+        operation: str = "default",
+        cost: int | Callable[[], int] = 1,
+        exempt: Callable[[], bool] | None = None,
+        count_when: Callable[[Response], bool] | None = None,
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Limit the requests of a view, over all processes. Put it between the route and the function.
+
+        Args:
+            rate: as in `RateLimiter.hit`, or a callable without arguments that reads flask.request and returns a rate:
+                by a plan, say. A change holds from the next request on.
+            key: the identity to limit: a template of the view's arguments from its URL, "{agent_id}"; or a callable
+                without arguments that reads flask.request, such as `current_agent`.
+            operation: the limited operation.
+            cost: as in `RateLimiter.hit`, or a callable without arguments that returns a cost.
+            exempt: a callable without arguments. If it returns True, the request goes through without a limit, is not
+                counted, and needs no identity.
+            count_when: a callable that gets the response of the view or of its error handler. If it returns False, the
+                request is given back (`RateLimitResult.refund`): only failed logins count, say. Until then it counts,
+                so that simultaneous requests are within the limit too. If the backend has gone away meanwhile, the
+                request stays counted.
+
+        A refused request raises RateLimitExceeded, and so is a 429. Every response of the view, a 429 or an error
+        included, has RateLimit-Policy with all limits and RateLimit with the decisive one, as in
+        draft-ietf-httpapi-ratelimit-headers-11 (May 2026). After a request was given back, they say what is left
+        without it. The name of a policy is "{operation}: {limit}", percent-encoded where it is not printable ASCII, and
+        at `"`, `%` and `\\`.
+
+        Several limits on a view decide in turn, outermost first. A limit that was passed has counted the request even
+        if an inner one refuses. Give each an operation of its own, or their policies have one name.
+
+        A request without an identity is a 400, never unlimited: `key` gives None or an id that cannot stand in a key,
+        or raises KeyError or ValueError. A result of another type is a TypeError. The promises while Redis is away are
+        those of `RateLimiter.hit`.
+
+        Raises ValueError at decoration for a bad argument, for an async view, and above the route of an app that this
+        extension has seen: the limit would never run there. If the mistake shows only later (in a blueprint, or an app
+        to come), that app refuses every request with the same ValueError.
+        """
+        for what, given in ("rate", rate), ("key", key), ("cost", cost), ("exempt", exempt):
+            refuse_arguments(what, given)
+        spec = LimitSpec(without(rate), without(key), operation, without(cost), without(exempt))
+        if count_when is not None and not takes(count_when, None):
+            raise refuse("count_when", count_when, "a callable of one argument, the response")
+
+        def decorate(function: Callable[P, R]) -> Callable[P, R]:
+            self._limited.check(function)
+            identify = spec.identify(function)
+            self._limited.add(function, self._apps)
+
+            @functools.wraps(function)
+            def limited(*args: P.args, **kwargs: P.kwargs) -> R:
+                limits = self.gov.limits
+                if spec.exempts(args, kwargs):
+                    return function(*args, **kwargs)
+                try:
+                    found = identify(args, kwargs)
+                    if found is not None and not isinstance(found, str):
+                        wanted = "a str, an int or a UUID, or None"
+                        raise TypeError(f"key of {name_of(function)} gave {found!r}; it must give {wanted}")
+                    identity = check_id(cast(str, found))
+                except (KeyError, ValueError) as error:  # KeyError: of request.headers[...] and its like
+                    said = "this request carries no identity for its limit"
+                    raise BadRequest(said, problem(HTTPStatus.BAD_REQUEST, said)) from error
+                now, taken = spec.terms(args, kwargs)
+                result = limits.hit(identity, now, operation=operation, cost=taken)
+
+                def settle(response: Response, result: RateLimitResult) -> RateLimitResult:
+                    if count_when is None or not result.allowed or count_when(response):
+                        return result
+                    try:
+                        result.refund()
+                        left = limits.peek(identity, now, operation=operation, cost=taken)
+                    except BackendUnavailable:
+                        return result
+                    # `left` is what the next request would leave.
+                    return replace(left, remaining=left.remaining + taken) if left.allowed else left
+
+                report(MetLimit(operation, parse_rate(now), result, settle))
+                if not result.allowed:
+                    raise RateLimitExceeded(result)
+                return function(*args, **kwargs)
+
+            return limited
+
+        return decorate
+
+    def _refuse_unreached(self, app: Flask, state: AppState) -> None:
+        if state.refusal is None:
+            state.refusal = self._protected.refusal(app) or self._limited.refusal(app)
+        if state.refusal:
+            raise ValueError(state.refusal)

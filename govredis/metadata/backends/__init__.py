@@ -1,0 +1,1 @@
+"""Where metadata keeps its values: Redis. The in-process tier before it is local.py."""

@@ -1,0 +1,1 @@
+"""govredis beside an async service on one Redis."""

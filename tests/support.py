@@ -1,0 +1,180 @@
+"""Helpers that the tests of several rooms share: waiting for an outcome, threads, forked children, servers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import select
+import signal
+import socket
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NoReturn, TypeVar
+
+from govredis import Config, GovRedis
+from govredis.client import RedisClient
+from govredis.testing.servers import PostgresServer
+
+T = TypeVar("T")
+
+#: Seconds after which something that never happens fails its test. A working test waits for none of them.
+PATIENCE = 120.0
+
+#: Where nothing listens: connections are refused at once.
+REDIS_AWAY = "redis://127.0.0.1:1/0"
+POSTGRES_AWAY = "postgresql://postgres:secret@127.0.0.1:1/postgres"
+
+
+def redis_of(gov: GovRedis) -> RedisClient:
+    """Its client of Redis."""
+    client = gov.internal.context.redis
+    assert client is not None, "this GovRedis has its Redis disabled"
+    return client
+
+
+def eventually(condition: Callable[[], T], within: float = PATIENCE, what: str = "the condition became true") -> T:
+    """Polls until `condition()` is true, and returns it. Fails after `within` seconds, naming `what`."""
+    deadline = time.monotonic() + within
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {within:g} s: {what}"
+        time.sleep(0.01)
+    return found
+
+
+class Background(threading.Thread):
+    """`work` in a thread that has begun. `result()` waits for its value, or raises its error."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._work, self._value, self._error = work, None, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = self._work()
+        except BaseException as error:  # noqa: BLE001 - for the caller
+            self._error = error
+
+    def result(self, within: float = PATIENCE / 2) -> Any:
+        self.join(within)
+        assert not self.is_alive(), f"it hangs: {self._work}"
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def in_threads(*calls: Callable[[], Any], within: float = PATIENCE / 2) -> list[Any]:
+    """Runs the calls at the same time, each in a thread, and returns their results. Raises the first call's error."""
+    barrier = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], Any]) -> Any:
+        barrier.wait()
+        return call()
+
+    threads = [Background(partial(run, call)) for call in calls]
+    return [thread.result(within) for thread in threads]
+
+
+class Child:
+    """`work` in a forked child process. `result()` waits for its value, and fails with its traceback if it raised."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._answer, write_end = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # 3.12+: there are other threads
+            self.pid = os.fork()
+        if not self.pid:
+            self._work(work, write_end)
+        os.close(write_end)
+
+    @staticmethod
+    def _work(work: Callable[[], Any], write_end: int) -> NoReturn:
+        signal.alarm(int(PATIENCE))  # a child that hangs ends, even where its parent has gone
+        try:
+            try:
+                told = True, work()
+            except BaseException:  # noqa: BLE001 - for the parent
+                told = False, traceback.format_exc()
+            with open(write_end, "wb") as answer:
+                answer.write(pickle.dumps(told))
+        finally:
+            os._exit(0)
+
+    def result(self) -> Any:
+        with open(self._answer, "rb") as answer:
+            told = answer.read()
+        os.waitpid(self.pid, 0)
+        assert told, "the child hung, was killed, or returned something that cannot be pickled"
+        worked, value = pickle.loads(told)
+        assert worked, value
+        return value
+
+
+def in_child(work: Callable[[], Any]) -> Any:
+    """Runs `work` in a forked child process, and returns its value."""
+    return Child(work).result()
+
+
+class Waits(threading.local):
+    """The waits of this thread for sockets: connections that it tried, and the timeouts, in seconds, that ran out."""
+
+    def __init__(self) -> None:
+        self.connects = 0
+        self.timeouts: list[float | None] = []
+
+
+class WatchedSocket(socket.socket):
+    """Notes in `waits`. A test puts it in the place of `socket.socket`, and reads the waits instead of a clock."""
+
+    waits = Waits()
+
+    def connect(self, address: Any) -> None:
+        self.waits.connects += 1
+        self._watched(super().connect, address)
+
+    def sendall(self, *args: Any) -> None:
+        self._watched(super().sendall, *args)
+
+    def recv(self, *args: Any) -> bytes:
+        return self._watched(super().recv, *args)
+
+    def recv_into(self, *args: Any) -> int:
+        return self._watched(super().recv_into, *args)
+
+    def _watched(self, call: Callable[..., T], *args: Any) -> T:
+        try:
+            return call(*args)
+        except TimeoutError:
+            self.waits.timeouts.append(self.gettimeout())
+            raise
+
+
+class Gate:
+    """An event of several processes: a child that is forked later shares it."""
+
+    def __init__(self) -> None:
+        self._descriptor = os.eventfd(0)
+
+    def open(self) -> None:
+        os.eventfd_write(self._descriptor, 1)
+
+    def wait(self) -> None:
+        """Returns once it is open."""
+        assert select.select([self._descriptor], [], [], PATIENCE)[0], "the other process never opened the gate"
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
+@contextlib.contextmanager
+def migrated_postgres() -> Iterator[PostgresServer]:
+    """A new PostgreSQL server that has our tables."""
+    with PostgresServer() as server:
+        with GovRedis(Config(redis_enabled=False, database_url=server.url)) as gov:
+            gov.postgres.migrate()
+        yield server
