@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from typing import Any
 
 import pytest
 import redis
-from support import PATIENCE, Child, eventually, in_child, in_threads
+from support import PATIENCE, Child, WatchedSocket, eventually, in_child, in_threads
 
 from govredis import BackendError, BackendUnavailable, Config, ConfigurationError
 from govredis.client import RedisClient, Script
@@ -515,29 +516,29 @@ def test_refused(mortal_redis: RedisServer, make_client: MakeClient) -> None:
 
 
 def test_hung_no_call_started_after_the_first_timeout_pays_one(
-    mortal_redis: RedisServer, make_client: MakeClient
+    mortal_redis: RedisServer, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(socket, "socket", WatchedSocket)
     client = make_client(mortal_redis, socket_timeout=4)
     client.call("PING")
     mortal_redis.pause()
-    opened_at: list[float] = []
-    calls: list[tuple[float, float]] = []
+    opened = threading.Event()
 
-    def use() -> None:
-        while not (opened_at and time.monotonic() > opened_at[0] + 1):
-            began = time.monotonic()
+    def use() -> tuple[int, int]:
+        """The timeouts that ran out in this thread: before one had, and after that."""
+        timeouts = WatchedSocket.waits.timeouts
+        while not opened.is_set():
             with pytest.raises(BackendUnavailable):
                 client.call("PING")
-            ended = time.monotonic()
-            calls.append((began, ended))
-            if not opened_at:
-                opened_at.append(ended)
+            before = len(timeouts)
+            opened.set()
+        for _ in range(1000):
+            with pytest.raises(BackendUnavailable):
+                client.call("PING")
+        return before, len(timeouts) - before
 
-    in_threads(*[use] * 4)
-    late = [ended - began for began, ended in calls if began > opened_at[0]]
-    assert len(late) > 100
-    # A timeout is 4 s: only those that were under way have waited for it.
-    assert sum(ended - began >= 4 for began, ended in calls) <= 4
+    # Those that were under way have waited.
+    assert in_threads(*[use] * 4) == [(1, 0)] * 4
     assert client.breaker.times_opened == 1
 
 

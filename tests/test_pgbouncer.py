@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ import psycopg2
 import pytest
 from cutting_proxy import CuttingProxy
 from pgbouncer import PgBouncer
+from support import PATIENCE
 
 from govredis import BackendError, BackendUnavailable, ConfigurationError, GovRedis
 from govredis.testing.servers import PostgresServer, RedisServer
@@ -106,16 +108,16 @@ def test_the_applications_slow_statement_is_its_own_business(
 def test_the_applications_settings_are_not_ours(
     bouncer: PgBouncer, application: Any, make_gov: Callable[..., GovRedis]
 ) -> None:
-    application.execute("SET statement_timeout = 1; SET default_transaction_isolation = serializable")
+    # Two of ours begin under this timeout, before it is set: a short timeout would end them on a machine that stalls.
+    application.execute(f"SET statement_timeout = '{PATIENCE:.0f}s'; SET default_transaction_isolation = serializable")
     application.execute("SET search_path = nowhere")
-    gov = make_gov(redis_enabled=False, database_url=bouncer.url)
+    gov = make_gov(redis_enabled=False, database_url=bouncer.url, postgres_timeout=2 * PATIENCE)
     use_everything(gov, redis_away=True)
-    assert gov.postgres.fetch("SHOW transaction_isolation") == [("read committed",)]
-    assert gov.postgres.fetch("SELECT pg_sleep(0.1)::text") == [("",)]
+    settings = "SELECT current_setting('transaction_isolation'), current_setting('statement_timeout')::interval"
+    ours = ("read committed", timedelta(seconds=2 * PATIENCE * 0.9))
+    assert gov.postgres.fetch(settings) == [ours]
     with gov.postgres.transaction() as tx:
-        assert tx.fetch("SELECT pg_sleep(0.1)::text, current_setting('transaction_isolation')") == [
-            ("", "read committed")
-        ]
+        assert tx.fetch(settings) == [ours]
 
 
 def test_a_statement_is_one_message_and_one_reply(bouncer: PgBouncer, make_gov: Callable[..., GovRedis]) -> None:
