@@ -29,6 +29,7 @@ LEVELS = [
     {"contrib", "testing", "__init__"},
     {"demo"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: n for n, rooms in enumerate(LEVELS) for room in rooms}
 
