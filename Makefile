@@ -32,8 +32,15 @@ lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)  ## mypy, strict
+# pyright asks the first python of PATH which packages there are, and does not see an editable install. Its node is a
+# wheel's, and it asks nobody for newer versions.
+PYRIGHT = PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)" PYRIGHT_PYTHON_GLOBAL_NODE=0 PYRIGHT_PYTHON_IGNORE_WARNINGS=1 pyright
+
+types: $(READY)  ## mypy and pyright, strict; every public name has a type
 	$(BIN)/mypy
+	$(PYRIGHT) tests/typed_examples.py
+	@echo pyright --verifytypes govredis --ignoreexternal
+	@found=$$($(PYRIGHT) --verifytypes govredis --ignoreexternal) || { echo "$$found"; exit 1; }
 
 $(VENV)/.docs: $(READY)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'

@@ -27,7 +27,7 @@ class Recoverable(Uncopied, ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.breaker = self._make_breaker(name)
+        self.breaker: CircuitBreaker = self._make_breaker(name)
         #: In the order in which they run.
         self._replays: list[Callable[[Any], None]] = []
         self._renew_replays()

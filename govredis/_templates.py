@@ -92,7 +92,7 @@ class KeyTemplate:
         for name in names:
             if name.split(".")[0].split("[")[0] not in known:
                 raise ValueError(f"{where} names {name!r}; the function's arguments are {', '.join(known) or '(none)'}")
-        self.plain = None if names else template.format()
+        self.plain: str | None = None if names else template.format()
         self._typed = typed
         self._escapes = typed or len(names) > 1
         self._fields = [_Field(b, n, s or "", c) for b, n, s, c in _formatter.parse(template)]

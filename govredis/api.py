@@ -72,7 +72,8 @@ class GovRedis(Uncopied):
     _remove_folder: Callable[[], object] | None = None
 
     def _wire(self, context: Context, clock: Clock) -> None:
-        self.config = config = context.config
+        self.config: Config = context.config
+        config = self.config
         self.counters: Counters = context.counters
         keys, redis, postgres = context.keys, context.redis, context.postgres
         self._parking = redis
@@ -81,7 +82,7 @@ class GovRedis(Uncopied):
         freshness = None
         if redis is not None and postgres is not None:
             freshness = FreshnessLease(context, CachedValues(keys))
-        self.internal = Internals(
+        self.internal: Internals = Internals(
             context,
             freshness,
             Heartbeat(context),
@@ -90,11 +91,11 @@ class GovRedis(Uncopied):
         )
 
         now = utc_now if clock is time else partial(_utc_of, clock)
-        self.sessions = SessionCache(context, freshness=freshness, now=now)
-        self.locks = DistributedLock(context)
-        self.limits = RateLimiter(context, sleep=clock.sleep, clock=clock.monotonic)
-        self.metadata = self.cache("agent_meta")
-        self.health = HealthMonitor(
+        self.sessions: SessionCache = SessionCache(context, freshness=freshness, now=now)
+        self.locks: DistributedLock = DistributedLock(context)
+        self.limits: RateLimiter = RateLimiter(context, sleep=clock.sleep, clock=clock.monotonic)
+        self.metadata: MetadataCache = self.cache("agent_meta")
+        self.health: HealthMonitor = HealthMonitor(
             context,
             self.internal.heartbeat,
             freshness=freshness,

@@ -18,7 +18,7 @@ from ._fork import renew_in_child
 from ._latch import Latch
 from .errors import BackendError, BackendUnavailable, NotAsked
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 # Not the generator of the module `random`: its numbers are the application's, and forked children would share them.
 _random = random.SystemRandom()
@@ -92,14 +92,14 @@ class CircuitBreaker:
     ) -> None:
         self.name = name
         #: The closed path reads this attribute and no other.
-        self.closed = True
+        self.closed: bool = True
         #: Another number after each opening. A call's failure counts only in the period in which the call began.
-        self.period = 0
+        self.period: int = 0
         #: In a row. Each call that succeeds reads it.
-        self.refusals = 0
+        self.refusals: int = 0
         self.opened_at: float | None = None
-        self.reason = ""
-        self.times_opened = 0
+        self.reason: str = ""
+        self.times_opened: int = 0
         self._probe = probe
         self._clock = clock
         self._threads = threads

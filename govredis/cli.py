@@ -18,8 +18,8 @@ def main() -> None:
     """Sessions, locks, limits, metadata and health on Redis. Settings come from the environment."""
 
 
-for command in COMMANDS:
-    main.add_command(command)
+for _command in COMMANDS:
+    main.add_command(_command)
 
 
 @main.command()

@@ -22,7 +22,7 @@ from .errors import ConfigurationError
 
 __all__ = ["Config"]
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 #: How our own variables begin, and how those that other software has too.
 _OURS, _SHARED = "GOVREDIS_", "REDIS_"

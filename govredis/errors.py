@@ -99,7 +99,7 @@ class RateLimitExceeded(GovRedisError):
     """
 
     def __init__(self, result: RateLimitResult | str | None = None) -> None:
-        self.result = None if isinstance(result, str) else result
+        self.result: RateLimitResult | None = None if isinstance(result, str) else result
         if result is None:
             result = "rate limit exceeded"
         elif not isinstance(result, str):
@@ -117,7 +117,7 @@ class SessionAlreadyBound(GovRedisError):
     """
 
     def __init__(self, existing: SessionBinding | str) -> None:
-        self.existing = None if isinstance(existing, str) else existing
+        self.existing: SessionBinding | None = None if isinstance(existing, str) else existing
         if not isinstance(existing, str):
             existing = f"session is already bound to agent {existing.agent_id!r}"
         super().__init__(existing)
@@ -134,7 +134,7 @@ class SessionChanged(GovRedisError):
     """
 
     def __init__(self, existing: SessionBinding | str | None = None) -> None:
-        self.existing = None if isinstance(existing, str) else existing
+        self.existing: SessionBinding | None = None if isinstance(existing, str) else existing
         if existing is None:
             existing = "the session has ended, or was never bound"
         elif not isinstance(existing, str):

@@ -112,7 +112,7 @@ class Keys:
     __slots__ = ("_rows", "prefix")
 
     def __init__(self, prefix: str = "") -> None:
-        self.prefix = prefix
+        self.prefix: str = prefix
         #: The beginning of our rows' keys; under the prefix "" these are the ids.
         self._rows = prefix and prefix + _SEPARATOR
 

@@ -58,8 +58,8 @@ class Script:
         feature = ".".join(package.split(".")[:2])
         folder = files(feature) / "lua"
         parts = [(folder / filename).read_text(encoding="utf-8") for filename in filenames]
-        self.source = "\n".join(parts)
-        self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+        self.source: str = "\n".join(parts)
+        self.sha: str = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
         SOURCES[self.sha] = self.source
 
     def call(self, keys: Sequence[str], args: Sequence[Arg]) -> Command:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from .._daemon import start_daemon
 from .._fork import renew_in_child
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 
 class Distance:
@@ -26,7 +26,7 @@ class Distance:
         self._timeouts = timeouts
         self._measure = measure
         #: The settings that are too short, and the time of a round trip; "" while no such setting is known.
-        self.problem = ""
+        self.problem: str = ""
         self._has_warned = False
         self.renew_after_fork()
         renew_in_child(self)

@@ -68,7 +68,7 @@ class InMemoryRedisClient(RedisClient):
 
     def _open(self, connection: Any) -> None:
         connection.connect()
-        self.connects = next(self._connects)
+        self.connects: int = next(self._connects)
 
     def pop(self, key: str, seconds: float) -> Any:
         deadline = self._clock.monotonic() + seconds

@@ -27,7 +27,7 @@ from .push import PushStream
 from .round_trips import PING, UNPOOLED, RoundTrips, disconnect
 from .wire import ClosedGreeting
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 # The timeout is for one exchange, and suits a single command: an exchange of more than this would need longer.
 _AT_ONCE = 500
@@ -69,7 +69,7 @@ class RedisClient(RoundTrips):
             "GOVREDIS_CONNECT_TIMEOUT": self._options["socket_connect_timeout"],
             "GOVREDIS_SOCKET_TIMEOUT": self._timeout,
         }
-        self.distance = Distance(self.name, timeouts, self._measure)
+        self.distance: Distance = Distance(self.name, timeouts, self._measure)
         renew_in_child(self)
 
     # -- calls ---------------------------------------------------------------------------------------------------

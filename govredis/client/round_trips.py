@@ -23,7 +23,7 @@ from .mapping import NoScript, RedisErrorMapping, answered, is_too_many
 from .options import address, connection_options, wrong_url
 from .wire import Closed, ClosedGreeting, take_over
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 PING = pack_command(("PING",))
 
@@ -54,10 +54,10 @@ class RoundTrips(Recoverable):
         self._errors = RedisErrorMapping(self.name, self._secrets, self.breaker, self._pattern, tls=tls)
         self._of_thread = threading.local()
         #: The number of replies that nobody had asked for.
-        self.strays = 0
+        self.strays: int = 0
         #: Changes at each connect, before any reply over the new connection is returned. A server that was restarted or
         #: replaced is reached over new connections only.
-        self.connects = 0
+        self.connects: int = 0
         self._connects = itertools.count(1)
 
     def _new_pool(self, config: Config) -> Pool[Any]:

@@ -47,10 +47,10 @@ class AsyncService:
         self.redis: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
             url, decode_responses=True, socket_timeout=timeout, socket_connect_timeout=timeout
         )
-        self.sessions = Sessions(self.redis, clock)
-        self.locks = Locks(self.redis)
-        self.limits = Limits(self.redis, clock)
-        self.metadata = Metadata(self.redis)
+        self.sessions: Sessions = Sessions(self.redis, clock)
+        self.locks: Locks = Locks(self.redis)
+        self.limits: Limits = Limits(self.redis, clock)
+        self.metadata: Metadata = Metadata(self.redis)
 
     async def close(self) -> None:
         await self.redis.aclose()

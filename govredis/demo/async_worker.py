@@ -34,19 +34,19 @@ class AsyncWorker:
 
     def __init__(self, number: int, config: dict[str, Any], folder: str) -> None:
         self.number = number
-        self.folder = Path(folder)
-        self.board = Board(self.folder / "board")
-        self.service = AsyncService(config["redis_url"], timeout=_TIMEOUT)
-        self.sql = psycopg2.connect(config["database_url"])
+        self.folder: Path = Path(folder)
+        self.board: Board = Board(self.folder / "board")
+        self.service: AsyncService = AsyncService(config["redis_url"], timeout=_TIMEOUT)
+        self.sql: psycopg2.extensions.connection = psycopg2.connect(config["database_url"])
         self.sql.autocommit = True
-        self.random = random.Random(number)
+        self.random: random.Random = random.Random(number)
         self.tally: Counter[str] = Counter()
         self.errors: dict[str, str] = {}
         #: By agent, the versions that it has stored itself, or tried to. They may be old, since it has no leases, and
         #: a Redis that hung may carry out a call that failed.
         self.stored: defaultdict[int, set[int]] = defaultdict(set)
         #: A try to get the lock has failed, and may have got it.
-        self.perhaps_locked = False
+        self.perhaps_locked: bool = False
 
     async def run(self) -> None:
         board = self.board

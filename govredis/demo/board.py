@@ -32,19 +32,19 @@ class Board:
             file.truncate(8 * cells)
             self._cells = memoryview(mmap.mmap(file.fileno(), 0)).cast("q")
         self._used = 5
-        self.ready = self._take(WORKERS + 1)
+        self.ready: memoryview[int] = self._take(WORKERS + 1)
         #: Calls made so far, for the progress bar.
-        self.calls = self._take(WORKERS + 1)
+        self.calls: memoryview[int] = self._take(WORKERS + 1)
         #: How many sessions a web worker has bound; they are numbered from 0.
-        self.bound = self._take(WEB)
+        self.bound: memoryview[int] = self._take(WEB)
         #: Per agent, the last version that a worker's update returned.
-        self.updated = [self._take(AGENTS) for _ in range(WEB)]
+        self.updated: list[memoryview[int]] = [self._take(AGENTS) for _ in range(WEB)]
         #: The same, but only of updates after which no reader may see less: see `promise`.
-        self.promised = [self._take(AGENTS) for _ in range(WEB + POOL)]
+        self.promised: list[memoryview[int]] = [self._take(AGENTS) for _ in range(WEB + POOL)]
         #: Per session of the async service, as `marked`: how often it has been bound, and in which Redis last.
-        self.guests = self._take(GUESTS)
+        self.guests: memoryview[int] = self._take(GUESTS)
         #: Per web worker, and of the async service: the number of the last limit that it has filled, as `marked`.
-        self.filled = self._take(WEB + 1)
+        self.filled: memoryview[int] = self._take(WEB + 1)
 
     def _take(self, count: int) -> memoryview[int]:
         self._used += count

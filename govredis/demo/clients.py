@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,18 +24,22 @@ class Client(Worker):
 
     def __init__(self, number: int, config: dict[str, Any], folder: str) -> None:
         super().__init__(number, config, folder)
-        self.http = HTTPConnection(urlsplit((self.folder / "site").read_text()).netloc, timeout=5)
-        self.fallbacks = 0
+        self.http: HTTPConnection = HTTPConnection(urlsplit((self.folder / "site").read_text()).netloc, timeout=5)
+        self.fallbacks: int = 0
         #: Its logins: each the id of a session of its agent, `agent-{n % LIMITED}`.
-        self.sessions = [""] * SESSIONS
+        self.sessions: list[str] = [""] * SESSIONS
         #: The numbers of the discoveries that the site has accepted.
         self.published: list[int] = []
         #: The agents that it has changed, and their new versions.
         self.updates: list[tuple[int, int]] = []
         #: The requests that their limit has let through.
         self.admitted: list[tuple[str, str, float, float]] = []
-        self.findings = {"published": self.published, "updates": self.updates, "admitted": self.admitted}
-        self.mix = {self.resolve: 80, self.update: 2, self.discover: 4}
+        self.findings: dict[str, Any] = {
+            "published": self.published,
+            "updates": self.updates,
+            "admitted": self.admitted,
+        }
+        self.mix: dict[Callable[[], None], int] = {self.resolve: 80, self.update: 2, self.discover: 4}
 
     def degraded(self, operation: str) -> int:
         return self.fallbacks

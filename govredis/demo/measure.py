@@ -116,12 +116,14 @@ class Run:
         self.tally: Counter[str] = Counter()
         for findings in (*self.workers, self.service):
             self.tally.update(findings.tally)
-        self.calls = [call for worker in self.workers for call in worker.calls]
-        self.admissions = [admission for worker in self.workers for admission in worker.admissions]
-        self.published = sum(len(worker.published) for worker in self.workers)
-        self.updates = [update for worker in self.workers for update in worker.updates]
-        self.admitted = [admission for worker in self.workers for admission in worker.admitted]
-        self.errors = {name: text for one in (*self.workers, self.service) for name, text in one.errors.items()}
+        self.calls: list[Call] = [call for worker in self.workers for call in worker.calls]
+        self.admissions: list[AdmittedCall] = [admission for worker in self.workers for admission in worker.admissions]
+        self.published: int = sum(len(worker.published) for worker in self.workers)
+        self.updates: list[tuple[int, int]] = [update for worker in self.workers for update in worker.updates]
+        self.admitted: list[AdmittedCall] = [admission for worker in self.workers for admission in worker.admitted]
+        self.errors: dict[str, str] = {
+            name: text for one in (*self.workers, self.service) for name, text in one.errors.items()
+        }
 
     def latencies(self, operation: str, by: int) -> list[float]:
         return sorted(call.ended - call.began for call in self.calls if call.operation == operation and call.by == by)

@@ -16,7 +16,7 @@ class Screen:
     """A progress bar on a terminal, plain lines where there is none."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console: Console = console or Console(highlight=False)
         if not self.console.is_terminal:
             self.console.width = 100
         columns = TextColumn("{task.description:<39}"), BarColumn(20), TextColumn("{task.fields[calls]:>7,} calls")

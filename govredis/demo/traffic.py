@@ -67,12 +67,12 @@ class Worker:
 
     def __init__(self, number: int, config: dict[str, Any], folder: str) -> None:
         self.number = number
-        self.folder = Path(folder)
-        self.board = Board(self.folder / "board")
-        self.gov = GovRedis(Config(**config))
-        self.alone = GovRedis(Config(**config, redis_enabled=False))
-        self.random = random.Random(number)
-        self.log = array("d")
+        self.folder: Path = Path(folder)
+        self.board: Board = Board(self.folder / "board")
+        self.gov: GovRedis = GovRedis(Config(**config))
+        self.alone: GovRedis = GovRedis(Config(**config, redis_enabled=False))
+        self.random: random.Random = random.Random(number)
+        self.log: array[float] = array("d")
         #: Counts of events, by name. Names that begin with "!" must not happen.
         self.tally: Counter[str] = Counter()
         #: By the name of an unexpected exception, the traceback of the first.
@@ -82,7 +82,7 @@ class Worker:
         self.mix: dict[Callable[[], None], int] = {}
         #: The operations that it has not done yet in this phase of the story.
         self.first: list[Callable[[], None]] = []
-        self.phase = STARTING
+        self.phase: int = STARTING
 
     def timed(self, operation: str, call: Callable[[], T]) -> tuple[T, int]:
         """Call it and log it. Returns what it returned, and who served it."""
@@ -148,12 +148,12 @@ class Web(Worker):
 
     def __init__(self, number: int, config: dict[str, Any], folder: str) -> None:
         super().__init__(number, config, folder)
-        self.rate = [Limit(*limit) for limit in RATE]
+        self.rate: list[Limit] = [Limit(*limit) for limit in RATE]
         self.admissions: list[tuple[str, str, float, float]] = []
-        self.findings = {"admissions": self.admissions}
+        self.findings: dict[str, Any] = {"admissions": self.admissions}
         #: Done while Redis was away, and not yet replayed to it: agent and version.
         self.owed_updates: list[tuple[int, int]] = []
-        self.mix = {
+        self.mix: dict[Callable[[], None], int] = {
             self.resolve: 60, self.read: 50, self.read_many: 16, self.discover: 40, self.update: 4, self.bind_one: 8,
             self.read_slowly: 3, self.resolve_guest: 12, self.fill: 2, self.meet_filled: 2,
         }  # fmt: skip
@@ -308,7 +308,7 @@ class Job(Worker):
 
     def __init__(self, number: int, config: dict[str, Any], folder: str) -> None:
         super().__init__(number, config, folder)
-        self.mix = {self.lock: 5, self.count: 5, self.count_beside: 1}
+        self.mix: dict[Callable[[], None], int] = {self.lock: 5, self.count: 5, self.count_beside: 1}
 
     def lock(self) -> None:
         """A lock of its own, which nobody contends."""

@@ -42,9 +42,9 @@ class Decider:
         config = context.config
         self._keys = context.keys
         self._counters = context.counters
-        self.backends = LimitBackendChain(context, clock)
-        self.denied_counts = DeniedCounts(context)
-        self.replication = Replication.of(context, self.backends.redis, self.backends.postgres)
+        self.backends: LimitBackendChain = LimitBackendChain(context, clock)
+        self.denied_counts: DeniedCounts = DeniedCounts(context)
+        self.replication: Replication | None = Replication.of(context, self.backends.redis, self.backends.postgres)
         self._denials = DenyCache(config.local_entries, clock) if config.limit_deny_cache else None
         # By type too: a cost of True is refused, and 1 is not.
         self._check = functools.partial(_check, context.keys)

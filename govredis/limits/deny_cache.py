@@ -52,7 +52,7 @@ class DenyCache:
         self._entries = entries
         self._clock = clock
         #: How often something was forgotten: a denial that was asked for before does not count any more.
-        self.forgotten = 0
+        self.forgotten: int = 0
         self.renew_after_fork()
         renew_in_child(self)
 

@@ -23,7 +23,7 @@ from ..errors import BackendUnavailable, GovRedisError
 from .backends.backend import Admission, ServerLimitBackend
 from .rates import Limit
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 #: Admissions kept for each server until it is told. In memory, some 4 MB.
 _KEPT = 20_000

@@ -86,13 +86,15 @@ class Acquisition:
     )
 
     def __init__(self, claim: Claim, ttl: float, fallback: str) -> None:
-        self._backend, self._resource, self.host_lock, self.owner = claim
+        self._backend, self._resource = claim.backend, claim.resource
+        self.host_lock: HostLock = claim.host_lock
+        self.owner: str = claim.owner
         self._redis = self._backend.redis
         self._ttl = ttl
         self._fallback = fallback
         #: Whether Redis may know this owner: it has granted the lock, has queued the owner, or has left a try
         #: unanswered.
-        self.known = False
+        self.known: bool = False
         #: On the host's clock; None where the lock was free.
         self.waits_since: float | None = None
         self._queued = False

@@ -15,7 +15,7 @@ from ..errors import BackendError, GovRedisError, LockLost, check_ttl
 from ..keys import Id, id_text
 from .lease import LeaseState, LockLease
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 
 class HeldLock(Uncopied):
@@ -38,9 +38,9 @@ class HeldLock(Uncopied):
 
     def __init__(self, name: str, lease: LockLease) -> None:
         self._lease = lease
-        self.name = name
-        self.token = lease.token
-        self.degraded = lease.degraded
+        self.name: str = name
+        self.token: int = lease.token
+        self.degraded: bool = lease.degraded
 
     def remaining(self) -> float:
         """Seconds until the lease ends if it is not renewed; 0 if it has ended, was lost or released. Asks nobody."""
@@ -125,7 +125,7 @@ class HeldLocks(Uncopied, Mapping[str, HeldLock]):
 
     def __init__(self, held: dict[str, HeldLock]) -> None:
         self._held = held
-        self.degraded = any(lock.degraded for lock in held.values())
+        self.degraded: bool = any(lock.degraded for lock in held.values())
 
     def __getitem__(self, name: Id) -> HeldLock:
         return self._held[id_text(name)]

@@ -14,11 +14,12 @@ from .._counters import Counters
 from .._fork import renew_in_child
 from ..errors import BackendError, BackendUnavailable, LockLost
 from .acquisition import Claim, Grant
-from .backends.redis_backend import CONFIRM, Renewal
+from .backends.redis_backend import CONFIRM, RedisLockBackend, Renewal
 from .holders import ListedLock
+from .host_lock.base import HostLock
 from .renewal import FIRST_DUE, renewer
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 
 class LeaseState(Enum):
@@ -88,14 +89,20 @@ class LockLease:
     def __init__(
         self, claim: Claim, grant: Grant, ttl: float, renew: bool, max_hold: float | None, counters: Counters
     ) -> None:
-        self.backend, self._resource, self.host_lock, self.owner = claim
-        self.key = self._resource.key
-        self.token, self.deadline, self.degraded, self._confirm = grant
-        self.ttl = ttl
+        self.backend: RedisLockBackend = claim.backend
+        self._resource = claim.resource
+        self.host_lock: HostLock = claim.host_lock
+        self.owner: str = claim.owner
+        self.key: str = claim.resource.key
+        self.token: int = grant.token
+        self.deadline: float = grant.deadline
+        self.degraded: bool = grant.degraded
+        self._confirm = grant.confirm
+        self.ttl: float = ttl
         #: Why it is lost; None: it is not. Hot paths read this mark and the next in place of `state`.
         self.lost: str | None = None
         #: Whether it has ended.
-        self.over = False
+        self.over: bool = False
         self._callbacks: list[Callable[[], object]] = []
         self._telling: list[Callable[[], object]] = []
         now = clock()
@@ -109,7 +116,7 @@ class LockLease:
         self._until = 0.0
         # First for the list: a lock that is released by then does not come on it.
         self._next = self._next_renewal(now, min(ttl, CONFIRM) if self._confirm is not None else ttl)
-        self.due = min(self._next, now + FIRST_DUE)
+        self.due: float = min(self._next, now + FIRST_DUE)
         renew_in_child(self)
 
     @property

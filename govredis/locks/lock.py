@@ -8,6 +8,7 @@ from typing import ParamSpec, TypeVar
 
 from .._boottime import clock
 from .._context import Context
+from .._counters import Counters
 from .._fork import notice_fork
 from .._pool import PoolExhausted
 from .._templates import check_key, name_of_calls, refuse_unless_plain
@@ -82,7 +83,7 @@ class DistributedLock(Uncopied):
         self._redis = context.redis
         self._ttl = config.lock_ttl
         self._fallback = config.lock_fallback
-        self.counters = context.counters
+        self.counters: Counters = context.counters
         index = self._keys.held_locks()
         self._backend = RedisLockBackend(self._redis, EXCLUSIVE, index)
         self._shared_backend = RedisLockBackend(self._redis, SHARED, index)

@@ -21,7 +21,7 @@ from ..errors import BackendError
 from .backends.redis_backend import RedisLockBackend, Renewal
 from .host_lock.sweep import Sweep
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 #: Seconds after which a lease is first due, or earlier. Once woken, the thread sleeps no longer than this: otherwise
 #: each of many short locks would wake it.
@@ -183,4 +183,4 @@ def renew_together(backend: RedisLockBackend, leases: Iterable[RenewedLease]) ->
             lease.finish(next(extended) if renewal.extends else None, listed)
 
 
-renewer = Renewer()
+renewer: Renewer = Renewer()

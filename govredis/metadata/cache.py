@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from .._context import Context
 from .._fork import notice_fork
@@ -23,6 +23,8 @@ from .pending import PendingInvalidations
 from .values import Codec
 
 __all__ = ["MetadataCache"]
+
+V = TypeVar("V")
 
 
 class MetadataCache(Uncopied):
@@ -72,8 +74,8 @@ class MetadataCache(Uncopied):
     def __init__(self, context: Context, *, options: CacheOptions, shared: SharedParts) -> None:
         if options.strict and shared.freshness is None and context.redis is not None:
             raise ConfigurationError("strict needs PostgreSQL: GOVREDIS_DATABASE_URL is not set")
-        self.namespace = options.namespace
-        self.ttl = options.ttl
+        self.namespace: str = options.namespace
+        self.ttl: float = options.ttl
         self._keys = context.keys
         self._redis = context.redis
         self._counters = context.counters
@@ -114,7 +116,7 @@ class MetadataCache(Uncopied):
         self._drop(identity)
         return stored
 
-    def get_or_load(self, identity: Id, loader: Callable[[str], Any], *, ttl: float | None = None) -> Any | None:
+    def get_or_load(self, identity: Id, loader: Callable[[str], V], *, ttl: float | None = None) -> V:
         """The cached value, else what `loader(identity)` returns, which is then cached.
 
         A single caller loads, of all threads and processes. The others wait as long as it takes, so give the loader a
@@ -138,28 +140,38 @@ class MetadataCache(Uncopied):
         notice_fork()
         if type(identity) is not str:
             identity = id_text(identity)
+        value: V  # the loader's word: no hit is checked
         if self._local is not None and (value := self._local.get(identity)) is not MISS:
             return value
         key = self._keys.cached(self.namespace, identity)
         ttl = self._ttl(ttl)
         (entry,), snapshot = self._backend.read({identity: key})
         if entry is not None and not is_due(entry):
-            return entry.value
+            value = entry.value
+            return value
         _check_loader(loader, "loader")
         try:
-            return self._loads.one(LoadRequest(identity, key, loader, ttl), entry, snapshot)
+            value = self._loads.one(LoadRequest(identity, key, loader, ttl), entry, snapshot)
         except BackendUnavailable:
             if (kept := self._kept({identity: key}, snapshot)) is None:
                 raise
-            return kept[identity]
+            value = kept[identity]
+        return value
 
-    def reload(self, identity: str, loader: Callable[[str], Any]) -> Any | None:
+    def reload(self, identity: str, loader: Callable[[str], V]) -> V:
         """The result of `loader(identity)`, called now. The old value is used until it is cached. Private to
         `cached`."""
         notice_fork()
         key = self._keys.cached(self.namespace, identity)
-        return self._loads.again(LoadRequest(identity, key, loader, self.ttl))
+        value: V = self._loads.again(LoadRequest(identity, key, loader, self.ttl))
+        return value
 
+    @overload
+    def get_many(self, identities: Iterable[Id], load_many: None = None) -> dict[str, Any]: ...
+    @overload
+    def get_many(
+        self, identities: Iterable[Id], load_many: Callable[[list[str]], Mapping[Any, V | None]]
+    ) -> dict[str, V]: ...
     def get_many(
         self, identities: Iterable[Id], load_many: Callable[[list[str]], Mapping[Any, Any]] | None = None
     ) -> dict[str, Any]:

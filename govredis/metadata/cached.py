@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 from .._templates import KeyTemplate, refuse_unless_plain
 from ..errors import refuse
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from .cache import MetadataCache
 
 P = ParamSpec("P")
+Q = ParamSpec("Q")
 R = TypeVar("R")
+S = TypeVar("S")
 
 
 class CachedFunction(Generic[P, R]):
@@ -31,13 +33,11 @@ class CachedFunction(Generic[P, R]):
         self._first = first
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        found: Any = self._cache.get_or_load(self._id(args, kwargs), lambda _: self.uncached(*args, **kwargs))
-        return cast(R, found)
+        return self._cache.get_or_load(self._id(args, kwargs), lambda _: self.uncached(*args, **kwargs))
 
     def refresh(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function, cache what it returns, whatever is cached, and return it."""
-        found: Any = self._cache.reload(self._id(args, kwargs), lambda _: self.uncached(*args, **kwargs))
-        return cast(R, found)
+        return self._cache.reload(self._id(args, kwargs), lambda _: self.uncached(*args, **kwargs))
 
     def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """As MetadataCache.invalidate, of what a call with these arguments has cached."""
@@ -50,6 +50,12 @@ class CachedFunction(Generic[P, R]):
     def _id(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         return self._template.fill((*self._first, *args), kwargs)
 
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> CachedFunction[P, R]: ...
+    @overload
+    def __get__(
+        self: CachedFunction[Concatenate[S, Q], R], instance: S, owner: type | None = None
+    ) -> CachedFunction[Q, R]: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self

@@ -22,7 +22,7 @@ class MetadataCaches:
 
     def __init__(self, context: Context, freshness: FreshnessLease | None) -> None:
         redis, config = context.redis, context.config
-        self.renewals = None if redis is None else Renewals(redis, context.counters)
+        self.renewals: Renewals | None = None if redis is None else Renewals(redis, context.counters)
         self.local: LocalTier | None = None
         if redis is not None and config.local_cache:
             self.local = LocalTier(context.keys, redis, freshness, entries=config.local_entries)

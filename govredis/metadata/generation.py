@@ -36,7 +36,7 @@ class Generation:
         self.key = key
         #: Asks for it, along with the next read.
         self.question: Command = ("MGET", key)
-        self.known = Known("", 0.0, 0)
+        self.known: Known = Known("", 0.0, 0)
         self._clock = clock
         self._serial = 0
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeAlias
+
+_Refuses: TypeAlias = Callable[..., NoReturn]
 
 
 def _refused(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
@@ -17,8 +20,14 @@ class ImmutableDict(dict[str, Any]):
     """A dict that cannot be changed; its copies, also those by pickle, are plain dicts."""
 
     __slots__ = ()
-    __setitem__ = __delitem__ = __ior__ = _refused
-    clear = pop = popitem = setdefault = update = _refused
+    __setitem__: _Refuses = _refused
+    __delitem__: _Refuses = _refused
+    __ior__: _Refuses = _refused
+    clear: _Refuses = _refused
+    pop: _Refuses = _refused
+    popitem: _Refuses = _refused
+    setdefault: _Refuses = _refused
+    update: _Refuses = _refused
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         return {name: copy.deepcopy(value, memo) for name, value in self.items()}
@@ -34,8 +43,18 @@ class ImmutableList(list[Any]):
     """A list of the same kind."""
 
     __slots__ = ()
-    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refused
-    append = clear = extend = insert = pop = remove = reverse = sort = _refused
+    __setitem__: _Refuses = _refused
+    __delitem__: _Refuses = _refused
+    __iadd__: _Refuses = _refused
+    __imul__: _Refuses = _refused
+    append: _Refuses = _refused
+    clear: _Refuses = _refused
+    extend: _Refuses = _refused
+    insert: _Refuses = _refused
+    pop: _Refuses = _refused
+    remove: _Refuses = _refused
+    reverse: _Refuses = _refused
+    sort: _Refuses = _refused
 
     def __deepcopy__(self, memo: dict[int, Any]) -> list[Any]:
         return [copy.deepcopy(value, memo) for value in self]

@@ -89,7 +89,7 @@ class Loads:
         max_bytes: int,
     ) -> None:
         #: Seconds that a reader waits for another process's load before it loads itself: as long as that one lives.
-        self.patience = math.inf
+        self.patience: float = math.inf
         self._backend = backend
         self._codec = codec
         self._renewals = renewals
@@ -98,7 +98,7 @@ class Loads:
         self._max_bytes = max_bytes
         self._single_flight = SingleFlight(options.namespace, lambda: backend.count("waits"))
 
-    def one(self, request: LoadRequest, entry: MetadataEntry | None, snapshot: FreshnessSnapshot | None) -> Any | None:
+    def one(self, request: LoadRequest, entry: MetadataEntry | None, snapshot: FreshnessSnapshot | None) -> Any:
         """Load, or have another's load; until then `entry` is used, if there is one.
 
         Args:
@@ -123,7 +123,7 @@ class Loads:
             if entry is not None:
                 return entry.value
 
-    def again(self, request: LoadRequest) -> Any | None:
+    def again(self, request: LoadRequest) -> Any:
         """Load now; the old value is used until the new one is stored."""
         snapshot = self._backend.look()
         lease = self._backend.take_over(request.key, snapshot)

@@ -42,7 +42,7 @@ from .generation import Generation
 if TYPE_CHECKING:
     from ..client import PushStream
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 MISS: Any = object()
 
@@ -64,7 +64,7 @@ class Place:
 
     def __init__(self) -> None:
         self.value: Any = None
-        self.until = 0.0
+        self.until: float = 0.0
 
 
 class LocalValues:
@@ -157,7 +157,7 @@ class LocalTier:
 
     def renew_after_fork(self) -> None:
         self._lock = threading.RLock()  # a signal handler may read too
-        self.until = 0.0
+        self.until: float = 0.0
         self.epoch: int | None = None
         self._stopped = Latch()
         self._thread = None

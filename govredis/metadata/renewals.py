@@ -34,11 +34,11 @@ class Load:
     __slots__ = ("keys", "leases", "of", "pid", "running")
 
     def __init__(self, of: object, keys: Iterable[str], leases: dict[str, str]) -> None:
-        self.of = of
-        self.keys = frozenset(keys)
-        self.leases = leases
-        self.running = threading.Lock()
-        self.pid = os.getpid()
+        self.of: object = of
+        self.keys: frozenset[str] = frozenset(keys)
+        self.leases: dict[str, str] = leases
+        self.running: threading.Lock = threading.Lock()
+        self.pid: int = os.getpid()
 
     def is_running(self) -> bool:
         return self.running.locked() and self.pid == os.getpid()

@@ -30,7 +30,7 @@ from .relay import FreshnessRecord, Invalidations, OutboxRelay, PostgresAway, Va
 
 __all__ = ["FreshnessLease", "FreshnessSnapshot", "FreshnessState"]
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 #: The part of a lease's life that is left when it is renewed in the background.
 _RENEWED_AT = 1 / 3
@@ -49,10 +49,10 @@ class FreshnessSnapshot:
     __slots__ = ("connects", "epoch", "renew_at", "until")
 
     def __init__(self, epoch: int, until: float, renew_at: float, connects: int) -> None:
-        self.epoch = epoch
-        self.until = until
-        self.renew_at = renew_at
-        self.connects = connects
+        self.epoch: int = epoch
+        self.until: float = until
+        self.renew_at: float = renew_at
+        self.connects: int = connects
 
 
 class FreshnessState(NamedTuple):
@@ -85,8 +85,8 @@ class FreshnessLease:
         threads: bool = True,
     ) -> None:
         #: X, in seconds: how far a value used under a valid lease may be behind what is committed.
-        self.staleness = context.config.metadata_staleness
-        self.relay = OutboxRelay(context, values)
+        self.staleness: float = context.config.metadata_staleness
+        self.relay: OutboxRelay = OutboxRelay(context, values)
         self._outbox = Outbox(self.relay.postgres)
         #: The relay could not reach PostgreSQL.
         self._relay_failed = False

@@ -44,11 +44,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from .._context import Context
 from .._migrations import PINNED
 from ..breaker import ReadOnly
-from ..client import Arg, Command, Script
+from ..client import Arg, Command, RedisClient, Script
 from ..errors import BackendError, BackendUnavailable, ConfigurationError
+from ..keys import Key
 
 if TYPE_CHECKING:
-    from ..postgres import Transaction
+    from ..postgres import Postgres, Transaction
 
 #: Makes the commands that invalidate a namespace's entries, pairs of (id, version).
 Invalidations = Callable[[Sequence[tuple[str, int]]], Sequence[Command]]
@@ -141,9 +142,9 @@ class OutboxRelay:
     def __init__(self, context: Context, values: Values) -> None:
         if context.redis is None or context.postgres is None:
             raise ConfigurationError("the outbox needs Redis and PostgreSQL")
-        self.key = context.keys.guard()
-        self.redis = context.redis
-        self.postgres = context.postgres
+        self.key: Key = context.keys.guard()
+        self.redis: RedisClient = context.redis
+        self.postgres: Postgres = context.postgres
         self._keys = context.keys
         self._values = values
         #: After this time PostgreSQL ends the transaction of a relay that stopped within it.

@@ -7,8 +7,8 @@ from ..errors import ConfigurationError
 
 try:
     from psycopg2.extras import Json
-except ImportError as missing:
-    raise ConfigurationError("GOVREDIS_DATABASE_URL needs psycopg2: pip install 'govredis[postgres]'") from missing
+except ImportError as _missing:
+    raise ConfigurationError("GOVREDIS_DATABASE_URL needs psycopg2: pip install 'govredis[postgres]'") from _missing
 
 from .postgres import Postgres, Row, Transaction
 

@@ -81,7 +81,7 @@ class Postgres(Recoverable):
         self._writing = CircuitBreaker(f"writing to {self.name}", self._probe_writing)
         self._read_only = False
         #: Statements sent by this process, without the BEGIN and COMMIT of transactions.
-        self.statements = 0
+        self.statements: int = 0
         renew_in_child(self)
 
     # -- calls ---------------------------------------------------------------------------------------------------

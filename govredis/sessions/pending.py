@@ -18,7 +18,7 @@ class PendingWrite:
     __slots__ = ("at",)
 
     def __init__(self, at: datetime) -> None:
-        self.at = at
+        self.at: datetime = at
 
 
 class Revocation(PendingWrite):
@@ -33,8 +33,8 @@ class Revocation(PendingWrite):
 
     def __init__(self, at: datetime, known: tuple[SessionBinding, ...] = (), seen: bool = False) -> None:
         super().__init__(at)
-        self.known = known
-        self.seen = seen
+        self.known: tuple[SessionBinding, ...] = known
+        self.seen: bool = seen
 
     def ends(self, binding: SessionBinding) -> bool:
         """Is this binding, which the record has now, over?"""
@@ -54,7 +54,7 @@ class AgentRevocation(PendingWrite):
 
     def __init__(self, at: datetime, told: frozenset[str]) -> None:
         super().__init__(at)
-        self.told = told
+        self.told: frozenset[str] = told
 
 
 class PendingBind(PendingWrite):
@@ -68,7 +68,7 @@ class PendingBind(PendingWrite):
 
     def __init__(self, at: datetime, was: SessionBinding | None) -> None:
         super().__init__(at)
-        self.was = was
+        self.was: SessionBinding | None = was
 
 
 class PendingUpdate(PendingWrite):
@@ -82,7 +82,7 @@ class PendingUpdate(PendingWrite):
 
     def __init__(self, at: datetime, was: SessionBinding) -> None:
         super().__init__(at)
-        self.was = was
+        self.was: SessionBinding = was
 
 
 #: A session or an agent, and what the record must be told of it.

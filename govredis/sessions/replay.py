@@ -16,7 +16,7 @@ from .backends.memory_backend import MemorySessionBackend
 from .binding import BindRequest, SessionBinding, encode_data, same_binding
 from .pending import Pending, PendingUpdate
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 T = TypeVar("T")
 

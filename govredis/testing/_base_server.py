@@ -134,10 +134,10 @@ class Server(Managed):
         self.persistent = persistent
         self._user = self._run_as()
         self._fixed = port is not None
-        self.port = port or 0
+        self.port: int = port or 0
         self._pid, self._paused = 0, False
         self._temporary = folder is None
-        self.folder = self._make_temporary() if folder is None else Path(folder).absolute()
+        self.folder: Path = self._make_temporary() if folder is None else Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._data, self._old, self._log = self.folder / "data", self.folder / "old", self.folder / "server.log"
         self._log_from = 0

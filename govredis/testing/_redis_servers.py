@@ -196,7 +196,8 @@ class RedisSentinel(_Group):
         self, *, binary: StrPath | None = None, master_name: str = "mymaster", config: Iterable[str] = ()
     ) -> None:
         super().__init__(binary)
-        self.master_name, self._config = master_name, list(config)
+        self.master_name: str = master_name
+        self._config = list(config)
 
     @property
     def nodes(self) -> list[RedisServer]:

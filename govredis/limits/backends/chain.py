@@ -58,8 +58,10 @@ class LimitBackendChain:
 
     def __init__(self, context: Context, clock: Callable[[], float]) -> None:
         self._counters = context.counters
-        self.redis = None if context.redis is None else RedisLimitBackend(context.redis)
-        self.postgres = None if context.postgres is None else PostgresLimitBackend(context.postgres, context.keys)
+        self.redis: RedisLimitBackend | None = None if context.redis is None else RedisLimitBackend(context.redis)
+        self.postgres: PostgresLimitBackend | None = (
+            None if context.postgres is None else PostgresLimitBackend(context.postgres, context.keys)
+        )
         self.servers: list[LimitBackend] = [server for server in (self.redis, self.postgres) if server is not None]
         fallback = context.config.limit_fallback
         self.fallback: LimitBackend = (

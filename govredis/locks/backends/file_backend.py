@@ -23,7 +23,7 @@ from ..host_lock.record import LockRecord
 from ..host_lock.sweep import Sweep
 from ..renewal import renewer
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 H = TypeVar("H", bound=HostLock)
 
@@ -63,7 +63,7 @@ class FileLockBackend:
     def __init__(self, folder: str | None, *, needed: bool = True, counters: Counters | None = None) -> None:
         # By the user alone. Two processes of one user may differ in TMPDIR, HOME and XDG_RUNTIME_DIR, and in whether
         # somebody has logged in: they would not exclude each other.
-        self.path = folder if folder is not None else f"/tmp/govredis-locks-{os.geteuid()}"
+        self.path: str = folder if folder is not None else f"/tmp/govredis-locks-{os.geteuid()}"
         self._process: HostProcess | None = None
         self._sweep: Sweep | None = None
         self._needed = needed

@@ -75,10 +75,10 @@ class RedisLockBackend:
 
     def __init__(self, redis: RedisClient | None, files: ScriptFiles, index: str) -> None:
         self.redis = redis
-        self.acquire_script = Script(__package__, *files.acquire)
-        self.extend_script = Script(__package__, *files.extend)
-        self.release_script = Script(__package__, *files.release)
-        self.force_script = None if files.force is None else Script(__package__, *files.force)
+        self.acquire_script: Script = Script(__package__, *files.acquire)
+        self.extend_script: Script = Script(__package__, *files.extend)
+        self.release_script: Script = Script(__package__, *files.release)
+        self.force_script: Script | None = None if files.force is None else Script(__package__, *files.force)
         self._list_script = Script(__package__, "list.lua")
         self._index = index
         if redis is not None:
@@ -92,7 +92,7 @@ class RedisLockBackend:
         self._owners = itertools.count()
         #: Held by the thread that extends leases, until it has taken in the replies. With two extensions of one lease
         #: on their way at once, nobody would know which comes last.
-        self.extending = threading.RLock()
+        self.extending: threading.RLock = threading.RLock()
         #: Releases and lost acquires that Redis has not answered: these grants may be nobody's. Without a mutex, which
         #: a signal handler or a destructor that releases might find taken by the code that it interrupts.
         self.pending_releases: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()

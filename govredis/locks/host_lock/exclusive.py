@@ -47,7 +47,7 @@ from .record import HOLDERS, PASSERS, RECORD_BYTES, LockRecord, format_record, r
 #: A process that looks has the flock for an instant: others ask for it so many times, a millisecond apart.
 _LOOKS = 5
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 
 class ExclusiveHostLock(OpenFile):
@@ -84,7 +84,7 @@ class ExclusiveHostLock(OpenFile):
         self._replaced = False
         #: The highest token that was refused for it.
         self._refused = 0
-        self.inside = False
+        self.inside: bool = False
         renew_in_child(self)
 
     @raises_unusable

@@ -42,7 +42,7 @@ class Liveness(OpenFile):
         self._namespace = _pid_namespace()
         pid = os.getpid()
         state = _state_of(pid)
-        self.name = ""
+        self.name: str = ""
         if SETLK is not None and state is not None and self._namespace:
             self.name = f"{self._namespace:x}.{pid:x}.{state[1]:x}.{self._byte:x}"
         self.keep()

@@ -8,7 +8,7 @@ import os
 
 _OPEN_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 
 class OpenFile:

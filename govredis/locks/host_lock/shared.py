@@ -38,7 +38,7 @@ class ReaderHostLock(WriterHostLock):
     @raises_unusable
     def enter(self, token: int, owner: str, deadline: float, *, may_pass: bool) -> bool:
         # Where a writer with a higher token has been here, the grant was over before this reader came.
-        self.inside = self._try_flock() and self._was_granted_since(token) and self.last_token() < token
+        self.inside: bool = self._try_flock() and self._was_granted_since(token) and self.last_token() < token
         if self._flocked and not self.inside:
             self._unlock()
         return self.inside

@@ -28,7 +28,7 @@ from .liveness import lock_range
 from .open_file import OpenFile
 from .record import FENCE_KEPT, PASSERS, RECORD_BYTES, LockRecord, read_records
 
-log = logging.getLogger("govredis")
+log: logging.Logger = logging.getLogger("govredis")
 
 #: Seconds between two sweeps of a folder.
 _EVERY = 600.0

@@ -15,6 +15,7 @@ from ...client import Command
 from ...errors import BackendUnavailable
 from ...outbox import FreshnessSnapshot
 from .. import entry_keys
+from ..generation import Generation
 from ..immutable import immutable
 from ..local import LocalValues, Place
 from ..options import CacheOptions, SharedParts
@@ -46,9 +47,9 @@ class RedisMetadataBackend:
     """The values of one cache in Redis. Redis being away is counted, and never raised."""
 
     def __init__(self, context: Context, options: CacheOptions, shared: SharedParts, codec: Codec) -> None:
-        self.generation = shared.generation
+        self.generation: Generation = shared.generation
         #: Where this process keeps the values that it reads; None: nowhere.
-        self.local = shared.local
+        self.local: LocalValues | None = shared.local
         self._redis = context.redis
         self._freshness = shared.freshness
         self._namespace = namespace = options.namespace

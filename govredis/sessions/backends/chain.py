@@ -46,7 +46,7 @@ class SessionBackends:
                 cache = RowCache(context, context.redis, records=in_redis, freshness=freshness)
         if context.postgres is not None:
             self.primary = PostgresSessionBackend(context, SessionRows(context, context.postgres), cache=cache)
-        self.memory = MemorySessionBackend(
+        self.memory: MemorySessionBackend = MemorySessionBackend(
             config.local_entries,
             ttl_ms=int(config.session_ttl * 1000),
             now=now,

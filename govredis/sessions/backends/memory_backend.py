@@ -41,7 +41,7 @@ class MemorySessionBackend(SessionBackend):
         self._now = now
         self._known: OrderedDict[str, SessionBinding] = OrderedDict()
         #: Counts the ends of sessions that were noted here.
-        self.ends = 0
+        self.ends: int = 0
         #: Sessions whose revocation the primary was told of, and in which outage, which may not be over yet.
         self._ended: OrderedDict[str, int] = OrderedDict()
         self.renew_after_fork()

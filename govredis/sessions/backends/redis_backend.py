@@ -109,7 +109,7 @@ class RedisSessionBackend(PrimarySessionBackend):
         self._update = Script(__package__, "values.lua", "update.lua")
         self._touch = Script(__package__, "touch.lua")
         self._unbind = Script(__package__, "values.lua", "unbind.lua")
-        self.index = Script(__package__, "index.lua")
+        self.index: Script = Script(__package__, "index.lua")
 
     def bind(self, request: BindRequest) -> tuple[SessionBinding, bool]:
         key = self._keys.session(request.session_id)

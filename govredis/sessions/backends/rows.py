@@ -122,7 +122,7 @@ class SessionRows:
         self._keys = context.keys
         self._postgres = postgres
         self._ttl = timedelta(seconds=context.config.session_ttl)
-        self.ttl_ms = int(context.config.session_ttl * 1000)
+        self.ttl_ms: int = int(context.config.session_ttl * 1000)
 
     def started(self) -> int:
         """A number by which `bind` knows the revocations that were made since now."""
