@@ -1,26 +1,36 @@
-"""The examples of README.md and docs/ are run: every Python block of a page, in order, each `# -> value` compared."""
+"""The examples of README.md and docs/ are run: every Python block of a page, in order, each `# -> value` compared.
+
+A block whose first line names a file or a terminal is saved or typed instead (`tests/terminals.py`), commands too.
+"""
 
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
 import pytest
+from terminals import Reader
 
 from govredis import Config, GovRedis, configure
 from govredis.cli import main
+from govredis.testing._base_server import free_port
 from govredis.testing.servers import PostgresServer, RedisServer
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted(ROOT.glob("docs/**/*.md"))]
+TUTORIAL = ROOT / "docs/tutorial.md"
 PYTEST_COMMANDS = re.findall(r"^\S+ -m pytest .*$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
 
 
@@ -47,7 +57,7 @@ def one_redis() -> Iterator[RedisServer]:
         yield server
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != TUTORIAL], ids=lambda page: page.name)
 def test_the_examples_do_what_they_say(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -82,13 +92,71 @@ def test_the_examples_need_no_postgres(
     run_page(ROOT / f"docs/{name}.md")
 
 
-def run_page(page: Path) -> int:
-    """Run all examples of a page. Returns how many values were compared: all that it names."""
+@pytest.fixture
+def port() -> int:
+    """The one of the tutorial's site."""
+    return free_port()
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, port: int) -> Iterator[Reader]:
+    """Somebody with a wheel and an empty folder, and with pip, which finds all that the extras need installed."""
+    source, folder, programs = tmp_path / "source", tmp_path / "reader", tmp_path / "bin"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "docs")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    subprocess.run(wheel, check=True)
+    folder.mkdir()
+    programs.mkdir()
+    # The programs that pip would put into the venv together with the packages.
+    for name, runs in ("python3", sys.executable), ("flask", "python -m flask"), ("celery", "python -m celery"):
+        (programs / name).write_text(f'#!/bin/sh\nexec {runs} "$@"\n')
+        (programs / name).chmod(0o755)
+    for name in ("REDIS_URL", "GOVREDIS_DATABASE_URL", "CELERY_BROKER_URL", "GOVREDIS_PARKING_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GOVREDIS_LOCK_FOLDER", str(tmp_path / "locks"))
+    for what in ("SOCKET", "CONNECT", "POSTGRES"):  # a busy machine is no outage
+        monkeypatch.setenv(f"GOVREDIS_{what}_TIMEOUT", "10")
+    monkeypatch.setenv("GOVREDIS_METADATA_STALENESS", "60")
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHONPATH": sysconfig.get_path("purelib"),
+        "PYTHONUNBUFFERED": "1",
+        "PIP_NO_INDEX": "1",
+        "FLASK_RUN_PORT": str(port),
+        "no_proxy": "localhost",
+    }
+    typing = Reader(folder, environment)
+    yield typing
+    typing.close()
+
+
+@pytest.mark.once
+def test_the_tutorial_leads_from_an_empty_folder_through_an_outage(
+    reader: Reader, tmp_path: Path, port: int, system_binary: Callable[[str], str]
+) -> None:
+    system_binary("curl")
+    (wheel,) = tmp_path.glob("*.whl")
+    own = {"/path/to/checkout": str(wheel), ":5000": f":{port}", 'timeout": 1': 'timeout": 30'}
+    assert run_page(TUTORIAL, reader, own) > 30
+
+
+def run_page(page: Path, reader: Reader | None = None, own: Mapping[str, str] = MappingProxyType({})) -> int:
+    """Run all examples of a page. Returns how many values were compared: all that it names. `own`: what this reader
+    has in the place of words of the page."""
     text = page.read_text()
+    for word, replacement in own.items():
+        text = text.replace(word, replacement)
     names: dict[str, Any] = {"__name__": page.stem}
     configure(None)
     try:
-        compared = sum(run(block, names, page) for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+        compared = 0
+        for language, block in re.findall(r"^```(python|sh)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            shown = reader.take(language, block) if reader else None
+            if shown is None and language == "python":
+                shown = run(block, names, page)
+            compared += shown or 0
     finally:
         if "gov" in names:
             names["gov"].close()
