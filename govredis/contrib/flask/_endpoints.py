@@ -12,22 +12,27 @@ from flask.cli import AppGroup, with_appcontext
 
 from ..._commands import COMMANDS, work_on
 from ...errors import ConfigurationError
+from ._routes import routes
 from ._state import DETAILS, app_gov
+from ._view_limits import exempt
 
 endpoints = Blueprint("govredis", __name__)
 
 
 @endpoints.get("/live")
+@exempt
 def live() -> Response:
     return _health({"status": "pass"})
 
 
 @endpoints.get("/ready")
+@exempt
 def ready() -> Response:
     return _health({"status": app_gov().health.check().status})
 
 
 @endpoints.get("/health")
+@exempt
 def health() -> Response:
     details = current_app.config[DETAILS]
     if details() if callable(details) else details:
@@ -50,5 +55,5 @@ def _on_the_apps() -> None:
 
 
 commands = AppGroup(
-    "govredis", callback=_on_the_apps, commands=COMMANDS, help="govredis: the app's Redis and PostgreSQL."
+    "govredis", callback=_on_the_apps, commands=(*COMMANDS, routes), help="govredis: the app's Redis and PostgreSQL."
 )

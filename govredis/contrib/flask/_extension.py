@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection
 from http import HTTPStatus
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakSet
 
-from flask import Flask, Response
-from werkzeug.exceptions import BadRequest, Unauthorized
+from flask import Blueprint, Flask, Response
+from flask.views import View
+from werkzeug.exceptions import Unauthorized
 
 from ...api import GovRedis
 from ...config import Config, variables
-from ...errors import BackendUnavailable, RateLimitExceeded, refuse
-from ...keys import Id, check_id
-from ...limits import RateLimitResult
-from ...limits.limit_spec import LimitSpec
-from ...limits.rates import Rate, parse_rate
+from ...errors import refuse
+from ...keys import Id
+from ...limits.rates import Rate
 from ...sessions import SessionBinding
-from . import _logins
-from ._decoration import BareViews, name_of, refuse_arguments, takes, without
+from . import _logins, _problems
+from ._decoration import BareViews, name_of
+from ._default_limits import DefaultLimits
 from ._endpoints import commands, endpoints
-from ._limit_headers import MetLimit, report
-from ._problems import problem, too_many, unavailable
+from ._problems import problem
 from ._settings import read_settings
 from ._state import COOKIE, DETAILS, EXTENSION, HEADER, PREFIX, SECURE, AppState, app_gov
+from ._view_limits import ViewLimit, agent_or_address, show
+from ._view_limits import exempt as exempt_view
 
 __all__ = ["FlaskGovRedis"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class FlaskGovRedis:
@@ -43,9 +44,11 @@ class FlaskGovRedis:
       `/govredis/health` (the same; for those who may see it, the whole report, which names hosts). They are
       application/health+json, and never cached;
     - status 429 for RateLimitExceeded out of any view, and 503 for BackendUnavailable (SessionStoreUnavailable and
-      LockUnavailable too). Both have Retry-After and an application/problem+json body (RFC 9457). The app's own
-      `errorhandler` for one of the two takes precedence, registered before or after;
-    - `flask govredis`: the commands of `govredis`, except `demo`, under the app's settings.
+      LockUnavailable too). Both have Retry-After and an application/problem+json body (RFC 9457); or a page or a text,
+      where the request's Accept prefers that. Outside the view the two are werkzeug's HTTPExceptions as well. So the
+      app's own `errorhandler` is called, for the error, its status or HTTPException, and its answer gets Retry-After;
+    - `flask govredis`: the commands of `govredis`, except `demo`, under the app's settings; and `routes`, which lists
+      the limits of the app's views.
 
     Settings, in the app's configuration:
 
@@ -71,6 +74,7 @@ class FlaskGovRedis:
     def __init__(self, app: Flask | None = None, gov: GovRedis | None = None) -> None:
         self._gov = gov
         self._apps: WeakSet[Flask] = WeakSet()
+        self._defaults = DefaultLimits()
         self._limited = BareViews("rate_limited", "limit")
         self._protected = BareViews("login_required", "protect")
         if app is not None:
@@ -88,12 +92,12 @@ class FlaskGovRedis:
         read_settings(app)
         if (prefix := app.config[PREFIX]) is not None:
             app.register_blueprint(endpoints, url_prefix=prefix)
-        for error, handler in (RateLimitExceeded, too_many), (BackendUnavailable, unavailable):
-            if error not in app.error_handler_spec[None][None]:
-                app.register_error_handler(error, handler)
-        state = app.extensions[EXTENSION] = AppState(self._gov or (None if config is None else GovRedis(config)))
+        made = self._gov or (None if config is None else GovRedis(config))
+        state = app.extensions[EXTENSION] = AppState(made, self._defaults)
         app.before_request(lambda: self._refuse_unreached(app, state))
+        app.before_request(self._defaults.meet)
         _logins.watch(app)
+        _problems.watch(app)
         app.cli.add_command(commands)
         self._apps.add(app)
 
@@ -152,6 +156,8 @@ class FlaskGovRedis:
 
         Raises ValueError for an async view, and for a place above the route, in the same way as `rate_limited`.
         """
+        if _decorates_class(function, self.login_required):
+            return function
         self._protected.check(function)
         self._protected.add(function, self._apps)
 
@@ -182,20 +188,25 @@ class FlaskGovRedis:
         self,
         rate: Rate | Callable[[], Rate],
         *,
-        key: str | Callable[[], Id | None],
+        key: str | Callable[[], Id | None] | None = None,
         operation: str = "default",
         cost: int | Callable[[], int] = 1,
         exempt: Callable[[], bool] | None = None,
         count_when: Callable[[Response], bool] | None = None,
+        methods: Collection[str] | None = None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Limit the requests of a view, over all processes. Put it between the route and the function.
+
+        A MethodView takes it on the class, on its methods, and in `decorators`.
 
         Args:
             rate: as in `RateLimiter.hit`, or a callable without arguments that reads flask.request and returns a rate:
                 by a plan, say. A change holds from the next request on.
             key: the identity to limit: a template of the view's arguments from its URL, "{agent_id}"; or a callable
-                without arguments that reads flask.request, such as `current_agent`.
-            operation: the limited operation.
+                without arguments that reads flask.request, such as `current_agent`. None: the agent; or the client's
+                address (`request.remote_addr`) for a request without one, and where no server can say who it is.
+                Behind a proxy the address is the client's only with werkzeug's ProxyFix.
+            operation: the limited operation. Views with the same operation share their windows.
             cost: as in `RateLimiter.hit`, or a callable without arguments that returns a cost.
             exempt: a callable without arguments. If it returns True, the request goes through without a limit, is not
                 counted, and needs no identity.
@@ -203,6 +214,8 @@ class FlaskGovRedis:
                 request is given back (`RateLimitResult.refund`): only failed logins count, say. Until then it counts,
                 so that simultaneous requests are within the limit too. If the backend has gone away meanwhile, the
                 request stays counted.
+            methods: the HTTP methods that are limited, as ["POST"]; requests of others go through. GET includes HEAD.
+                None: all.
 
         A refused request raises RateLimitExceeded, and so is a 429. Every response of the view, a 429 or an error
         included, has RateLimit-Policy with all limits and RateLimit with the decisive one, as in
@@ -214,63 +227,100 @@ class FlaskGovRedis:
         if an inner one refuses. Give each an operation of its own, or their policies have one name.
 
         A request without an identity is a 400, never unlimited: `key` gives None or an id that cannot stand in a key,
-        or raises KeyError or ValueError. A result of another type is a TypeError. The promises while Redis is away are
+        or raises KeyError or ValueError. If `key` is `current_agent` and gives None, it is a 401. A result of another
+        type is a TypeError. The promises while Redis is away are
         those of `RateLimiter.hit`.
 
         Raises ValueError at decoration for a bad argument, for an async view, and above the route of an app that this
         extension has seen: the limit would never run there. If the mistake shows only later (in a blueprint, or an app
         to come), that app refuses every request with the same ValueError.
         """
-        for what, given in ("rate", rate), ("key", key), ("cost", cost), ("exempt", exempt):
-            refuse_arguments(what, given)
-        spec = LimitSpec(without(rate), without(key), operation, without(cost), without(exempt))
-        if count_when is not None and not takes(count_when, None):
-            raise refuse("count_when", count_when, "a callable of one argument, the response")
+        limit = self._limit(rate, key, operation, cost, exempt, count_when, methods)
 
         def decorate(function: Callable[P, R]) -> Callable[P, R]:
+            if _decorates_class(function, decorate):
+                return function
             self._limited.check(function)
-            identify = spec.identify(function)
+            identify = limit.spec.identify(function)
             self._limited.add(function, self._apps)
 
             @functools.wraps(function)
             def limited(*args: P.args, **kwargs: P.kwargs) -> R:
-                limits = self.gov.limits
-                if spec.exempts(args, kwargs):
-                    return function(*args, **kwargs)
-                try:
-                    found = identify(args, kwargs)
-                    if found is not None and not isinstance(found, str):
-                        wanted = "a str, an int or a UUID, or None"
-                        raise TypeError(f"key of {name_of(function)} gave {found!r}; it must give {wanted}")
-                    identity = check_id(cast(str, found))
-                except (KeyError, ValueError) as error:  # KeyError: of request.headers[...] and its like
-                    said = "this request carries no identity for its limit"
-                    raise BadRequest(said, problem(HTTPStatus.BAD_REQUEST, said)) from error
-                now, taken = spec.terms(args, kwargs)
-                result = limits.hit(identity, now, operation=operation, cost=taken)
-
-                def settle(response: Response, result: RateLimitResult) -> RateLimitResult:
-                    if count_when is None or not result.allowed or count_when(response):
-                        return result
-                    try:
-                        result.refund()
-                        left = limits.peek(identity, now, operation=operation, cost=taken)
-                    except BackendUnavailable:
-                        return result
-                    # `left` is what the next request would leave.
-                    return replace(left, remaining=left.remaining + taken) if left.allowed else left
-
-                report(MetLimit(operation, parse_rate(now), result, settle))
-                if not result.allowed:
-                    raise RateLimitExceeded(result)
+                limit.meet(name_of(function), operation, identify, args, kwargs)
                 return function(*args, **kwargs)
 
+            show(limited, limit, operation)
             return limited
 
+        show(decorate, limit, operation)
         return decorate
+
+    def default_limit(
+        self,
+        scope: Flask | Blueprint,
+        rate: Rate | Callable[[], Rate],
+        *,
+        key: str | Callable[[], Id | None] | None = None,
+        operation: str | None = None,
+        cost: int | Callable[[], int] = 1,
+        exempt: Callable[[], bool] | None = None,
+        count_when: Callable[[Response], bool] | None = None,
+        methods: Collection[str] | None = None,
+    ) -> None:
+        """Limit the requests of all views of an app or a blueprint that have no limit of their own.
+
+        The nearest limit holds, alone: the view's own (`rate_limited`), else its blueprint's default, else that of the
+        blueprint around it, else the app's. A view may have none: `exempt`. Static files, the endpoints of govredis,
+        URLs that lead to no view, and OPTIONS requests that Flask answers have no default limit.
+
+        A request is counted before its view, and before hooks that were registered after `init_app`.
+
+        Args:
+            scope: a Flask app that this extension serves or will serve, or a Blueprint of such apps.
+            operation: the limited operation, shared by all these views. None: each view has its own, its endpoint.
+            rate, cost, exempt, count_when, methods: as in `rate_limited`.
+            key: as in `rate_limited`, but for templates, since views differ in their arguments.
+
+        Raises ValueError for a bad argument, and for a scope that has a default limit already.
+        """
+        limit = self._limit(rate, key, "default" if operation is None else operation, cost, exempt, count_when, methods)
+        self._defaults.add(scope, limit, operation)
+
+    def exempt(self, target: T) -> T:
+        """A view, or the class of a MethodView, for which no default limit holds. Its own limits hold.
+
+        Put it anywhere among the decorators of a view. Returns the target.
+
+        Raises ValueError for an object that is not callable.
+        """
+        if not callable(target):
+            raise refuse("the exempt object", target, "the function or the class of a view")
+        return exempt_view(target)
+
+    def _limit(
+        self,
+        rate: Rate | Callable[[], Rate],
+        key: str | Callable[[], Id | None] | None,
+        operation: str,
+        cost: int | Callable[[], int],
+        exempt: Callable[[], bool] | None,
+        count_when: Callable[[Response], bool] | None,
+        methods: Collection[str] | None,
+    ) -> ViewLimit:
+        needs_login = getattr(key, "__func__", None) is FlaskGovRedis.current_agent
+        found = agent_or_address if key is None else key
+        return ViewLimit(rate, found, operation, cost, exempt, count_when, methods, needs_login=needs_login)
 
     def _refuse_unreached(self, app: Flask, state: AppState) -> None:
         if state.refusal is None:
             state.refusal = self._protected.refusal(app) or self._limited.refusal(app)
         if state.refusal:
             raise ValueError(state.refusal)
+
+
+def _decorates_class(target: Any, decorator: Callable[..., Any]) -> bool:
+    """Is it the class of views? Then its views are decorated as they are made of it."""
+    if not (isinstance(target, type) and issubclass(target, View)):
+        return False
+    target.decorators = [*target.decorators, decorator]
+    return True

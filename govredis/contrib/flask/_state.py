@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from flask import current_app
+from flask import Flask, current_app
 
 from ...api import GovRedis, get_gov
+
+if TYPE_CHECKING:
+    from ._default_limits import DefaultLimits
 
 EXTENSION = "govredis"
 HEADER, COOKIE, SECURE = "GOVREDIS_SESSION_HEADER", "GOVREDIS_SESSION_COOKIE", "GOVREDIS_SESSION_COOKIE_SECURE"
@@ -19,6 +22,7 @@ class AppState:
     """Our part of an app's `extensions`. `gov`: None for the process-wide GovRedis."""
 
     gov: GovRedis | None
+    defaults: DefaultLimits
     #: Why its requests are refused: a decorator that does nothing above its route. "" for no reason; None before the
     #: first request, as more views may come.
     refusal: str | None = None
@@ -29,6 +33,12 @@ def app_state() -> AppState:
         return cast(AppState, current_app.extensions[EXTENSION])
     except KeyError:
         raise RuntimeError(f"app {current_app.name!r} has no FlaskGovRedis; call init_app(app) first") from None
+
+
+def current_app_itself() -> Flask:
+    """Not the proxy, which is another object to a weak reference."""
+    found: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+    return found
 
 
 def app_gov() -> GovRedis:

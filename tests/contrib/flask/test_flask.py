@@ -457,7 +457,7 @@ def test_a_key_that_cannot_be_made_of_the_request_is_a_400(app: Flask, ext: Flas
 
 def test_an_error_handler_of_the_users_may_take_the_400(app: Flask, ext: FlaskGovRedis, client: FlaskClient) -> None:
     @app.get("/")
-    @ext.rate_limited("9/hour", key=ext.current_agent)
+    @ext.rate_limited("9/hour", key=lambda: None)
     def view() -> str:
         return ""
 
@@ -513,7 +513,9 @@ def test_one_limit_holds_across_threads(app: Flask, ext: FlaskGovRedis) -> None:
     ("arguments", "said"),
     [
         ({"rate": "20/fortnight", "key": "{agent_id}"}, "rate is '20/fortnight'"),
-        ({"rate": "20/hour", "key": None}, "key is None; it must be a template"),
+        ({"rate": "20/hour", "key": 5}, "key is 5; it must be a template"),
+        ({"rate": "20/hour", "methods": "POST"}, r"methods is 'POST'; it must be a list of HTTP methods"),
+        ({"rate": "20/hour", "methods": []}, r"methods is \[\]; it must be a list of HTTP methods"),
         ({"rate": "20/hour", "key": "agent_id"}, "key 'agent_id' of .*view is the name of an argument"),
         ({"rate": "20/hour", "key": "{agnet_id}"}, "names 'agnet_id'; the function's arguments are agent_id"),
         ({"rate": "20/hour", "key": "{agent_id}", "operation": "a:b"}, "operation is 'a:b'"),
@@ -785,7 +787,8 @@ def test_a_view_is_limited_by_the_agent(app: Flask, ext: FlaskGovRedis, client: 
         return jsonify(ext.current_agent())
 
     answers = [client.get("/", headers={"X-Session-Id": sid}) for sid in ("s-1", "s-2", "s-1", "nobody's")]
-    assert [a.status_code for a in answers] == [200, 200, 429, 400]
+    assert [a.status_code for a in answers] == [200, 200, 429, 401]
+    assert_problem(answers[-1], 401)
     assert gov.counters.get("sessions.hits") == 3
 
 
