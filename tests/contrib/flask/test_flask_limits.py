@@ -40,7 +40,11 @@ def production(app: Flask) -> None:
 
 
 def statuses(client: FlaskClient, *paths: str, method: str = "GET", **options: Any) -> list[int]:
-    return [client.open(path, method=method, **options).status_code for path in paths]
+    found = []
+    for path in paths:
+        with client.open(path, method=method, **options) as response:  # a static file is open until its end
+            found.append(response.status_code)
+    return found
 
 
 def one() -> str:
