@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from govredis import Config, GovRedis
+from govredis._pool import Pool
 from govredis.client import RedisClient
 from govredis.testing.servers import PostgresServer
 
@@ -24,6 +25,9 @@ T = TypeVar("T")
 
 #: Seconds after which something that never happens fails its test. A working test waits for none of them.
 PATIENCE = 120.0
+
+#: Timeouts for servers that are killed and do not hang: a machine that stalls makes no outage of a call.
+PATIENT = {"socket_timeout": 10.0, "connect_timeout": 10.0, "postgres_timeout": 20.0}
 
 #: Where nothing listens: connections are refused at once.
 REDIS_AWAY = "redis://127.0.0.1:1/0"
@@ -169,6 +173,25 @@ class Gate:
 
     def __del__(self) -> None:
         os.close(self._descriptor)
+
+
+@contextlib.contextmanager
+def all_in_use(*pools: Pool[Any]) -> Iterator[None]:
+    """All connections of these pools are in use. A caller waits a tenth of a second for one, whatever the timeouts.
+
+    So the timeouts themselves can be long, and a machine that stalls makes no outage.
+    """
+    with contextlib.ExitStack() as stack:
+        for pool in pools:
+            for _ in range(pool._bound):
+                stack.callback(pool.give, pool.take(20))
+            stack.callback(vars(pool).pop, "take")
+            vars(pool)["take"] = partial(_take_soon, pool.take)
+        yield
+
+
+def _take_soon(take: Callable[..., T], wait: float, connecting: float = 0.0) -> T:
+    return take(min(wait, 0.1), connecting)
 
 
 @contextlib.contextmanager

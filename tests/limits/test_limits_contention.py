@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support import REDIS_AWAY, redis_of
+from support import REDIS_AWAY, WatchedSocket, all_in_use, redis_of
 
 from govredis import BackendUnavailable, GovRedis
 from govredis._pool import Pool, PoolExhausted
@@ -19,22 +19,13 @@ CALLS: dict[str, Callable[[GovRedis], Any]] = {
     "hit": lambda gov: gov.limits.hit("a", "20/hour"),
     "peek": lambda gov: gov.limits.peek("a", "20/hour"),
     "hit_many": lambda gov: gov.limits.hit_many([("a", "20/hour"), ("b", "20/hour")]),
-    "wait": lambda gov: gov.limits.wait("a", "20/hour", timeout=1),
+    "wait": lambda gov: gov.limits.wait("a", "20/hour", timeout=60),
     "record": lambda gov: gov.limits.record("a", 3600),
     "get_count": lambda gov: gov.limits.get_count("a", 3600),
     "stats": lambda gov: gov.limits.stats("a"),
     "reserve": lambda gov: gov.limits.hit_or_reserve("a", "20/hour", reservation="b", operation="default"),
     "reset": lambda gov: gov.limits.reset("a"),
 }
-
-
-@contextmanager
-def all_in_use(*pools: Pool[Any]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for pool in pools:
-            for _ in range(pool._bound):
-                stack.callback(pool.give, pool.take(20))
-        yield
 
 
 def postgres_pool(gov: GovRedis) -> Pool[Any]:
@@ -52,7 +43,6 @@ def narrow(make_gov: Callable[..., GovRedis], redis_server: RedisServer, postgre
         database_url=postgres_server.url,
         redis_connections=2,
         postgres_connections=2,
-        socket_timeout=0.2,
         limit_deny_cache=False,
     )
 
@@ -80,7 +70,7 @@ def test_a_full_pool_to_redis_is_said_and_nobody_else_is_asked(narrow: GovRedis,
 def test_a_full_pool_to_postgres_is_said_and_this_process_does_not_count(
     make_gov: Callable[..., GovRedis], postgres_server: PostgresServer, call: str
 ) -> None:
-    gov = make_gov(redis_url=REDIS_AWAY, database_url=postgres_server.url, postgres_connections=2, postgres_timeout=0.2)
+    gov = make_gov(redis_url=REDIS_AWAY, database_url=postgres_server.url, postgres_connections=2)
     with (
         all_in_use(postgres_pool(gov)),
         pytest.raises(PoolExhausted, match=r"all 2 connections to PostgreSQL at .* in"),
@@ -137,18 +127,23 @@ def test_40_threads_on_2_connections_admit_exactly_20(narrow: GovRedis) -> None:
 
 
 def test_all_in_use_because_redis_hangs_is_redis_being_away(
-    make_gov: Callable[..., GovRedis], mortal_redis: RedisServer
+    make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Callers that wait for a connection learn what its users find: the fallback decides, and nothing is raised."""
+    monkeypatch.setattr(socket, "socket", WatchedSocket)
     gov = make_gov(redis_url=mortal_redis.url, redis_connections=2, socket_timeout=0.2, connect_timeout=0.2)
+    # Those that wait and those that use the connections would both be late after a stall of the machine.
+    redis_of(gov)._for_place = 60
     gov.limits.hit("a", "1000/hour")
     answers: list[Any] = []
+    timeouts: list[float | None] = []
 
     def hit() -> None:
         try:
             answers.append(gov.limits.hit("a", "1000/hour").backend)
         except BackendUnavailable as error:
             answers.append(error)
+        timeouts.extend(WatchedSocket.waits.timeouts)
 
     mortal_redis.pause()
     threads = [threading.Thread(target=hit) for _ in range(20)]
@@ -158,12 +153,13 @@ def test_all_in_use_because_redis_hangs_is_redis_being_away(
         thread.join()
     mortal_redis.resume()
     assert answers == ["local"] * 20
+    assert len(timeouts) <= 4, "each user has found out, and a waiter that took its place before it could say so"
 
 
 def test_a_refund_for_which_there_is_no_connection_can_be_tried_again(
     make_gov: Callable[..., GovRedis], postgres_server: PostgresServer
 ) -> None:
-    gov = make_gov(redis_url=REDIS_AWAY, database_url=postgres_server.url, postgres_connections=1, postgres_timeout=2)
+    gov = make_gov(redis_url=REDIS_AWAY, database_url=postgres_server.url, postgres_connections=1)
     result = gov.limits.hit("a", "20/hour")
     assert result.backend == "postgres"
     with all_in_use(postgres_pool(gov)), pytest.raises(PoolExhausted):
@@ -180,7 +176,6 @@ def test_admissions_that_no_connection_was_free_for_are_replicated_later(
         redis_url=redis_server.url,
         database_url=postgres_server.url,
         postgres_connections=1,
-        postgres_timeout=0.2,
         limit_mirror=3600,
     )
     replication = gov.limits._decider.replication
@@ -205,13 +200,10 @@ def test_the_health_warns_and_says_nobody_is_away(
         database_url=postgres_server.url if with_postgres else None,
         redis_connections=1,
         postgres_connections=1,
-        socket_timeout=0.2,
-        connect_timeout=0.2,
         lock_fallback="fail",
     )
     pools = [redis_pool(gov), postgres_pool(gov)] if with_postgres else [redis_pool(gov)]
-    with pytest.MonkeyPatch.context() as patch, all_in_use(*pools):
-        patch.setattr("govredis.health.monitor._POSTGRES_DEADLINE", 0.2)
+    with all_in_use(*pools):
         report = gov.health.check()
     assert report.status == "warn"
     shown = {check.name: check.output for check in report.checks if check.status == "warn"}

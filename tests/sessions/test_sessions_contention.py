@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support import redis_of
+from support import all_in_use, redis_of
 
 from govredis import GovRedis, SessionStoreUnavailable
-from govredis._pool import Pool
 from govredis.testing.servers import PostgresServer, RedisServer
 
 CALLS: dict[str, Callable[[GovRedis], Any]] = {
@@ -23,13 +21,6 @@ CALLS: dict[str, Callable[[GovRedis], Any]] = {
     "unbind_agent": lambda gov: gov.sessions.unbind_agent("agent"),
     "for_agent": lambda gov: gov.sessions.for_agent("agent"),
 }
-
-
-@contextmanager
-def in_use(pool: Pool[Any]) -> Iterator[None]:
-    connection = pool.take(20)
-    yield
-    pool.give(connection)
 
 
 @pytest.mark.parametrize("record", ["redis", "postgres"])
@@ -45,12 +36,11 @@ def test_a_full_pool_is_said_and_the_record_decides(
         settings: dict[str, Any] = {"redis_url": redis_server.url}
     else:
         settings = {"redis_enabled": False, "database_url": postgres_server.url}
-    narrow = {"redis_connections": 1, "socket_timeout": 0.2, "connect_timeout": 0.2, "postgres_connections": 1}
-    gov = make_gov(**settings, **narrow, postgres_timeout=1)
+    gov = make_gov(**settings, redis_connections=1, postgres_connections=1)
     other = make_gov(**settings)
     gov.sessions.bind("known", "agent")
     server: Any = redis_of(gov) if record == "redis" else gov.postgres
-    with in_use(server._pool):
+    with all_in_use(server._pool):
         assert other.sessions.unbind("known"), "a logout in another process"
         with pytest.raises(SessionStoreUnavailable, match=r"all 1 connections to .* are in use by this process"):
             CALLS[call](gov)
@@ -64,14 +54,12 @@ def test_a_record_that_only_a_row_can_confirm_is_not_believed(
     make_gov: Callable[..., GovRedis], redis_server: RedisServer, postgres_server: PostgresServer
 ) -> None:
     """While PostgreSQL is away, Redis is believed, for want of anything better: here the rows are there."""
-    gov = make_gov(
-        redis_url=redis_server.url, database_url=postgres_server.url, postgres_connections=1, postgres_timeout=1
-    )
+    gov = make_gov(redis_url=redis_server.url, database_url=postgres_server.url, postgres_connections=1)
     gov.sessions.bind("known", "agent")
     gov.sessions.get("known")
     redis_server.command("SET", "session:known", '{"agent_id": "theirs"}')
     redis_server.command("ZADD", "agent_sessions:theirs", "inf", "known")
-    with in_use(gov.postgres._pool):
+    with all_in_use(gov.postgres._pool):
         for call in (lambda: gov.sessions.get("known"), lambda: gov.sessions.for_agent("theirs")):
             with pytest.raises(SessionStoreUnavailable, match=r"all 1 connections to .* are in use by this process"):
                 call()
