@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support import POSTGRES_AWAY, redis_of
+from support import PATIENCE, POSTGRES_AWAY, redis_of
 
 from govredis import BackendError, BackendUnavailable, ConfigurationError, GovRedis
 from govredis.keys import sibling
@@ -251,7 +251,7 @@ class TestInvalidation:
         assert found is not None
         assert found["metadata"] == {"x": 2}
         mortal_redis.command("REPLICAOF", "NO", "ONE")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while not redis_of(gov).breaker.closed:
             assert gov.metadata.get("a") is None
             assert time.monotonic() < deadline

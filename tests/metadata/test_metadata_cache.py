@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -97,7 +98,7 @@ class TestValues:
         assert gov.metadata.get_or_load("a", lambda _: 5) == 5, "loaded again"
 
     def test_the_value_is_its_plain_json_and_nothing_else(self, gov: GovRedis, plain_redis: Any) -> None:
-        cache = gov.cache("agent_meta", negative_ttl=5)
+        cache = gov.cache("agent_meta", negative_ttl=60)
         for value, back in VALUES:
             cache.get_or_load("a", lambda _: value)  # noqa: B023
             assert plain_redis.get(KEY) == json.dumps(value)
@@ -109,7 +110,7 @@ class TestValues:
             cache.invalidate("a")
         cache.get_or_load("a", lambda _: None)
         assert not plain_redis.exists(KEY)
-        assert 0 < plain_redis.pttl(STAMP) <= 5_000
+        assert 0 < plain_redis.pttl(STAMP) <= 60_000
 
 
 class TestReading:
@@ -160,19 +161,21 @@ class TestReading:
 
     def test_ttls(self, gov: GovRedis, plain_redis: Any) -> None:
         report = gov.cache("report", ttl=60)
+        began = time.monotonic()
         report.set("x", 1)
-        report.set("y", 1, ttl=5)
-        report.get_or_load("z", lambda _: 1, ttl=7)
+        report.set("y", 1, ttl=50)
+        report.get_or_load("z", lambda _: 1, ttl=70)
         report.get_or_load("u", lambda _: 1)
         report.get_many(["v"], lambda _: {"v": 1})
         gov.metadata.set("a", 1)
         report.invalidate("gone")
-        found = {key: -(-plain_redis.pttl(key) // 1000) for key in plain_redis.keys("*") if key != "govredis:guard"}
+        found = {key: plain_redis.pttl(key) / 1000 for key in plain_redis.keys("*") if key != "govredis:guard"}
+        took = time.monotonic() - began + 0.01
         assert all(ttl > 0 for ttl in found.values())
-        expected = {"report:x": 60, "report:y": 5, KEY: 300}
-        assert expected.items() <= found.items()
-        loaded = {"report:z": 7, "report:u": 60, "report:v": 60}
-        assert all(0.9 * ttl <= found[key] <= ttl for key, ttl in loaded.items()), "a little shorter"
+        expected = {"report:x": 60, "report:y": 50, KEY: 300}
+        assert all(ttl - took <= found[key] <= ttl for key, ttl in expected.items())
+        loaded = {"report:z": 70, "report:u": 60, "report:v": 60}
+        assert all(0.9 * ttl - took <= found[key] <= ttl for key, ttl in loaded.items()), "a little shorter"
         assert sibling("report:z", "lease") not in found
         assert found[sibling("report:gone", "tombstone")] <= 10
 
@@ -342,11 +345,11 @@ print(GovRedis(Config(redis_url=sys.argv[1])).metadata.get_or_load("a", load))
 
         def load(_: Any) -> int:
             lease = plain_redis.get(LEASE)
-            plain_redis.pexpire(LEASE, 5000)
+            plain_redis.pexpire(LEASE, 20_000)
 
             def load_too(_: Any) -> int:
                 assert plain_redis.get(LEASE) == lease
-                assert 3000 < plain_redis.pttl(LEASE) <= 5000, "who waits does not have it stand for longer"
+                assert 0 < plain_redis.pttl(LEASE) <= 20_000, "who waits does not have it stand for longer"
                 return 1
 
             with ThreadPoolExecutor(1) as next_reader:
