@@ -30,7 +30,7 @@ settings, rate, shift, threads, pause = json.loads(sys.argv[1])
 true_ns, true = time.time_ns, time.time
 time.time_ns, time.time = (lambda: true_ns() + int(shift * 1e9)), (lambda: true() + shift)
 from govredis import Config, GovRedis, Limit
-own = {"limit_deny_cache": False, "socket_timeout": 5, "connect_timeout": 5, "postgres_timeout": 10}
+own = {"limit_deny_cache": False, "socket_timeout": 20, "connect_timeout": 20, "postgres_timeout": 20}
 gov = GovRedis(Config(**own, **settings))
 limits, rate = gov.limits, [Limit(*limit) for limit in rate]
 stop, calls = threading.Event(), []

@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg2
 import pytest
-from support import POSTGRES_AWAY, REDIS_AWAY, eventually
+from support import PATIENT, POSTGRES_AWAY, REDIS_AWAY, eventually
 
 from govredis import BackendUnavailable, Config, ConfigurationError, GovRedis, Limit, RateLimitExceeded, RateLimitResult
 from govredis._context import Context
@@ -396,9 +396,7 @@ class TestFallback:
         self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, mortal_postgres: PostgresServer
     ) -> None:
         """At most N per backend, also when a server dies in the middle of the traffic."""
-        gov = make_gov(
-            redis_url=mortal_redis.url, database_url=mortal_postgres.url, postgres_timeout=10, limit_deny_cache=False
-        )
+        gov = make_gov(redis_url=mortal_redis.url, database_url=mortal_postgres.url, limit_deny_cache=False, **PATIENT)
         hits = lambda: [gov.limits.hit("a", "20/hour") for _ in range(30)]  # noqa: E731
         results = hits()
         mortal_redis.kill()

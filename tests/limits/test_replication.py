@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from limit_load import in_postgres, in_redis
-from support import REDIS_AWAY, eventually, in_child, redis_of
+from support import PATIENCE, PATIENT, REDIS_AWAY, eventually, in_child, redis_of
 
 from govredis import Config, ConfigurationError, GovRedis, Limit
 from govredis.keys import Keys, sibling
@@ -45,7 +45,7 @@ def replicating(
 
 @pytest.fixture
 def mortal(make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, postgres_server: PostgresServer) -> GovRedis:
-    return make_gov(redis_url=mortal_redis.url, database_url=postgres_server.url, limit_mirror=NEVER)
+    return make_gov(redis_url=mortal_redis.url, database_url=postgres_server.url, limit_mirror=NEVER, **PATIENT)
 
 
 class TestToPostgres:
@@ -132,20 +132,32 @@ class TestToPostgres:
         assert counts == [(40,)]
 
     def test_a_postgres_that_hangs_holds_up_no_hit(
-        self, make_gov: Callable[..., GovRedis], redis_server: RedisServer, mortal_postgres: PostgresServer
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        make_gov: Callable[..., GovRedis],
+        redis_server: RedisServer,
+        mortal_postgres: PostgresServer,
     ) -> None:
-        gov = make_gov(
-            redis_url=redis_server.url, database_url=mortal_postgres.url, limit_mirror=NEVER, postgres_timeout=2
-        )
+        gov = make_gov(redis_url=redis_server.url, database_url=mortal_postgres.url, limit_mirror=NEVER, **PATIENT)
+        has_hit, wait = threading.Event(), gov.postgres._connector.wait
+
+        def wait_until_hits_are_done(connection: Any, deadline: float) -> None:
+            assert has_hit.wait(PATIENCE)
+            wait(connection, time.monotonic() + 0.1)
+
         gov.limits.hit("k", "1000/hour")
         replication_of(gov).tell()
         gov.limits.hit("k", "1000/hour")
         mortal_postgres.pause()
-        telling = threading.Thread(target=replication_of(gov).tell)
-        telling.start()
-        assert all(gov.limits.hit("k", "1000/hour").backend == "redis" for _ in range(50))
-        assert telling.is_alive()
-        telling.join()
+        with monkeypatch.context() as patch:
+            patch.setattr(gov.postgres._connector, "wait", wait_until_hits_are_done)
+            telling = threading.Thread(target=replication_of(gov).tell)
+            telling.start()
+            eventually(lambda: gov.postgres.statements == 2)
+            assert all(gov.limits.hit("k", "1000/hour").backend == "redis" for _ in range(50))
+            assert telling.is_alive()
+            has_hit.set()
+            telling.join()
         assert gov.counters.get("limits.mirror_lost.postgres") == 1, "it may have been written"
         assert not gov.postgres.breaker.closed
         replication_of(gov).tell()

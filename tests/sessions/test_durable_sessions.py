@@ -359,7 +359,7 @@ class TestLateInRedisAlone:
     ) -> None:
         gov = make_gov(redis_url=redis_server.url)
         ahead = 10**6 * (int(time.time()) + 1000)
-        plain_redis.set("{session:s}:revoked", ahead, px=5000)
+        plain_redis.set("{session:s}:revoked", ahead, px=100_000)
         gov.sessions.bind("s", "a")
         assert gov.sessions.get_agent_id("s") == "a", "begun after that revocation, whatever the clock says"
         gov.sessions.unbind("s")

@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg2
 import pytest
-from support import Child, Gate, eventually, migrated_postgres, redis_of
+from support import PATIENCE, PATIENT, Child, Gate, eventually, migrated_postgres, redis_of
 
 from govredis import GovRedis, SessionAlreadyBound, SessionStoreUnavailable
 from govredis.testing.servers import PostgresServer, RedisServer
@@ -41,11 +41,11 @@ def persistent_redis(redis_binary: str) -> Iterator[RedisServer]:
 @pytest.fixture
 def two(make_gov: MakeGov, persistent_redis: RedisServer, postgres_server: PostgresServer) -> list[GovRedis]:
     """Two processes, as far as sessions go, whose Redis is to go away."""
-    return [make_gov(redis_url=persistent_redis.url, database_url=postgres_server.url) for _ in range(2)]
+    return [make_gov(redis_url=persistent_redis.url, database_url=postgres_server.url, **PATIENT) for _ in range(2)]
 
 
-#: As of servers that go away; and an X that a test can wait for.
-SHORT = {"socket_timeout": 1, "connect_timeout": 1, "metadata_staleness": 3}
+#: An X that a test can wait for. No server hangs here.
+SHORT = {**PATIENT, "metadata_staleness": 3}
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +125,11 @@ class TestRedisAway:
         assert read_elsewhere(persistent_redis, postgres_server, *sids) == expected
 
     def test_redis_is_not_used_again_before_it_was_told(
-        self, two: list[GovRedis], persistent_redis: RedisServer
+        self, make_gov: MakeGov, persistent_redis: RedisServer, postgres_server: PostgresServer
     ) -> None:
         """A pause shorter than the freshness lease: the copies in Redis would be believed."""
-        gov, _ = two
+        own = {"postgres_timeout": 20, "metadata_staleness": 60}
+        gov = make_gov(redis_url=persistent_redis.url, database_url=postgres_server.url, **own)
         cached(gov)
         gov.sessions.bind("s", "a")
         assert gov.sessions.get("s").backend == "redis"  # type: ignore[union-attr]
@@ -293,7 +294,7 @@ class TestPostgresAway:
         redis_server.command("FLUSHALL")  # the mark, too
         fragile_postgres.restart()
         seen = set()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and not gov.postgres.breaker.closed:
             seen.add(gov.sessions.get("s"))
         back(gov)

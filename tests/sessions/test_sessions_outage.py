@@ -8,7 +8,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from support import Child, Gate, eventually, redis_of
+from support import PATIENT, Child, Gate, eventually, redis_of
 
 from govredis import BackendUnavailable, GovRedis, SessionAlreadyBound, SessionStoreUnavailable
 from govredis.breaker import _nobody, _Prober
@@ -37,6 +37,12 @@ def outage(request: pytest.FixtureRequest, persistent_redis: RedisServer) -> tup
 @pytest.fixture
 def cut(make_gov: Callable[..., GovRedis], persistent_redis: RedisServer) -> GovRedis:
     """The GovRedis that is to lose its Redis."""
+    return make_gov(redis_url=persistent_redis.url, **PATIENT)
+
+
+@pytest.fixture
+def cut_impatient(make_gov: Callable[..., GovRedis], persistent_redis: RedisServer) -> GovRedis:
+    """The same, for a Redis that hangs: a timeout of a second is waited for."""
     return make_gov(redis_url=persistent_redis.url)
 
 
@@ -48,7 +54,7 @@ class TestAway:
     def test_known_sessions_are_found_and_an_unknown_one_is_no_logout(
         self, cut: GovRedis, persistent_redis: RedisServer, make_gov: Callable[..., GovRedis]
     ) -> None:
-        make_gov(redis_url=persistent_redis.url).sessions.bind("seen", "b", data=[1])
+        make_gov(redis_url=persistent_redis.url, **PATIENT).sessions.bind("seen", "b", data=[1])
         cut.sessions.bind("bound", "a")
         cut.sessions.get("seen")
         cut.sessions.bind("revoked before", "a")
@@ -113,9 +119,10 @@ class TestAway:
     def test_sessions_end_and_slide_here_too(
         self, make_gov: Callable[..., GovRedis], persistent_redis: RedisServer
     ) -> None:
-        skew = timedelta()
-        context = make_gov(redis_url=persistent_redis.url, session_ttl=100, local_entries=10).internal.context
-        sessions = SessionCache(context, now=lambda: datetime.now(timezone.utc) + skew)
+        began, skew = datetime.now(timezone.utc), timedelta()  # of a clock that stands: a stall takes no time then
+        settings = {"session_ttl": 100, "local_entries": 10, **PATIENT}
+        context = make_gov(redis_url=persistent_redis.url, **settings).internal.context
+        sessions = SessionCache(context, now=lambda: began + skew)
         sessions.bind("s", "a")
         sessions.bind("touched", "a")
         sessions.bind("slid", "a")
@@ -138,7 +145,7 @@ class TestAway:
     def test_a_full_memory_refuses_rather_than_loses(
         self, make_gov: Callable[..., GovRedis], persistent_redis: RedisServer
     ) -> None:
-        gov = make_gov(redis_url=persistent_redis.url, local_entries=3)
+        gov = make_gov(redis_url=persistent_redis.url, local_entries=3, **PATIENT)
         persistent_redis.kill()
         for n in range(3):
             gov.sessions.bind(f"s{n}", "a")
@@ -167,8 +174,9 @@ class TestAway:
 
 class TestRecovery:
     def test_revocations_first_then_bindings_where_still_unbound(
-        self, cut: GovRedis, persistent_redis: RedisServer, outage: tuple[Away, Away, bool]
+        self, cut_impatient: GovRedis, persistent_redis: RedisServer, outage: tuple[Away, Away, bool]
     ) -> None:
+        cut = cut_impatient
         begin, end, keeps = outage
         for sid in ("revoked", "renewed", "of-revoked-agent", "rebound"):
             cut.sessions.bind(sid, "gone" if sid == "of-revoked-agent" else "a")
@@ -254,8 +262,9 @@ class TestRecovery:
         assert (known.expires_at - datetime.now(timezone.utc)).total_seconds() <= 50
 
     def test_a_write_that_cannot_be_told_does_not_hinder_the_rest(
-        self, cut: GovRedis, persistent_redis: RedisServer
+        self, cut_impatient: GovRedis, persistent_redis: RedisServer
     ) -> None:
+        cut = cut_impatient
         persistent_redis.command("LPUSH", "agent_sessions:odd", "a list")
         persistent_redis.command("LPUSH", "session:odd", "a list")
         cut.sessions.bind("of-a", "a")
@@ -287,8 +296,9 @@ class TestRecovery:
         assert (found.agent_id, found.backend) == ("a", "redis")
 
     def test_a_late_execution_of_the_bind_itself_is_the_same_bind(
-        self, cut: GovRedis, persistent_redis: RedisServer
+        self, cut_impatient: GovRedis, persistent_redis: RedisServer
     ) -> None:
+        cut = cut_impatient
         cut.sessions.get("warm")
         persistent_redis.pause()
         bound = cut.sessions.bind("s", "a")
