@@ -259,7 +259,7 @@ class World:
             self.late_is_open = False
 
     def _sleep(self, number: int, agent: str) -> None:
-        self.clock.sleep((0.5, 1.0, X / 2, X)[number % 4])
+        self.clock.sleep((X / 10, X / 5, X / 2, X)[number % 4])
 
     def _evict(self, number: int, agent: str) -> None:
         keys = [key for key in self.redis.command("KEYS", "*") if key != "govredis:guard"]

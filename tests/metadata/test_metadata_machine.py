@@ -137,7 +137,7 @@ def call(what: str, number: int = 0) -> list[Step]:
     return [(what, number), ("run", 0)]
 
 
-HALF_OF_X, X_WHOLE, ONE_SECOND = ("sleep", 2), ("sleep", 3), ("sleep", 1)
+HALF_OF_X, X_WHOLE, FIFTH_OF_X = ("sleep", 2), ("sleep", 3), ("sleep", 1)
 READ, DRAIN = call("read"), call("drain")
 NEEDED: dict[Callable[[pytest.MonkeyPatch], None], list[Step]] = {
     no_lease: [
@@ -150,13 +150,13 @@ NEEDED: dict[Callable[[pytest.MonkeyPatch], None], list[Step]] = {
         *DRAIN, HALF_OF_X, *DRAIN, HALF_OF_X, *DRAIN, *READ,
     ],
     no_connects: [
-        *READ, ("snap", 0), X_WHOLE, ("psql", 0), ONE_SECOND, *DRAIN, *READ, ("fail_over", 0),
-        HALF_OF_X, ONE_SECOND, ONE_SECOND, *READ,
+        *READ, ("snap", 0), X_WHOLE, ("psql", 0), FIFTH_OF_X, *DRAIN, *READ, ("fail_over", 0),
+        HALF_OF_X, FIFTH_OF_X, FIFTH_OF_X, *READ,
     ],
     no_epoch: [*READ, ("evict_freshness", 0), ("psql", 0), X_WHOLE, *READ],
     late_time: [
-        *READ, ("drain", 0), ("to confirm", 0), ("psql", 0), ONE_SECOND, ("run", 0),
-        HALF_OF_X, ONE_SECOND, ONE_SECOND, *READ,
+        *READ, ("drain", 0), ("to confirm", 0), ("psql", 0), FIFTH_OF_X, ("run", 0),
+        HALF_OF_X, FIFTH_OF_X, FIFTH_OF_X, *READ,
     ],
     value_first: [*READ, ("psql", 0), X_WHOLE, *READ],
 }  # fmt: skip

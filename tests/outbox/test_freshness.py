@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from clocked_pair import Clock, X, cached, name_of
-from support import PATIENCE, Background, eventually, in_child, redis_of
+from support import PATIENCE, PATIENT, Background, eventually, in_child, redis_of
 
 from govredis import BackendUnavailable, ConfigurationError, GovRedis
 from govredis.keys import sibling
@@ -229,7 +229,7 @@ class TestLosses:
         """A reader's lease is younger than that of a server which was restarted with older data."""
         one, two = govs
         server.snapshot_data()
-        clock.sleep(X - 1)
+        clock.sleep(X * 0.8)
         one.agents.update_metadata("a", name="new")
         drain(two)
         two.internal.freshness._snapshot = None  # type: ignore[union-attr]
@@ -238,7 +238,7 @@ class TestLosses:
         assert seen is not None
         server.kill()
         server.restart("old")
-        clock.sleep(1.5)
+        clock.sleep(X * 0.3)
         assert seen.until > two.internal.freshness._clock(), "by itself it would be good for longer"  # type: ignore[union-attr]
         assert cached(two) is None
         assert name_of(two) == "new"
@@ -756,7 +756,7 @@ class TestPostgresAway:
     @pytest.fixture
     def away(self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, mortal_postgres: PostgresServer,
              clock: Clock) -> GovRedis:  # fmt: skip
-        where = {"redis_url": mortal_redis.url, "database_url": mortal_postgres.url, "metadata_staleness": X}
+        where = {"redis_url": mortal_redis.url, "database_url": mortal_postgres.url, "metadata_staleness": X, **PATIENT}
         gov = clock.adopt(make_gov(**where))
         gov.agents.create("a", {"name": "x"})
         assert name_of(gov) == "x"
