@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import in_child, redis_of
+from support import PATIENT, in_child, redis_of
 
 from govredis import BackendUnavailable, GovRedis
 from govredis.keys import Keys
@@ -58,15 +58,18 @@ class TestLimiter:
         self,
         make_gov: Callable[..., GovRedis],
         mortal_redis: RedisServer,
+        waiting: Waiting,
         threads: Callable[[], list[threading.Thread]],
     ) -> None:
-        gov = make_gov(redis_url=mortal_redis.url)
+        gov = make_gov(redis_url=mortal_redis.url, **PATIENT)
+        gov.limits._decider.denied_counts._sleep = waiting.sleep
         before = set(threading.enumerate())
         for _ in range(2):
             gov.limits.hit("a", "1/hour")
         (teller,) = threads()
         mortal_redis.kill()
         gov.close()
+        waiting.wake.release()
         teller.join(20)
         assert not teller.is_alive()
         assert not {thread.name for thread in set(threading.enumerate()) - before} & {"govredis-probe"}
@@ -93,7 +96,7 @@ class TestLimiter:
     def test_denials_by_a_fallback_are_told_once_redis_is_back(
         self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer
     ) -> None:
-        gov = make_gov(redis_url=mortal_redis.url)
+        gov = make_gov(redis_url=mortal_redis.url, **PATIENT)
         mortal_redis.kill()
         for _ in range(3):
             gov.limits.hit("a", "1/hour")

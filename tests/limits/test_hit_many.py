@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from support import redis_of
+from support import PATIENT, redis_of
 
 from govredis import BackendError, BackendUnavailable, Config, GovRedis, Limit
 from govredis._context import Context
@@ -59,7 +59,7 @@ class TestHitMany:
     def test_while_redis_is_away_the_fallback_decides_each(
         self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, postgres_server: PostgresServer
     ) -> None:
-        gov = make_gov(redis_url=mortal_redis.url, database_url=postgres_server.url, limit_deny_cache=False)
+        gov = make_gov(redis_url=mortal_redis.url, database_url=postgres_server.url, limit_deny_cache=False, **PATIENT)
         asked = [("a", "2/hour"), ("b", "1/hour"), ("b", "1/hour")]
         assert [(r.backend, r.allowed) for r in gov.limits.hit_many(asked)] == [
             ("redis", True), ("redis", True), ("redis", False),
@@ -74,7 +74,7 @@ class TestHitMany:
         self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer
     ) -> None:
         """A Redis that became a replica in the middle, for example."""
-        gov = make_gov(redis_url=mortal_redis.url)
+        gov = make_gov(redis_url=mortal_redis.url, **PATIENT)
         gov.limits.hit("warm", "9/hour")
         client: Any = redis_of(gov)
         sent: list[int] = []

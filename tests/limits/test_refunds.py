@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support import REDIS_AWAY
+from support import PATIENT, REDIS_AWAY
 
 from govredis import BackendUnavailable, GovRedis, Limit, RateLimitExceeded
 from govredis.keys import sibling
@@ -113,7 +113,7 @@ class TestOutages:
     def test_the_backend_that_admitted_is_refunded(
         self, make_gov: Callable[..., GovRedis], persistent_redis: RedisServer, postgres_server: PostgresServer
     ) -> None:
-        gov = make_gov(redis_url=persistent_redis.url, database_url=postgres_server.url)
+        gov = make_gov(redis_url=persistent_redis.url, database_url=postgres_server.url, **PATIENT)
         of_redis = gov.limits.hit("a", "5/hour", cost=2)
         gov.limits.hit("a", "5/hour")
         persistent_redis.kill()
@@ -134,7 +134,7 @@ class TestOutages:
     def test_a_refund_by_postgres_is_tried_once(
         self, make_gov: Callable[..., GovRedis], mortal_postgres: PostgresServer
     ) -> None:
-        gov = make_gov(redis_enabled=False, database_url=mortal_postgres.url)
+        gov = make_gov(redis_enabled=False, database_url=mortal_postgres.url, **PATIENT)
         result = gov.limits.hit("a", "5/hour")
         assert result.backend == "postgres"
         mortal_postgres.kill()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support import PATIENCE, POSTGRES_AWAY, redis_of
+from support import PATIENCE, PATIENT, POSTGRES_AWAY, redis_of
 
 from govredis import BackendError, BackendUnavailable, ConfigurationError, GovRedis
 from govredis.keys import sibling
@@ -242,7 +242,8 @@ class TestInvalidation:
     def test_a_write_while_redis_is_away_succeeds_and_its_invalidation_is_pending(
         self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer, postgres_server: PostgresServer
     ) -> None:
-        gov, other = (make_gov(redis_url=mortal_redis.url, database_url=postgres_server.url) for _ in range(2))
+        where = {"redis_url": mortal_redis.url, "database_url": postgres_server.url, **PATIENT}
+        gov, other = (make_gov(**where) for _ in range(2))
         gov.agents.create("a", {"x": 1})
         other.metadata.get_or_load("a", other.agents.get)
         mortal_redis.command("REPLICAOF", "127.0.0.1", "1")

@@ -395,7 +395,7 @@ class TestFailures:
     def test_with_redis_away_all_ends_within_a_second(
         self, make: Callable[..., GovRedis], mortal_redis: RedisServer
     ) -> None:
-        gov = make(redis_url=mortal_redis.url)
+        gov = make(redis_url=mortal_redis.url, **PATIENT)
         eventually(lambda: gov.metadata.set("a", 1))
         keep(gov)
         mortal_redis.kill()

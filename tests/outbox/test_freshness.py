@@ -869,7 +869,7 @@ class TestPostgresAway:
 def test_redis_away_is_counted_by_a_drain(
     make_gov: Callable[..., GovRedis], postgres_server: PostgresServer, mortal_redis: RedisServer
 ) -> None:
-    gov = make_gov(redis_url=mortal_redis.url, database_url=postgres_server.url)
+    gov = make_gov(redis_url=mortal_redis.url, database_url=postgres_server.url, **PATIENT)
     mortal_redis.kill()
     assert drain(gov) is None
     assert counted(gov, "guard.degraded.redis") == 1
