@@ -8,6 +8,7 @@ from typing import Any
 
 import psycopg2
 import pytest
+from support import PATIENT
 
 from govredis import GovRedis
 from govredis.testing.servers import PostgresServer, RedisServer
@@ -112,8 +113,8 @@ def make_pair(
     """Two processes, as it were, on one Redis and PostgreSQL, by one clock."""
 
     def make(server: RedisServer, **settings: Any) -> tuple[GovRedis, GovRedis]:
-        where = {"redis_url": server.url, "database_url": postgres_server.url, "metadata_staleness": X, **settings}
-        one, two = (clock.adopt(make_gov(**where)) for _ in range(2))
+        where = {"redis_url": server.url, "database_url": postgres_server.url, "metadata_staleness": X, **PATIENT}
+        one, two = (clock.adopt(make_gov(**{**where, **settings})) for _ in range(2))
         return one, two
 
     return make

@@ -13,7 +13,7 @@ from typing import Any
 import psycopg2
 import pytest
 from clocked_pair import X, name_of
-from support import PATIENT, redis_of
+from support import redis_of
 
 from govredis import BackendError, Config, GovRedis
 from govredis.health import Check
@@ -245,7 +245,7 @@ class TestPartitions:
         self, parts: Callable[[], list[str]], pair: Pair, sql: Callable[..., Any], make_pair: Callable[..., Pair],
         mortal_redis: RedisServer,
     ) -> None:  # fmt: skip
-        other = make_pair(mortal_redis, **PATIENT)[0]
+        other = make_pair(mortal_redis)[0]
         other.cache("thing").get_or_load("3", lambda _: "cached")
         sql("TRUNCATE parts.high")
         assert parts() == []
