@@ -24,8 +24,8 @@ from .traffic import BESIDE, PAUSE, agent_of_guest, agent_of_session, count_insi
 
 _TIMEOUT = 1.0
 _WINDOW = int(BESIDE.window)
-#: The TTL of its lock, in seconds: longer than anything is done under it.
-_LOCK_TTL = 5.0
+#: The TTL of its lock, in seconds: longer than anything is done under it, also on a machine that stalls for a while.
+_LOCK_TTL = 30.0
 _OWNER = "async-service"
 
 

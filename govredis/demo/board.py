@@ -28,13 +28,17 @@ class Board:
 
     def __init__(self, path: Path) -> None:
         with path.open("a+b") as file:
-            cells = 5 + 2 * (WORKERS + 1) + WEB * (1 + AGENTS) + (WEB + POOL) * AGENTS + GUESTS + WEB + 1
+            cells = 5 + 2 * (WORKERS + 1) + 2 * WORKERS + WEB * (1 + AGENTS) + (WEB + POOL) * AGENTS + GUESTS + WEB + 1
             file.truncate(8 * cells)
             self._cells = memoryview(mmap.mmap(file.fileno(), 0)).cast("q")
         self._used = 5
         self.ready: memoryview[int] = self._take(WORKERS + 1)
         #: Calls made so far, for the progress bar.
         self.calls: memoryview[int] = self._take(WORKERS + 1)
+        #: Per worker, the last phase in which it has done each of its operations, and the last one in which Redis has
+        #: served it; plus one: 0 means no phase.
+        self.done_in: memoryview[int] = self._take(WORKERS)
+        self.served_in: memoryview[int] = self._take(WORKERS)
         #: How many sessions a web worker has bound; they are numbered from 0.
         self.bound: memoryview[int] = self._take(WEB)
         #: Per agent, the last version that a worker's update returned.
@@ -92,6 +96,11 @@ class Board:
         """From now on no reader may see less. `row`: a web worker's number, or WEB + that of a process of Celery's."""
         mine = self.promised[row]
         mine[agent] = max(mine[agent], version)
+
+    def all_worked(self, phase: int, outage: bool) -> bool:
+        """Have all workers done all their operations in a phase, and used Redis in it where that was not away?"""
+        marks = self.done_in if outage else [*self.done_in, *self.served_in]
+        return all(mark == phase + 1 for mark in marks)
 
     @staticmethod
     def marked(epoch: int, number: int) -> int:

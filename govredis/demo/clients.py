@@ -17,6 +17,8 @@ from .traffic import LIMITED, Worker
 NOBODY, REFUSED = 400, 429
 #: The sessions of a client.
 SESSIONS = 20
+#: Seconds that it waits for an answer: a machine that stalls for a while is no error of the site.
+_TIMEOUT = 60.0
 
 
 class Client(Worker):
@@ -24,7 +26,8 @@ class Client(Worker):
 
     def __init__(self, number: int, config: dict[str, Any], folder: str) -> None:
         super().__init__(number, config, folder)
-        self.http: HTTPConnection = HTTPConnection(urlsplit((self.folder / "site").read_text()).netloc, timeout=5)
+        address = urlsplit((self.folder / "site").read_text()).netloc
+        self.http: HTTPConnection = HTTPConnection(address, timeout=_TIMEOUT)
         self.fallbacks: int = 0
         #: Its logins: each the id of a session of its agent, `agent-{n % LIMITED}`.
         self.sessions: list[str] = [""] * SESSIONS
@@ -52,15 +55,21 @@ class Client(Worker):
         """The answer's status and body, and whether PostgreSQL decided its limit. Counts what was not expected."""
         told: Any = {}
         headers = {"X-Session-Id": session, "Content-Type": "application/json"}
+        status, found, text = 0, None, b""
         try:
             self.http.request(method, path, json.dumps(body), headers)
             answer = self.http.getresponse()
-            status, found, told = answer.status, json.loads(answer.read()), answer.headers
-        except (OSError, HTTPException, ValueError):
+            status, text = answer.status, answer.read()
+            found, told = json.loads(text), answer.headers
+            error = f"{status} {text!r}"
+        except (OSError, HTTPException, ValueError) as failed:
             self.http.close()
+            error = f"{status} {text!r} {failed!r}"
             status, found = 0, None
         if status not in expected:
             self.tally["!HTTP errors"] += 1
+            # The report shows it: a reader of a log has no other trace of it.
+            self.errors.setdefault(f"{method} {path} {status}", f"{method} {path}: {error[:1000]}")
         elif told[DEGRADED] != "0":
             self.fallbacks += 1
         return status, found, told.get(IN_POSTGRES, "0") != "0"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_PATIENCE = 20.0  # seconds for processes to start, and to finish what they are at
+_PATIENCE = 60.0  # seconds for processes to start, and to finish what they are at
 
 
 class ProcessError(RuntimeError):
@@ -57,7 +57,7 @@ class Processes:
                 raise ProcessError(f"the {name} ended with {process.returncode}: {tail}")
 
     def until(self, ready: Callable[[], bool], what: str) -> None:
-        """Wait for it. Raises ProcessError if one ends with an error, or it does not come within 20 s."""
+        """Wait for it. Raises ProcessError if one ends with an error, or it does not come in time."""
         deadline = time.monotonic() + _PATIENCE
         while not ready():
             self.check()

@@ -56,6 +56,10 @@ def make_site(gov: GovRedis, background: Celery) -> Flask:
     def bad(error: Exception) -> Any:
         return {"error": str(error)}, 400
 
+    @site.errorhandler(500)
+    def failed(error: Any) -> Any:
+        return {"error": repr(error.original_exception or error)}, 500
+
     @site.get("/")
     def index() -> Response:
         return Response(HELP.format(url=request.host_url), mimetype="text/plain")

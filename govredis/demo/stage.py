@@ -47,6 +47,7 @@ def stage() -> Iterator[Stage]:
             "redis_url": redis.url,
             "parking_url": broker.url,  # nor are those that wait for their limits
             "database_url": postgres.url,
+            "postgres_timeout": 30.0,  # it is never taken away, and a machine that stalls for a while is no outage
             "lock_folder": str(folder / "locks"),
         }
         with GovRedis(Config(**config)) as gov:

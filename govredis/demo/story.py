@@ -20,7 +20,7 @@ PHASES = (
     ("hung (SIGSTOP)", 4.5, True),
     ("awake again", 3.5, False),
 )
-_PATIENCE = 20.0  # seconds for the tasks that are left
+_PATIENCE = 60.0  # seconds for the tasks that are left, and for work that a stall of the machine has held up
 
 
 class Listener(Protocol):
@@ -66,9 +66,12 @@ def tell(seconds: float, listener: Listener) -> Run:
                 phases[-1].ended = began
             phases.append(Phase(name, outage, began, began))
             board.phase = number
-            while (spent := perf_counter() - began) < seconds * share / total:
+            planned = seconds * share / total
+            while (spent := perf_counter() - began) < planned or (
+                spent < planned + _PATIENCE and not board.all_worked(number, outage)
+            ):
                 processes.check()
-                listener.goes_on((done + spent * total / seconds) / total, sum(board.calls))
+                listener.goes_on((done + share * min(1.0, spent / planned)) / total, sum(board.calls))
                 time.sleep(0.1)
             done += share
         phases[-1].ended = perf_counter()

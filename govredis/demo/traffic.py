@@ -52,6 +52,7 @@ RATE = [(10, 1.0), (30, 5.0)]  # "10/second;30/5 seconds": what "20/hour" is in 
 BESIDE = Limit(10, 3600.0)
 LIMITED = 8  # agents that store discoveries
 ALONE = 0.15  # how often the same is done with PostgreSQL alone
+_PATIENCE = 60.0  # seconds that a job waits for a lock, also on a machine that stalls for a while
 PAUSE = 0.002  # seconds between two calls: latencies of a server in use, not of one flooded
 TABLE = (
     "CREATE TABLE demo_sessions (session_id text PRIMARY KEY, agent_id text NOT NULL, expires_at timestamptz NOT NULL)"
@@ -94,6 +95,8 @@ class Worker:
             by = FALLBACK if self.degraded(operation) > degraded else REDIS
         finally:
             self.log.extend((NUMBER[operation], by, began, perf_counter(), postgres.statements - statements))
+        if by == REDIS:
+            self.board.served_in[self.number] = self.phase + 1
         return result, by
 
     def degraded(self, operation: str) -> int:
@@ -122,6 +125,8 @@ class Worker:
             self.phase, self.first = self.board.phase, list(self.mix)
         call = self.first.pop() if self.first else self.random.choices(list(self.mix), list(self.mix.values()))[0]
         call()
+        if not self.first:
+            self.board.done_in[self.number] = self.phase + 1
 
     def run(self) -> None:
         board = self.board
@@ -314,7 +319,7 @@ class Job(Worker):
         """A lock of its own, which nobody contends."""
 
         def call() -> None:
-            with self.gov.locks.acquire(f"job-{self.number}", timeout=10):
+            with self.gov.locks.acquire(f"job-{self.number}", timeout=_PATIENCE):
                 pass
 
         self.timed("lock and release", call)
@@ -324,7 +329,7 @@ class Job(Worker):
         """Add one to a number in a file, which takes a read and a write, under a lock that all jobs contend for."""
 
         def call() -> None:
-            with self.gov.locks.acquire("counter", timeout=10):
+            with self.gov.locks.acquire("counter", timeout=_PATIENCE):
                 alone = self.board.enter(self.number)
                 increment(self.folder / "counter")
                 alone &= self.board.leave(self.number)
@@ -343,7 +348,7 @@ class Job(Worker):
         Where the lock is this host's alone, the service cannot know of it: nothing is counted.
         """
         try:
-            with self.gov.locks.acquire("beside", timeout=10) as held:
+            with self.gov.locks.acquire("beside", timeout=_PATIENCE) as held:
                 if not held.degraded:
                     count_inside(self.board, self.number, self.folder, self.tally)
                     self.tally["increments beside"] += 1

@@ -25,7 +25,7 @@ from support import PATIENCE, eventually
 from govredis import Limit
 from govredis.demo.async_service import Agent
 from govredis.demo.async_worker import AsyncWorker
-from govredis.demo.board import SERVICE, STOP, WEB, Board
+from govredis.demo.board import SERVICE, STOP, WEB, WORKERS, Board
 from govredis.demo.clients import Client
 from govredis.demo.measure import BESIDE, AdmittedCall, Call, Discovery, Findings, Phase, Run, overfull, quantile
 from govredis.demo.report import Screen, print_report
@@ -410,6 +410,20 @@ class TestClients:
         client.resolve()
         assert dict(+client.tally) == tally
 
+    @pytest.mark.parametrize(
+        ("answer", "said"),
+        [
+            (FakeConnection(503, {"error": "away"}), """GET /me: 503 '{"error": "away"}'"""),
+            (FakeConnection(0), "GET /me: 0 b'' ConnectionResetError()"),
+        ],
+    )
+    def test_the_report_says_which_error_it_was(self, client: Client, answer: Any, said: str) -> None:
+        client.http = answer
+        client.resolve()
+        run = a_run(**client.tally)
+        run.errors = client.errors
+        assert f"\n{said}\n" in told(run)[1]
+
     def test_a_call_that_was_not_accepted_is_not_published(self, client: Client) -> None:
         for status in (202, 400, 202, 503):
             client.http = FakeConnection(status, {"version": 5})  # type: ignore[assignment]
@@ -472,6 +486,23 @@ class TestWorkers:
             for _ in range(2):
                 web.step()
             assert sorted(done) == ["often", "seldom"]
+
+    def test_the_board_is_told_when_everything_was_done_and_when_redis_served(self, web: Web) -> None:
+        web.mix = {lambda: None: 1, lambda: web.timed("read metadata", lambda: 7) and None: 1}
+        board, number = web.board, web.number
+        board.phase = 2
+        web.step()
+        assert (board.done_in[number], board.served_in[number]) == (0, 3)
+        web.step()
+        assert (board.done_in[number], board.served_in[number]) == (3, 3)
+        assert not board.all_worked(2, outage=True), "the others have not"
+        for other in range(WORKERS):
+            board.done_in[other] = 3
+        assert (board.all_worked(2, outage=True), board.all_worked(2, outage=False)) == (True, False)
+        for other in range(WORKERS):
+            board.served_in[other] = 3
+        assert board.all_worked(2, outage=False)
+        assert not board.all_worked(3, outage=True), "that was another phase"
 
     def test_a_stale_read(self, web: Web, tmp_path: Path) -> None:
         other = Board(tmp_path / "board")
