@@ -26,7 +26,9 @@ StrPath = str | os.PathLike[str]
 ManagedT = TypeVar("ManagedT", bound="Managed")
 ServerT = TypeVar("ServerT", bound="Server")
 
-START_TIMEOUT = 30.0  # seconds a server may take until it answers
+#: Seconds a server may take until it answers, or a group until it is one. After a stall of the machine Sentinels do
+#: nothing for 30 s.
+START_TIMEOUT = 90.0
 STOP_TIMEOUT = 10.0  # seconds a server may take to shut down before it is killed
 
 
@@ -93,7 +95,7 @@ class Keeper:
     def close(self) -> None:
         self.orders.close()
         try:
-            self.process.wait(timeout=15)
+            self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

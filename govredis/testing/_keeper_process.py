@@ -66,8 +66,8 @@ def send(pid: int, number: int) -> None:
 
 
 def freeze() -> None:
-    """SIGSTOP everything below; returns once all of it stands still, newly forked processes included (at most 2 s)."""
-    deadline = time.monotonic() + 2
+    """SIGSTOP everything below; returns once all of it stands still, newly forked processes included (at most 10 s)."""
+    deadline = time.monotonic() + 10
     while (moving := [pid for pid, state in below().items() if state not in "Tt"]) and time.monotonic() < deadline:
         for pid in moving:
             send(pid, signal.SIGSTOP)
@@ -83,7 +83,7 @@ def kill() -> None:
     freeze()
     for pid in below():
         send(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while reap() and time.monotonic() < deadline:
         time.sleep(0.001)
 
@@ -161,7 +161,7 @@ def main() -> None:
         ):  # PostgreSQL leaves shared memory behind when it is just killed
             thaw()
             send(server, farewell)
-            deadline = time.monotonic() + 2
+            deadline = time.monotonic() + 10
             while reap() and time.monotonic() < deadline:
                 time.sleep(0.005)
         kill()

@@ -60,8 +60,8 @@ class RedisServer(Server):
         return f"unix://{quote(str(self._socket))}?db=0" if self._unix_socket else f"redis://127.0.0.1:{self.port}/0"
 
     def command(self, *args: str | bytes | float) -> Any:
-        """Run one command on a connection of its own, 5 s at most; the decoded reply. Raises redis-py's errors."""
-        with redis.Redis.from_url(self.url, protocol=2, decode_responses=True, socket_timeout=5) as client:
+        """Run one command on a connection of its own, 30 s at most; the decoded reply. Raises redis-py's errors."""
+        with redis.Redis.from_url(self.url, protocol=2, decode_responses=True, socket_timeout=30) as client:
             return client.execute_command(*args)
 
     def _prepare(self) -> None:
