@@ -163,7 +163,7 @@ def late(n: int) -> None:
 
 
 @app.task(name="late_limited", acks_late=True)
-@rate_limited("10/8 seconds", key="{agent}", operation="late")
+@rate_limited("10/hour", key="{agent}", operation="late")
 def late_limited(agent: str, n: int) -> None:
     note("late_limited", n=n)
 
@@ -263,9 +263,10 @@ def _hold(self: Task, key: str) -> str:
     return "was not ended"
 
 
-# Nobody waits for the end of its lease, or of itself.
+# Nobody waits for the end of the lease of `hold`, or of itself. A renewal that a stall of 5 s holds up is in time.
+HELD_SHORTLY = 10
 app.task(exclusive("hold:{key}", ttl=1000)(_hold), name="hold", bind=True)
-app.task(exclusive("hold:{key}", ttl=3)(_hold), name="hold_shortly", bind=True)
+app.task(exclusive("hold:{key}", ttl=HELD_SHORTLY)(_hold), name="hold_shortly", bind=True)
 
 
 @app.task(name="follow")
@@ -329,7 +330,7 @@ if SETTINGS.get("silent"):
 if SETTINGS.get("warm"):
     warm = GovRedis(Config(**SETTINGS["warm"]))
     note("warm", **use_everything(warm, "parent"))
-    kept = warm.locks.acquire(f"kept-by-{os.getpid()}", timeout=1, ttl=5)
+    kept = warm.locks.acquire(f"kept-by-{os.getpid()}", timeout=1, ttl=15)
     init_celery(app, warm)
 else:
     init_celery(app)

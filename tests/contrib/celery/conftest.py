@@ -47,7 +47,7 @@ def celery_settings(
         "database_url": celery_postgres,
         "lock_folder": str(tmp_path_factory.mktemp("locks")),
         "socket_timeout": 10,
-        "connect_timeout": 2,
+        "connect_timeout": 10,
         "postgres_timeout": 10,
     }
 
@@ -85,7 +85,7 @@ def fleet(
 
     - `first` and `second` are on the queues "pair" and "other", with four processes each.
     - `mortal`, with beat, has a Redis that may be killed.
-    - `short` has a visibility timeout of 4 s, on a broker of its own.
+    - `short` looks twice a second for messages whose visibility timeout is over, on a broker of its own.
     - `warm` has used everything before its children were forked, and replaces each after five tasks.
     """
     server = celery_broker.url.removesuffix("/0")
@@ -122,7 +122,6 @@ def fleet(
                 "worker_prefetch_multiplier": 0,
                 "broker_write_url": short_broker.url.replace("//", "//writer:writer@"),
                 "broker_transport_options": {
-                    "visibility_timeout": 4,
                     "unacked_restore_interval": 0.5,
                     "unacked_restore_throttle": 1,
                 },

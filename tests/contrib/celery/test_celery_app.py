@@ -388,11 +388,11 @@ class TestChoiceOfGov:
                 govredis_redis_url=celery_redis.url,
                 govredis_key_prefix=prefix,
                 govredis_lock_folder=str(tmp_path),
-                govredis_socket_timeout=5,
+                govredis_socket_timeout=10,
             )
             for prefix in ("one:", "two:")
         ]
-        given = GovRedis(Config(redis_url=celery_redis.url, key_prefix="three:", socket_timeout=5))
+        given = GovRedis(Config(redis_url=celery_redis.url, key_prefix="three:", socket_timeout=10))
         apps.append(make_app())
         for app, gov in zip(apps, (None, None, given), strict=True):
             init_celery(app, gov)

@@ -80,7 +80,8 @@ def test_a_queue_that_no_worker_reads(
     own_fleet.worker(*options, beat=True, queue=unread, conf=conf)
     eventually(lambda: (found := beat(gov)) and found.status == "pass" and not found.output, what="they are run")
     eventually(lambda: own_fleet.processes["apart"].text().count("Task govredis.heartbeat") > 3, what="several are")
-    assert beat(gov).status == "pass"  # type: ignore[union-attr]
+    # The last heartbeat may be old for a moment, where the machine has stalled.
+    eventually(lambda: (found := beat(gov)) and found.status == "pass", what="they still are")
 
 
 def test_a_broker_that_is_away_is_said_once_by_each(

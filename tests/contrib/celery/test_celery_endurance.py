@@ -47,10 +47,10 @@ def workers(cache: RedisServer, tmp_path: Path) -> Iterator[Fleet]:
                     "both",
                     queue="both",
                     conf={
-                        **in_app({"redis_url": cache.url, "socket_timeout": 10, "connect_timeout": 2}, **NEVER),
+                        **in_app({"redis_url": cache.url, "socket_timeout": 10, "connect_timeout": 10}, **NEVER),
                         "worker_prefetch_multiplier": 1,
                         "broker_transport_options": {
-                            "visibility_timeout": 10,
+                            "visibility_timeout": 20,
                             "unacked_restore_interval": 0.5,
                             "unacked_restore_throttle": 1,
                         },

@@ -224,8 +224,9 @@ class TestExclusive:
         revoked, softly, hard = (name() for _ in range(3))
         results = {
             revoked: pair("hold", revoked),
-            softly: pair("hold", softly, soft_time_limit=1),
-            hard: pair("hold", hard, time_limit=1),
+            # Long enough for a task to say that it holds the key, also where the machine stalls for 5 s.
+            softly: pair("hold", softly, soft_time_limit=8),
+            hard: pair("hold", hard, time_limit=8),
         }
         eventually(lambda: all(fleet.noted(f"holding:{key}") for key in results), what="all of them run")
         assert taken(celery_gov, f"hold:{revoked}")
@@ -256,7 +257,7 @@ class TestExclusive:
         assert not fleet.noted(f"followed:{key}")
         assert fleet.noted(f"retry:{waiting.id}")[0]["why"] == "LockTimeout"
         lease_ms = redis_of(celery_gov).call("PTTL", f"lock:hold:{key}")
-        assert 0 < lease_ms <= 3000, "nobody renews it any more once it is killed"
+        assert 0 < lease_ms <= 10_000, "nobody renews it any more once it is killed"
         killed = time.monotonic()
         fleet.processes["short"].kill()
         eventually(lambda: not taken(celery_gov, f"hold:{key}"), what="it is free")
@@ -453,8 +454,11 @@ def test_children_of_a_parent_that_used_everything(fleet: Fleet, celery_gov: Gov
         for answer in answers:
             for one in answer[what]:
                 assert owner.setdefault(one, answer["pid"]) == answer["pid"], f"one of {what} has two owners"
-    # No child released a lock of the parent; the parent has gone on renewing it.
-    assert taken(celery_gov, f"kept-by-{parent['pid']}")
+    # No child released a lock of the parent; the parent goes on renewing it.
+    kept = f"lock:kept-by-{parent['pid']}"
+    left = redis_of(celery_gov).call("PTTL", kept)
+    assert left > 0
+    eventually(lambda: redis_of(celery_gov).call("PTTL", kept) > left, what="it is renewed")
     fleet.needed.remove("warm")
     assert fleet.processes["warm"].stop() == 0
     log = fleet.processes["warm"].text()
@@ -465,7 +469,9 @@ def test_children_of_a_parent_that_used_everything(fleet: Fleet, celery_gov: Gov
 # -- killed workers --------------------------------------------------------------------------------------------------
 
 
-def test_nothing_of_a_killed_worker_is_lost(fleet: Fleet, short: Published, short_broker: RedisServer) -> None:
+def test_nothing_of_a_killed_worker_is_lost(
+    fleet: Fleet, short: Published, short_broker: RedisServer, celery_gov: GovRedis
+) -> None:
     agent = name()
     limited = [short("late_limited", agent, n) for n in range(20)]
     eventually(lambda: sum(bool(fleet.noted(f"retry:{task.id}")) for task in limited) == 10, what="half of them wait")
@@ -476,6 +482,11 @@ def test_nothing_of_a_killed_worker_is_lost(fleet: Fleet, short: Published, shor
     fleet.processes["short"].kill()
     assert len({line["n"] for line in fleet.noted("late")}) < 20, "killed too late to show anything"
     assert len({line["n"] for line in fleet.noted("late_limited")}) < 20, "killed too late to show anything"
+    # Else it takes an hour until the broker delivers again, and until the limit has room.
+    for message in short_broker.command("ZRANGE", "unacked_index", 0, -1):
+        short_broker.command("ZADD", "unacked_index", "XX", 0, message)
+    celery_gov.limits.reset(agent, operation="late")
+    assert celery_gov.internal.parked.lot(short_broker.url).flush() == 10  # type: ignore[union-attr]
     fleet.again("short")
     for task in ("late", "late_limited"):
         eventually(lambda task=task: {line["n"] for line in fleet.noted(task)} == set(range(20)), what=f"all {task}")
