@@ -12,7 +12,7 @@ from typing import Any
 
 import psycopg2
 import pytest
-from support import PATIENCE, REDIS_AWAY, Background, WatchedSocket, in_child
+from support import PATIENCE, REDIS_AWAY, Background, WatchedSocket, eventually, in_child
 
 from govredis import BackendError, BackendUnavailable, ConfigurationError, GovRedis, HealthReport
 from govredis.health import Check, HealthMonitor
@@ -24,6 +24,9 @@ pytestmark = pytest.mark.one_redis
 
 AWAY = "redis://user:hunter2@127.0.0.1:1/0"
 PG_AWAY = "postgresql://postgres:hunter2@127.0.0.1:1/postgres"
+
+#: For a Redis of the test's own that never hangs: a stall of the machine is no outage.
+PATIENT = {"socket_timeout": 10, "connect_timeout": 10}
 
 
 def by_name(report: HealthReport) -> dict[str, Check]:
@@ -108,7 +111,7 @@ class TestStatus:
 
     def test_wrong_credentials_fail(self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer) -> None:
         mortal_redis.command("CONFIG", "SET", "requirepass", "right")
-        report = make_gov(redis_url=mortal_redis.url.replace("//", "//:hunter2@")).health.check()
+        report = make_gov(redis_url=mortal_redis.url.replace("//", "//:hunter2@"), **PATIENT).health.check()
         assert (report.status, by_name(report)["redis"].status) == ("fail", "fail")
         assert "hunter2" not in json.dumps(report.as_dict())
 
@@ -133,7 +136,8 @@ class TestStatus:
         # PostgreSQL has a deadline of its own here; a check that waited for this timeout would never end.
         urls = {"redis_url": mortal_redis.url, "database_url": mortal_postgres.url}
         gov, fresh = (make_gov(**urls, postgres_timeout=10 * PATIENCE) for _ in range(2))
-        assert gov.health.check().status == "pass"
+        # The timeouts are short: a stall of the machine is an outage of these servers, too.
+        eventually(lambda: ticking(gov)[0].check().status == "pass", what="both answer")
 
         def check(hung: GovRedis) -> tuple[str, int, list[float | None]]:
             status, waits = ticking(hung)[0].check().status, WatchedSocket.waits
@@ -267,10 +271,10 @@ class TestBeat:
     def test_is_unknown_until_the_first(self, gov: GovRedis) -> None:
         assert "beat" not in {check.name for check in gov.health.check().checks}
 
-    @pytest.mark.parametrize(("age", "status"), [(0, "pass"), (290, "pass"), (310, "warn"), (86_000, "warn")])
+    @pytest.mark.parametrize(("age", "status"), [(0, "pass"), (2900, "pass"), (3100, "warn"), (86_000, "warn")])
     def test_warns_of_three_that_did_not_come(self, gov: GovRedis, plain_redis: Any, age: int, status: str) -> None:
-        assert gov.health.beat(100) is True
-        assert 86_390 < plain_redis.ttl("govredis:heartbeat") <= 86_400
+        assert gov.health.beat(1000) is True
+        assert 86_400 - PATIENCE < plain_redis.ttl("govredis:heartbeat") <= 86_400
         # As old as that: the age is what is gone of its day.
         began = time.monotonic()
         plain_redis.pexpire("govredis:heartbeat", 86_400_000 - age * 1000)
@@ -279,7 +283,7 @@ class TestBeat:
         assert [check.name for check in report.checks] == ["redis", "postgres", "counters", "beat"]
         beat = report.checks[-1]
         assert (report.status, beat.status) == (status, status)
-        assert beat.data["every"] == 100
+        assert beat.data["every"] == 1000
         since = beat.data["seconds_since"]
         assert age <= since < age + took + 0.01
         assert beat.output == (
@@ -324,7 +328,7 @@ class TestBeat:
     def test_an_error_of_redis_is_no_outage(self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer) -> None:
         mortal_redis.command("CONFIG", "SET", "requirepass", "right")
         with pytest.raises(BackendError):
-            make_gov(redis_url=mortal_redis.url.replace("//", "//:wrong@")).health.beat(10)
+            make_gov(redis_url=mortal_redis.url.replace("//", "//:wrong@"), **PATIENT).health.beat(10)
 
     @pytest.mark.parametrize("every", [0, -1, "15", None, True])
     def test_refuses_what_is_no_time(self, gov: GovRedis, plain_redis: Any, every: Any) -> None:
@@ -341,13 +345,13 @@ class TestBeat:
 
     def test_is_missed_where_redis_has_lost_its_data(self, gov: GovRedis, plain_redis: Any) -> None:
         """PostgreSQL has the last one, for a process that has never looked."""
-        assert gov.health.beat(100) is True
+        assert gov.health.beat(1000) is True
         plain_redis.flushall()
         (*_, beat) = ticking(gov)[0].check().checks
-        assert (beat.name, beat.status, beat.data["every"]) == ("beat", "pass", 100), "beat may be alive"
-        self.age_in_postgres(gov, 290)
+        assert (beat.name, beat.status, beat.data["every"]) == ("beat", "pass", 1000), "beat may be alive"
+        self.age_in_postgres(gov, 2900)
         assert ticking(gov)[0].check().checks[-1].status == "pass"
-        self.age_in_postgres(gov, 20)
+        self.age_in_postgres(gov, 200)
         (*_, beat) = ticking(gov)[0].check().checks
         assert (beat.name, beat.status) == ("beat", "warn")
         assert beat.output.startswith("no heartbeat for 31")
@@ -364,13 +368,13 @@ class TestBeat:
         self, make_gov: Callable[..., GovRedis], redis_server: RedisServer, plain_redis: Any
     ) -> None:
         gov = make_gov(redis_url=redis_server.url)
-        gov.health.beat(100)
+        gov.health.beat(1000)
         monitor, now = ticking(gov)
         assert monitor.check().checks[-1].status == "pass"
         plain_redis.flushall()
-        now[0] += 290
+        now[0] += 2900
         assert (monitor.check().checks[-1].name, monitor.check().checks[-1].status) == ("beat", "pass")
-        now[0] += 20
+        now[0] += 200
         (*_, beat) = monitor.check().checks
         assert (beat.name, beat.status, beat.output[:19]) == ("beat", "warn", "no heartbeat for 31")
         gov.health.beat(100)
@@ -394,21 +398,21 @@ class TestBeat:
 
         def publish(times: int) -> None:
             for n in range(times):
-                assert gov.internal.heartbeat.note_published(100, "queue\n") > n
+                assert gov.internal.heartbeat.note_published(1000, "queue\n") > n
 
         publish(2)
         assert (found := beat()) is not None
         assert found.status == "pass"
         publish(1)
         assert (found := beat()) is not None
-        assert (found.status, found.data) == ("warn", {"unread": 3, "every": 100})
+        assert (found.status, found.data) == ("warn", {"unread": 3, "every": 1000})
         assert "no worker has run the last 3 heartbeats, which went to the queue 'queue\\\\n'" in found.output
         assert "govredis_queue" in found.output
-        gov.health.beat(100)
+        gov.health.beat(1000)
         assert (found := beat()) is not None
         assert (found.status, "seconds_since" in found.data) == ("pass", True), "they are run again"
         publish(3)
-        plain_redis.pexpire("govredis:unread_heartbeats", 86_400_000 - 310_000)
+        plain_redis.pexpire("govredis:unread_heartbeats", 86_400_000 - 3_100_000)
         assert (found := beat()) is not None
         assert found.status == "pass", "beat is gone too; the heartbeat has run a moment ago"
         plain_redis.delete("govredis:heartbeat")
@@ -419,7 +423,7 @@ class TestBeat:
     def test_publication_is_noted_for_a_day(self, gov: GovRedis, plain_redis: Any) -> None:
         gov.internal.heartbeat.note_published(10, "celery")
         assert plain_redis.hgetall("govredis:unread_heartbeats") == {"count": "1", "every": "10", "queue": "celery"}
-        assert 86_390 < plain_redis.ttl("govredis:unread_heartbeats") <= 86_400
+        assert 86_400 - PATIENCE < plain_redis.ttl("govredis:unread_heartbeats") <= 86_400
 
     def test_a_publisher_is_held_up_by_nothing(self, make_gov: Callable[..., GovRedis], plain_redis: Any) -> None:
         for options, counted in (({"redis_url": AWAY}, 1), ({"redis_enabled": False}, 0)):
@@ -484,7 +488,7 @@ class TestEviction:
     ) -> None:
         mortal_redis.command("CONFIG", "SET", "maxmemory", maxmemory)
         mortal_redis.command("CONFIG", "SET", "maxmemory-policy", policy)
-        report = make_gov(redis_url=mortal_redis.url).health.check()
+        report = make_gov(redis_url=mortal_redis.url, **PATIENT).health.check()
         redis, *others = report.checks
         assert (redis.status, redis.data["maxmemory_policy"]) == ("pass", policy)
         found = [check for check in others if check.name == "eviction"]
@@ -499,7 +503,7 @@ class TestEviction:
         self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer
     ) -> None:
         mortal_redis.command("ACL", "SETUSER", "ann", "on", ">pw", "~*", "+@all", "-info", "-dbsize")
-        report = make_gov(redis_url=mortal_redis.url.replace("//", "//ann:pw@")).health.check()
+        report = make_gov(redis_url=mortal_redis.url.replace("//", "//ann:pw@"), **PATIENT).health.check()
         assert (report.status, report.checks[0].status) == ("warn", "pass")  # by "rights": see test_acl.py
         (eviction,) = [check for check in report.checks if check.name == "eviction"]
         assert eviction.status == "pass"
@@ -512,13 +516,13 @@ class TestEviction:
     ) -> None:
         """All that is looked at is informative: what else the user may do, its calls find out."""
         mortal_redis.command("ACL", "SETUSER", "ann", "on", ">pw", "~x", "+set")
-        report = make_gov(redis_url=mortal_redis.url.replace("//", "//ann:pw@")).health.check()
+        report = make_gov(redis_url=mortal_redis.url.replace("//", "//ann:pw@"), **PATIENT).health.check()
         assert (report.status, report.checks[0].status) == ("warn", "pass")
 
     def test_refused_credentials_are_a_failure(
         self, make_gov: Callable[..., GovRedis], mortal_redis: RedisServer
     ) -> None:
-        report = make_gov(redis_url=mortal_redis.url.replace("//", "//ann:pw@")).health.check()
+        report = make_gov(redis_url=mortal_redis.url.replace("//", "//ann:pw@"), **PATIENT).health.check()
         assert (report.status, report.checks[0].status) == ("fail", "fail")
 
 

@@ -42,8 +42,8 @@ class Servers:
             "CELERY_BROKER_URL": self.broker.url,
             "GOVREDIS_DATABASE_URL": self.postgres.url,
             # A busy machine is no outage.
-            "GOVREDIS_SOCKET_TIMEOUT": "5",
-            "GOVREDIS_CONNECT_TIMEOUT": "5",
+            "GOVREDIS_SOCKET_TIMEOUT": "10",
+            "GOVREDIS_CONNECT_TIMEOUT": "10",
         }
 
     def close(self) -> None:
@@ -122,6 +122,11 @@ class Worker:
             lambda: not set(ids) & {message["headers"]["id"] for message in self.messages()},
             what="the broker is settled",
         )
+
+    def wait_done(self, *ids: str, times: int = 1) -> None:
+        """Until they have run to their end: a stall of the machine makes a try fail, and the task is sent anew."""
+        self.wait_ended(*ids, times=times)
+        self.wait_gone(*ids)
 
     def messages(self) -> list[dict[str, Any]]:
         """The messages that the broker has, queued or unacknowledged."""

@@ -30,11 +30,11 @@ def cached(gov: GovRedis, agent_id: str) -> dict[str, object]:
 def test_update_archive_delete_change_the_row_and_invalidate_the_cache(
     worker: Worker, gov: GovRedis, agent: str
 ) -> None:
-    worker.wait_ended(worker.send("tasks.agents.update_agent_metadata", agent, {"model": "b"}))
+    worker.wait_done(worker.send("tasks.agents.update_agent_metadata", agent, {"model": "b"}))
     assert cached(gov, agent)["metadata"] == {"model": "b", "tools": 1}
-    worker.wait_ended(worker.send("tasks.agents.archive_agent", agent))
+    worker.wait_done(worker.send("tasks.agents.archive_agent", agent))
     assert cached(gov, agent)["status"] == "archived"
-    worker.wait_ended(worker.send("tasks.agents.delete_agent", agent))
+    worker.wait_done(worker.send("tasks.agents.delete_agent", agent))
     assert cached(gov, agent) is None
     assert gov.agents.get(agent) is None
 
@@ -61,9 +61,9 @@ def test_tasks_of_an_agent_run_one_at_a_time(
 def test_the_21st_discovery_in_an_hour_waits(worker: Worker, gov: GovRedis) -> None:
     agent = uuid4().hex
     ids = [worker.send(STORE, agent, number) for number in range(20)]
-    worker.wait_ended(*ids)
+    worker.wait_done(*ids)
     late = worker.send(STORE, agent, 20)
-    worker.wait_ended(late)
+    worker.wait_done(late)
     assert sorted(stored(gov, agent)) == [*range(20)]
     assert gov.internal.parked is not None
     (lot,) = gov.internal.parked.lots()
@@ -77,7 +77,7 @@ def test_a_message_delivered_twice_is_stored_once(worker: Worker, gov: GovRedis)
     agent = uuid4().hex
     task_id = worker.send(STORE, agent, "found")
     worker.send(STORE, agent, "found", task_id=task_id)
-    worker.wait_ended(task_id, times=2)
+    worker.wait_done(task_id, times=2)
     assert stored(gov, agent) == ["found"]
 
 

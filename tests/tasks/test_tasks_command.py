@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from support import eventually
+from support import PATIENCE, eventually
 from tasks_worker import ROOT, Servers, Worker, environment
 
 from govredis import Config, GovRedis
@@ -38,7 +38,7 @@ def refused(**variables: str) -> list[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE,
     )
     assert ended.returncode == 1, ended
     assert ended.stdout == ""
