@@ -52,8 +52,9 @@ RATE = [(10, 1.0), (30, 5.0)]  # "10/second;30/5 seconds": what "20/hour" is in 
 BESIDE = Limit(10, 3600.0)
 LIMITED = 8  # agents that store discoveries
 ALONE = 0.15  # how often the same is done with PostgreSQL alone
-_PATIENCE = 60.0  # seconds that a job waits for a lock, also on a machine that stalls for a while
 PAUSE = 0.002  # seconds between two calls: latencies of a server in use, not of one flooded
+#: Seconds that a job waits for a lock: longer than the machine stalls.
+_PATIENCE = 60.0
 TABLE = (
     "CREATE TABLE demo_sessions (session_id text PRIMARY KEY, agent_id text NOT NULL, expires_at timestamptz NOT NULL)"
 )
