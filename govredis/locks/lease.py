@@ -21,6 +21,12 @@ from .renewal import FIRST_DUE, renewer
 
 log: logging.Logger = logging.getLogger("govredis")
 
+#: A lease is renewed when this share of its ttl has passed.
+RENEWED_AFTER = 1 / 3
+
+#: A renewal that failed is tried again after this share of the ttl.
+TRIED_AGAIN_AFTER = 1 / 10
+
 
 class LeaseState(Enum):
     """The state of a lease; the states come in this order, and none comes back.
@@ -188,13 +194,13 @@ class LockLease:
                 self._telling, self._callbacks = self._callbacks, []
                 # Lost in Redis, but this process may still be at work: nobody else on this host may go in.
                 if renewing and self.host_lock.refresh(self.token, now + self.ttl):
-                    self.due = now + self.ttl / 3
+                    self.due = now + self.ttl * RENEWED_AFTER
                 else:
                     renewer.discard(self)
                 return
             if now >= self._next:
-                again = self.ttl / (10 if isinstance(reply, BackendError) else 3)
-                self._next = min(now + again, self.deadline) if renewing else self.deadline
+                share = TRIED_AGAIN_AFTER if isinstance(reply, BackendError) else RENEWED_AFTER
+                self._next = min(now + self.ttl * share, self.deadline) if renewing else self.deadline
             self.due = self._next
 
     def tell(self) -> None:
@@ -209,8 +215,8 @@ class LockLease:
     # -- under the mutex -------------------------------------------------------------------------------------------
 
     def _next_renewal(self, now: float, span: float) -> float:
-        """When a third of the granted time has passed. A lease that is not confirmed yet is urgent."""
-        return self.deadline - (span * 2 / 3 if now < self._renew_until else 0)
+        """When its share of the granted time has passed. A lease that is not confirmed yet is urgent."""
+        return self.deadline - (span * (1 - RENEWED_AFTER) if now < self._renew_until else 0)
 
     def _settle(self) -> None:
         """Take in Redis's reply to the confirmation of a hand-over, if there was one."""

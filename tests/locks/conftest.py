@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from govredis.locks import renewal
+from govredis import HeldLock
+from govredis.locks import lease, renewal
 
 
 class Worker:
@@ -24,6 +25,8 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self.process.pid
         assert self.answer() == "ready"
+        shares = lease.RENEWED_AFTER, lease.TRIED_AGAIN_AFTER  # as here: see `renewed_soon`
+        self.run(f"from govredis.locks import lease\nlease.RENEWED_AFTER, lease.TRIED_AGAIN_AFTER = {shares}")
 
     def begin(self, expression: str) -> None:
         """Have it evaluated; `answer` waits for the value."""
@@ -88,3 +91,27 @@ def make_worker(tmp_path: Path, patience: dict[str, float]) -> Iterator[Callable
 @pytest.fixture(autouse=True)
 def renewal_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renewal, "_IDLE", 0.2)
+
+
+@pytest.fixture
+def renewed_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock of 60 s is renewed each 0.2 s: here, and in the processes that `make_worker` starts from now on.
+
+    So a test that waits for a renewal needs no short lock, which a machine that stalls for seconds would lose.
+    """
+    monkeypatch.setattr(lease, "RENEWED_AFTER", 1 / 300)
+    monkeypatch.setattr(lease, "TRIED_AGAIN_AFTER", 1 / 300)
+
+
+@pytest.fixture
+def renew_now() -> Callable[[list[HeldLock]], None]:
+    """`renew_now(held)`: these locks of this process are due at once."""
+
+    def renew(held: list[HeldLock]) -> None:
+        with renewal.renewer._lock:
+            for lock in held:
+                lock._lease._next = lock._lease.due = 0.0
+            renewal.renewer._wakes_at = float("inf")
+            renewal.renewer.add(held[0]._lease)
+
+    return renew

@@ -18,7 +18,7 @@ def hammer(locks: object, path: str, name: str, until: str) -> dict[str, int]:
     tally = dict.fromkeys(["done", "overlaps", "stale", "lost", "errors"], 0)
     while not os.path.exists(until):
         try:
-            held: HeldLock = locks.acquire(name, timeout=10, ttl=5)  # type: ignore[attr-defined]
+            held: HeldLock = locks.acquire(name, timeout=10, ttl=30)  # type: ignore[attr-defined]
         except LockError:
             tally["errors"] += 1
             continue

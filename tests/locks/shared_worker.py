@@ -24,7 +24,7 @@ def hammer(takes: list[tuple[str, Callable[..., HeldLock]]], folder: str, until:
             break
         kind, take = takes[n % len(takes)]
         try:
-            held = take(timeout=10, ttl=5)
+            held = take(timeout=10, ttl=30)
         except LockError:
             tally["errors"] += 1
             continue

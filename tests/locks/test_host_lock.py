@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import PATIENCE
 
 from govredis._boottime import clock
 from govredis.locks.backends.file_backend import FileLockBackend
@@ -244,7 +245,7 @@ def test_refresh_lengthens_and_never_shortens_and_is_refused_too_late(
 # -- passing ---------------------------------------------------------------------------------------------------------
 
 
-def pass_by(host_lock: ExclusiveHostLock, token: int, ttl: float = 10.0, within: float = 5.0) -> bool:
+def pass_by(host_lock: ExclusiveHostLock, token: int, ttl: float = 10.0, within: float = PATIENCE) -> bool:
     deadline = clock() + within
     while not enter(host_lock, token, ttl, may_pass=True):
         if clock() > deadline:
@@ -254,24 +255,25 @@ def pass_by(host_lock: ExclusiveHostLock, token: int, ttl: float = 10.0, within:
 
 
 def test_only_a_holder_whose_record_ran_out_is_passed_and_only_by_a_grantee_of_redis(
-    opened: Callable[[], ExclusiveHostLock],
+    opened: Callable[[], ExclusiveHostLock], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped, other, passer = opened(), opened(), opened()
-    assert enter(stopped, 1, ttl=1.5)
-    assert not pass_by(passer, 2, within=0.1)
-    assert pass_by(passer, 2)
+    assert enter(stopped, 1, ttl=1000)
+    assert not pass_by(passer, 2, within=0.3)
+    monkeypatch.setattr(host_lock_module, "clock", lambda: clock() + 1000)
+    assert pass_by(passer, 2, ttl=2000)
     assert passer.inside
     passing = read_records(other._files[0]).passer
     assert passing is not None
     assert (passing.token, passing.owner) == (2, "owner-2")
     # The stopped one wakes up. It disturbs nobody, neither by going on nor by leaving.
-    assert not stopped.refresh(1, clock() + 10)
+    assert not stopped.refresh(1, clock() + 3000)
     assert read_records(other._files[0]).passer == passing
     assert not enter(other, 3)
     stopped.leave()
     assert read_records(other._files[0]).passer == passing
     assert not enter(other, 3), "a fresh passer is honoured by who gets the flock"
-    until = clock() + 20
+    until = clock() + 3000
     assert passer.refresh(2, until) == until
     assert not enter(other, 3)
     passer.leave()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stalls import undisturbed
 from support import PATIENCE
 
 from govredis import BackendUnavailable, GovRedis, HeldLock, LockLost
@@ -40,7 +41,7 @@ def waiting(
     """Another thread that waits for the lock, once it does."""
 
     def wait(**options: Any) -> Future[HeldLock]:
-        future = pool.submit(lambda: locks.acquire("x", **{"timeout": 30, **options}))
+        future = pool.submit(lambda: locks.acquire("x", **{"timeout": PATIENCE, **options}))
         eventually(lambda: plain_redis.zcard(QUEUE) == 1)
         return future
 
@@ -87,27 +88,30 @@ def test_confirmed_it_has_its_own_ttl(
     locks: DistributedLock, waiting: Any, plain_redis: Any, renew: bool, eventually: Any
 ) -> None:
     held = locks.acquire("x")
-    future = waiting(ttl=100, renew=renew)
+    future = waiting(ttl=1000, renew=renew)
     held.release()
     with future.result(PATIENCE) as mine:
-        eventually(lambda: plain_redis.pttl(KEY) > 90_000)
-        assert 90 < mine.remaining() <= 100
+        eventually(lambda: plain_redis.pttl(KEY) > 900_000)
+        assert 900 < mine.remaining() <= 1000
         mine.raise_if_lost()
 
 
 def test_a_script_flush_between_costs_a_renewal(locks: DistributedLock, waiting: Any, plain_redis: Any) -> None:
-    held = locks.acquire("x")
-    future = waiting(ttl=100)
-    release = locks._backend.release_script
-    plain_redis.script_flush()
-    plain_redis.script_load(release.source)
-    held.release()
-    with future.result(PATIENCE) as mine:
-        lost = threading.Event()
-        mine.on_lost(lost.set)
-        assert not lost.wait(1.2), "the hand-over alone is good for a second"
-        assert plain_redis.get(KEY) == mine._lease.owner
-        assert mine.remaining() > 90
+    def attempt() -> None:
+        held = locks.acquire("x")
+        future = waiting(ttl=1000)
+        release = locks._backend.release_script
+        plain_redis.script_flush()
+        plain_redis.script_load(release.source)
+        held.release()
+        with future.result(PATIENCE) as mine:
+            lost = threading.Event()
+            mine.on_lost(lost.set)
+            assert not lost.wait(1.2), "the hand-over alone is good for a second"
+            assert plain_redis.get(KEY) == mine._lease.owner
+            assert mine.remaining() > 900
+
+    undisturbed(attempt, 0.3)
 
 
 def test_a_hand_over_that_redis_does_not_confirm_is_lost_within_the_second(
@@ -122,7 +126,7 @@ def test_a_hand_over_that_redis_does_not_confirm_is_lost_within_the_second(
 
     monkeypatch.setattr(locks._redis, "send", taken_away)
     held = locks.acquire("x")
-    future = waiting(ttl=100)
+    future = waiting(ttl=1000)
     held.release()
     mine = future.result(PATIENCE)
     lost = threading.Event()
@@ -157,7 +161,7 @@ def test_a_confirmation_that_comes_after_somebody_else_had_it_grants_nothing_ane
 
     monkeypatch.setattr(locks._redis, "send", late)
     held = locks.acquire("x")
-    future = waiting(ttl=100)
+    future = waiting(ttl=1000)
     held.release()
     mine = future.result(PATIENCE)
     assert mine.token < theirs[0]
@@ -178,11 +182,11 @@ def test_a_hand_over_that_cannot_be_confirmed_is_asked_for(
 
     monkeypatch.setattr(locks._redis, "send", cut)
     held = locks.acquire("x")
-    future = waiting(ttl=100)
+    future = waiting(ttl=1000)
     held.release()
     with future.result(PATIENCE) as mine:
-        assert plain_redis.pttl(KEY) > 90_000
-        assert mine.remaining() > 90
+        assert plain_redis.pttl(KEY) > 900_000
+        assert mine.remaining() > 900
 
 
 def test_a_waiter_that_wakes_up_late_asks_whether_the_lock_is_still_its(
@@ -206,12 +210,12 @@ def test_a_waiter_that_wakes_up_late_asks_whether_the_lock_is_still_its(
     monkeypatch.setattr(locks._redis, "pop", popped)
     monkeypatch.setattr(locks._redis, "send", sending)
     held = locks.acquire("x")
-    future = waiting(ttl=100)
+    future = waiting(ttl=1000)
     held.release()
     with future.result(PATIENCE) as mine:
         assert sent == []
         assert plain_redis.get(KEY) == mine._lease.owner
-        assert plain_redis.pttl(KEY) > 90_000
+        assert plain_redis.pttl(KEY) > 900_000
 
 
 def test_a_reply_is_taken_once(locks: DistributedLock) -> None:

@@ -92,14 +92,14 @@ def test_nobody(locks: DistributedLock, plain_redis: Any) -> None:
 
 def test_ours(locks: DistributedLock, far: DistributedLock) -> None:
     for name in "x", "y:z ä":
-        with locks.acquire(name, ttl=20) as held:
+        with locks.acquire(name, ttl=60) as held:
             for asked in locks, far:
                 holder = asked.holder(name)
                 assert isinstance(holder, LockHolder)
                 assert (holder.name, holder.kind, holder.owner) == (name, "lock", held._lease.owner)
                 assert (holder.token, holder.degraded) == (held.token, False)
                 assert holder.remaining is not None
-                assert 10 < holder.remaining <= 20.001
+                assert 30 < holder.remaining <= 60.001
                 assert asked.is_locked(name) is True
                 assert asked.holder("another") is None
         assert locks.holder(name) is None, "released"
@@ -107,7 +107,7 @@ def test_ours(locks: DistributedLock, far: DistributedLock) -> None:
 
 
 def test_another_process(locks: DistributedLock, worker: Any) -> None:
-    worker.run("held = locks.acquire('x', ttl=1)")
+    worker.run("held = locks.acquire('x', ttl=60)")
     holder = locks.holder("x")
     assert holder
     assert f":{worker.pid}:" in holder.owner
@@ -115,7 +115,7 @@ def test_another_process(locks: DistributedLock, worker: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [b"async", b"", b"\xff\x00{\r\n", b"a:1:0-1", b"x" * 100_000])
-@pytest.mark.parametrize("ttl", [None, 60])
+@pytest.mark.parametrize("ttl", [None, 600])
 def test_an_outsider(locks: DistributedLock, redis_server: RedisServer, value: bytes, ttl: int | None) -> None:
     locks.acquire("x").release()  # leaves a fence, unknown to the outsider
     assert redis_server.command("SET", KEY, value, "NX", *(("EX", ttl) if ttl else ()))
@@ -127,7 +127,7 @@ def test_an_outsider(locks: DistributedLock, redis_server: RedisServer, value: b
         assert holder.remaining is None
     else:
         assert holder.remaining is not None
-        assert 50 < holder.remaining <= 60
+        assert 500 < holder.remaining <= 600
     assert locks.is_locked("x")
     assert [(h.name, h.kind, h.owner, h.token) for h in locks.held()] == [("x", "lock", holder.owner, None)]
 
@@ -172,8 +172,8 @@ def test_a_processs_own_locks_are_listed_at_once(locks: DistributedLock, plain_r
     rwlock, semaphore = locks.rwlock("x"), locks.semaphore("x", slots=2)
     assert locks.held() == []
     with (
-        locks.acquire("y", ttl=20) as y,
-        locks.acquire("x", ttl=30) as x,
+        locks.acquire("y", ttl=100) as y,
+        locks.acquire("x", ttl=300) as x,
         rwlock.read() as one,
         rwlock.read() as two,
         semaphore.acquire() as first,
@@ -190,9 +190,9 @@ def test_a_processs_own_locks_are_listed_at_once(locks: DistributedLock, plain_r
         ]
         held = locks.held()
         assert [holder.owner for holder in held][::5] == [x._lease.owner, y._lease.owner]
-        assert all(0 < (holder.remaining or 0) <= 30.01 and not holder.degraded for holder in held)
-        assert 10 < (held[-1].remaining or 0) <= 20.01
-        assert (held[0].remaining or 0) > 20
+        assert all(0 < (holder.remaining or 0) <= 300.01 and not holder.degraded for holder in held)
+        assert 50 < (held[-1].remaining or 0) <= 100.01
+        assert (held[0].remaining or 0) > 100
     assert locks.held() == []
     with rwlock.write() as held_alone:
         assert kinds(locks) == [("x", "write", held_alone.token)]
@@ -202,8 +202,8 @@ def test_other_processes_locks_are_listed_after_a_moment(
     locks: DistributedLock, far: DistributedLock, worker: Any, eventually: Callable[..., Any]
 ) -> None:
     worker.run(
-        "x, w = locks.acquire('x', ttl=40), locks.rwlock('w').write(ttl=40)\n"
-        "r, s = locks.rwlock('r').read(ttl=40), locks.semaphore('s', slots=1).acquire(ttl=40)\n"
+        "x, w = locks.acquire('x', ttl=400), locks.rwlock('w').write(ttl=400)\n"
+        "r, s = locks.rwlock('r').read(ttl=400), locks.semaphore('s', slots=1).acquire(ttl=400)\n"
     )
     eventually(lambda: names(locks) == ["r", "s", "w", "x"])
     tokens = worker.eval("[r.token, s.token, w.token, x.token]")
@@ -211,7 +211,7 @@ def test_other_processes_locks_are_listed_after_a_moment(
     for holder in locks.held():
         assert f":{worker.pid}:" in holder.owner
         assert holder.remaining is not None
-        assert 20 < holder.remaining <= 40.01
+        assert 200 < holder.remaining <= 400.01
     assert far.held() and kinds(far) == kinds(locks)
     worker.run("[held.release() for held in (x, w, r, s)]")
     assert locks.held() == []
@@ -224,14 +224,19 @@ def test_two_instances_of_one_process_see_each_others_locks_after_a_moment(
         eventually(lambda: names(far) == ["x"])
 
 
-def test_a_renewed_lock_stays_on_the_list(locks: DistributedLock, worker: Any, eventually: Callable[..., Any]) -> None:
-    worker.run("held = locks.acquire('x', ttl=1.5)")
-    began = worker.eval("held._lease.deadline")
-    eventually(lambda: names(locks) == ["x"])
-    eventually(lambda: worker.eval("held._lease.deadline") > began + 1.5, 20)
-    # The end of its first lease is past.
-    assert names(locks) == ["x"]
-    assert worker.eval("held.remaining()") > 0, "this machine is too slow for this test to mean anything"
+@pytest.mark.usefixtures("renewed_soon")
+def test_a_renewed_lock_stays_on_the_list(
+    locks: DistributedLock, plain_redis: Any, worker: Any, eventually: Callable[..., Any]
+) -> None:
+    worker.run("held = locks.acquire('x', ttl=60)")
+    listed = [("x", "lock", worker.eval("held.token"))]
+    eventually(lambda: plain_redis.zcard(LIST) == 1)
+    assert kinds(locks) == listed
+    (entry,) = plain_redis.zrange(LIST, 0, -1)
+    plain_redis.zadd(LIST, {entry: 1}, xx=True)  # as at the end of its first lease
+    eventually(lambda: (plain_redis.zscore(LIST, entry) or 0) > 1)
+    assert kinds(locks) == listed
+    assert worker.eval("held.remaining()") > 0
 
 
 def test_a_killed_holder_is_listed_until_its_lease_ends(
@@ -278,7 +283,7 @@ def test_under_a_prefix(
         make_gov(redis_url=redis_server.url, key_prefix=prefix, socket_timeout=5).locks
         for prefix in ("one:", "two:", "")
     )
-    with one.acquire("x") as x, one.rwlock("r").read() as r, two.acquire("y", ttl=70) as y:
+    with one.acquire("x") as x, one.rwlock("r").read() as r, two.acquire("y", ttl=700) as y:
         for _ in range(2):
             assert kinds(one) == [("r", "read", r.token), ("x", "lock", x.token)]
             assert kinds(two) == [("y", "lock", y.token)]
@@ -287,17 +292,20 @@ def test_under_a_prefix(
         assert not plain_redis.exists(LIST)
         assert one.holder("y") is None
         assert one.force_release("y") is False
-        assert 50_000 < plain_redis.pttl("two:" + LIST) <= 70_002
+        assert 500_000 < plain_redis.pttl("two:" + LIST) <= 700_002
 
 
 def test_held_takes_two_round_trips_and_a_scan_for_outsiders(
-    locks: DistributedLock, redis_server: RedisServer, plain_redis: Any, worker: Any, monkeypatch: pytest.MonkeyPatch
+    locks: DistributedLock,
+    redis_server: RedisServer,
+    plain_redis: Any,
+    worker: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    eventually: Callable[..., Any],
 ) -> None:
     worker.run("many = locks.acquire_many([f'{n}' for n in range(30)], ttl=1000)")
     with locks.acquire("x", ttl=1000), locks.semaphore("x", slots=1).acquire(ttl=1000):
-        deadline = clock() + 10
-        while plain_redis.zcard(LIST) < 32:
-            assert clock() < deadline
+        eventually(lambda: plain_redis.zcard(LIST) == 32)
         redis_server.command("CONFIG", "RESETSTAT")
         made = round_trips(locks, monkeypatch)
         assert len(locks.held()) == 32
@@ -312,7 +320,7 @@ def test_held_takes_two_round_trips_and_a_scan_for_outsiders(
 def test_short_locks_do_not_come_on_the_list(
     locks: DistributedLock, redis_server: RedisServer, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease_module, "FIRST_DUE", 5)
+    monkeypatch.setattr(lease_module, "FIRST_DUE", 1000)
     redis_server.command("CONFIG", "RESETSTAT")
     for _ in range(50):
         locks.acquire("x").release()
@@ -388,16 +396,22 @@ def test_after_a_script_flush_too(locks: DistributedLock, plain_redis: Any, even
 
 
 def test_a_flushall_brings_the_entries_back_at_the_next_renewal(
-    locks: DistributedLock, far: DistributedLock, plain_redis: Any, eventually: Callable[..., Any]
+    locks: DistributedLock,
+    far: DistributedLock,
+    plain_redis: Any,
+    eventually: Callable[..., Any],
+    renew_now: Callable[[list[HeldLock]], None],
 ) -> None:
-    with locks.acquire("x", ttl=2) as x, locks.rwlock("r").read(ttl=2):
+    with locks.acquire("x", ttl=1000) as x, locks.rwlock("r").read(ttl=1000) as r:
         eventually(lambda: names(far) == ["r", "x"])
         plain_redis.flushall()
         assert far.held() == []
+        renew_now([x, r])
         eventually(lambda: names(far) == ["r", "x"])
         x.raise_if_lost()
 
 
+@pytest.mark.usefixtures("renewed_soon")
 @pytest.mark.parametrize("kind", ["lock", "semaphore"])
 @pytest.mark.parametrize("when", ["from the start", "later"])
 def test_a_list_that_fails_costs_nothing_but_a_count(
@@ -405,7 +419,7 @@ def test_a_list_that_fails_costs_nothing_but_a_count(
 ) -> None:
     if when == "from the start":
         plain_redis.set(LIST, "of somebody else")
-    with locks.acquire("x", ttl=1.5) if kind == "lock" else locks.semaphore("x", slots=1).acquire(ttl=1.5) as held:
+    with locks.acquire("x", ttl=60) if kind == "lock" else locks.semaphore("x", slots=1).acquire(ttl=60) as held:
         first = held._lease.deadline
         if when == "later":
             eventually(lambda: plain_redis.zcard(LIST))
@@ -465,22 +479,34 @@ def test_redis_away_the_hosts_lock_file_says_who(
     assert worker.eval("held.raise_if_lost()") is None, "and disturbs nobody"
     worker.kill()
     assert away.holder("x") is None
-    assert away.acquire("x", timeout=20).release(), "a look leaves nothing locked"
+    assert away.acquire("x", timeout=PATIENCE).release(), "a look leaves nothing locked"
+
+
+def open_files(folder: Path) -> list[str]:
+    """The files below it that this process has open, by their descriptors."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:  # of the listing itself, or closed since by another thread
+            pass
+    return [path for path in found if path.startswith(str(folder))]
 
 
 def test_redis_away_a_look_leaves_no_file_open_and_makes_no_folder(
-    make_gov: Callable[..., GovRedis], tmp_path: Path
+    make_gov: Callable[..., GovRedis], tmp_path: Path, eventually: Callable[..., Any]
 ) -> None:
     locks = make_gov(redis_enabled=False).locks
     assert locks.holder("x") is None
     assert not os.path.exists(locks._file_backend.path)
     with locks.acquire("x", timeout=0, ttl=50) as held:
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(open_files(tmp_path))
         for _ in range(5):
             holder = locks.holder("x")
             assert holder
             assert (holder.owner, holder.token, holder.degraded) == (held._lease.owner, held.token, True)
-        assert len(os.listdir("/proc/self/fd")) == before
+        # A sweep of the folder has a file open for a moment.
+        eventually(lambda: len(open_files(tmp_path)) <= before)
     assert locks.holder("x") is None
     assert locks.acquire("x", timeout=0).release()
 
@@ -596,10 +622,11 @@ def waiting(
     return wait
 
 
+@pytest.mark.usefixtures("renewed_soon")
 def test_a_forced_lock_goes_to_the_longest_waiter_and_the_holder_finds_out(
     locks: DistributedLock, far: DistributedLock, waiting: Any, plain_redis: Any, eventually: Callable[..., Any]
 ) -> None:
-    held = locks.acquire("x", ttl=3)
+    held = locks.acquire("x", ttl=60)
     lost = threading.Event()
     held.on_lost(lost.set)
     first, second = waiting(far), waiting(far)
@@ -693,14 +720,17 @@ def test_a_free_lock_is_not_forced(locks: DistributedLock, plain_redis: Any) -> 
     held.release()
 
 
+@pytest.mark.usefixtures("renewed_soon")
 def test_on_the_holders_own_host_nobody_gets_in_before_it_lets_go(
     locks: DistributedLock, worker: Any, plain_redis: Any, eventually: Callable[..., Any]
 ) -> None:
-    worker.run("import threading\nlost = threading.Event()\nheld = locks.acquire('x', ttl=0.9)\nheld.on_lost(lost.set)")
+    worker.run("import threading\nlost = threading.Event()\nheld = locks.acquire('x', ttl=60)\nheld.on_lost(lost.set)")
     assert locks.force_release("x") is True
     assert worker.eval("lost.wait(60)") is True
+    vouched = worker.eval("held._lease.host_lock._vouched_until")
+    eventually(lambda: worker.eval("held._lease.host_lock._vouched_until") > vouched, what="it vouches, though lost")
     with pytest.raises(LockTimeout):
-        locks.acquire("x", timeout=1.2)  # longer than the ttl: it vouches for itself though it has lost
+        locks.acquire("x", timeout=0.5)
     assert locks.try_acquire("x") is None
     assert worker.eval("held.release()") is False
     assert locks.acquire("x", timeout=0).release()

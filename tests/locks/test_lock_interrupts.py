@@ -80,7 +80,7 @@ def test_nothing_is_left_by_exceptions_that_strike_anywhere(
                 strike(random.uniform(0.00001, 0.005 if contended else 0.0006))
                 try:
                     # Python swallows what strikes in a `__del__`: a wait that was not struck then ends by itself.
-                    held = locks.acquire("x", ttl=1000, timeout=1 if contended else 10)
+                    held = locks.acquire("x", ttl=1000, timeout=1 if contended else 60)
                     held.release()
                 finally:
                     strike(0)
@@ -150,6 +150,7 @@ def test_an_exception_just_after_the_renewal_began_gives_it_back_without_a_warni
     assert locks.acquire("x", timeout=0).release()
 
 
+@pytest.mark.usefixtures("renewed_soon")
 def test_a_renewal_thread_that_was_struck_while_starting_is_started_again(
     make_gov: Callable[..., GovRedis],
     redis_server: RedisServer,
@@ -166,9 +167,9 @@ def test_a_renewal_thread_that_was_struck_while_starting_is_started_again(
         patched.setattr(threading.Thread, "start", start)
         with pytest.raises(Struck):
             locks.acquire("x")
-    with locks.acquire("x", ttl=1.5, timeout=0) as held:
+    with locks.acquire("x", ttl=60, timeout=0) as held:
         first = held._lease.deadline
-        eventually(lambda: held._lease.deadline > first + 0.3)
+        eventually(lambda: held._lease.deadline > first)
 
 
 def test_a_release_in_a_signal_handler_does_not_wait_for_what_it_interrupted(

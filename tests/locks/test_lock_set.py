@@ -7,6 +7,7 @@ update. Nobody was forgotten in the queue, and all went on working afterwards.
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import pytest
 import redis as redis_py
 from cutting_proxy import CuttingProxy
 from lock_set import SLOTS, Board, CountsFile, Register
+from stalls import undisturbed
 
 from govredis import GovRedis, LockTimeout
 from govredis.keys import sibling
@@ -46,12 +48,13 @@ class LockSet:
         *,
         url: str,
         size: int = 5,
-        ttl: float = 10.0,
+        ttl: float = 30.0,
     ) -> None:
         self.redis, self._folder, self._eventually = redis, folder, eventually
         self.board, self.register = Board(folder), Register()
         with ThreadPoolExecutor(size) as pool:
-            self.workers = list(pool.map(lambda _: make_worker(redis_url=url), range(size)))
+            settings = {"redis_url": url, "lock_folder": str(folder / "locks")}
+            self.workers = list(pool.map(lambda _: make_worker(**settings), range(size)))
         self.killed: set[int] = set()
         for slot, worker in enumerate(self.workers):
             worker.run("from lock_set import go_round")
@@ -139,6 +142,8 @@ class LockSet:
             assert board.total("unreleased") == 0
 
     def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
         self.register.close()
 
 
@@ -162,7 +167,12 @@ def lock_set(
     made: list[LockSet] = []
 
     def make(**options: Any) -> LockSet:
-        made.append(LockSet(redis, tmp_path, make_worker, eventually, **{"url": redis.url, **options}))
+        folder = tmp_path / f"set-{len(made)}"
+        folder.mkdir()
+        for one in made:  # of an attempt that a stall has ended
+            one.close()
+            redis.command("FLUSHALL")
+        made.append(LockSet(redis, folder, make_worker, eventually, **{"url": redis.url, **options}))
         return made[-1]
 
     yield make
@@ -170,9 +180,23 @@ def lock_set(
         one.close()
 
 
+def beside_stalls_of(longest: float) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """A test of locks so short that a longer stall of the machine ends them. It makes its lock set in each attempt."""
+
+    def decorate(test: Callable[[Any], None]) -> Callable[[Any], None]:
+        @functools.wraps(test)
+        def run(lock_set: Callable[..., LockSet]) -> None:
+            undisturbed(lambda: test(lock_set), longest)
+
+        return run
+
+    return decorate
+
+
 # -- what befalls the processes ----------------------------------------------------------------------------------------
 
 
+@beside_stalls_of(0.5)
 def test_the_register_refuses_a_holder_that_was_stopped_past_its_ttl_inside(lock_set: Callable[..., LockSet]) -> None:
     processes = lock_set(ttl=1.5)
     processes.goes_on()
@@ -189,6 +213,7 @@ def test_the_register_refuses_a_holder_that_was_stopped_past_its_ttl_inside(lock
     processes.check(passed=True, lossless=False)
 
 
+@beside_stalls_of(0.6)
 def test_a_passer_of_a_stopped_holder_is_alone_also_when_that_has_left(lock_set: Callable[..., LockSet]) -> None:
     processes = lock_set(ttl=2.0)
     processes.park(0)
@@ -206,6 +231,7 @@ def test_a_passer_of_a_stopped_holder_is_alone_also_when_that_has_left(lock_set:
     processes.check(passed=True, lossless=False)
 
 
+@beside_stalls_of(0.5)
 def test_a_process_stopped_wherever_it_was_past_the_ttl(lock_set: Callable[..., LockSet]) -> None:
     processes = lock_set(ttl=1.5)
     for slot in random.choices(range(5), k=4):
@@ -219,7 +245,7 @@ def test_a_process_stopped_wherever_it_was_past_the_ttl(lock_set: Callable[..., 
 
 
 def test_a_killed_holder(lock_set: Callable[..., LockSet]) -> None:
-    processes = lock_set(ttl=1.5)
+    processes = lock_set()
     processes.goes_on()
     for slot in 0, 1:
         processes.park(slot)
@@ -230,7 +256,7 @@ def test_a_killed_holder(lock_set: Callable[..., LockSet]) -> None:
 
 
 def test_processes_killed_wherever_they_were(lock_set: Callable[..., LockSet]) -> None:
-    processes = lock_set(ttl=1.5)
+    processes = lock_set()
     processes.goes_on()
     for slot in 0, 1, 2:
         processes.somebody_goes_on(random.randrange(1, 20))
@@ -309,6 +335,7 @@ def drops_all_connections(processes: LockSet) -> None:
         processes.somebody_goes_on()
 
 
+@beside_stalls_of(0.6)
 def test_a_holder_that_outlasts_its_ttl_without_redis_is_alone_on_its_host(lock_set: Callable[..., LockSet]) -> None:
     processes = lock_set(ttl=2.0)
     processes.goes_on()

@@ -150,13 +150,14 @@ def test_a_refused_scan_is_reported_and_no_fault(
 # -- ours, taken by them ---------------------------------------------------------------------------------------------
 
 KINDS: dict[str, tuple[str, Callable[[DistributedLock], Any]]] = {
-    "lock": ("x", lambda locks: locks.acquire("x", ttl=1.5)),
-    "read": ("{lock:x}:rwlock", lambda locks: locks.rwlock("x").read(ttl=1.5)),
-    "write": ("{lock:x}:rwlock", lambda locks: locks.rwlock("x").write(ttl=1.5)),
-    "semaphore": ("{lock:x}:semaphore", lambda locks: locks.semaphore("x", slots=2).acquire(ttl=1.5)),
+    "lock": ("x", lambda locks: locks.acquire("x", ttl=60)),
+    "read": ("{lock:x}:rwlock", lambda locks: locks.rwlock("x").read(ttl=60)),
+    "write": ("{lock:x}:rwlock", lambda locks: locks.rwlock("x").write(ttl=60)),
+    "semaphore": ("{lock:x}:semaphore", lambda locks: locks.semaphore("x", slots=2).acquire(ttl=60)),
 }
 
 
+@pytest.mark.usefixtures("renewed_soon")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_key_that_an_outsider_deletes_is_lost_by_its_renewal_and_not_restored(
     locks: DistributedLock, theirs: Any, plain_redis: Any, kind: str
