@@ -334,6 +334,16 @@ def test_a_sweep_starts_no_more_than_one_thread_in_ten_minutes(
 ) -> None:
     folder.open_exclusive("lock:x").leave()
     now, ran = clock(), []
+    started: list[threading.Thread] = []
+    start_daemon = sweep_module.start_daemon
+
+    def start(name: str, run: Callable[[], None]) -> threading.Thread | None:
+        thread = start_daemon(name, run)
+        assert thread is not None
+        started.append(thread)
+        return thread
+
+    monkeypatch.setattr(sweep_module, "start_daemon", start)
     monkeypatch.setattr(sweep_module, "clock", lambda: now)
     sweep = sweep_of(folder)
     monkeypatch.setattr(Sweep, "start_if_due", STARTS)
@@ -344,7 +354,8 @@ def test_a_sweep_starts_no_more_than_one_thread_in_ten_minutes(
     sweep.start_if_due()
     now += 2
     sweep.start_if_due()
-    [thread.join() for thread in ran]
+    for thread in started:
+        thread.join()
     assert len(ran) == 2
     assert threading.current_thread() not in ran
 
