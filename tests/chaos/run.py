@@ -74,7 +74,8 @@ class Run:
     def _prepare(self) -> None:
         (self.folder / "sids").write_bytes(bytes(SLOTS * 64))
         (self.folder / "locks").mkdir(mode=0o700)
-        with GovRedis(Config(redis_enabled=False, database_url=self.postgres.url)) as gov:
+        # No fault is here yet, and a stall of the machine must not be an outage.
+        with GovRedis(Config(redis_enabled=False, database_url=self.postgres.url, postgres_timeout=60)) as gov:
             gov.postgres.migrate()
             for agent in AGENTS:
                 gov.agents.create(agent)
@@ -194,18 +195,22 @@ class Run:
                 recorder.write(recorder.number(), "end", **line, args={"worker": slot})
 
     def _await_tasks(self) -> None:
-        """Until all have run, or none more has for long."""
+        """Until all have run, or none more has for long.
+
+        A stall of the machine is a single look, however long it is: nothing has run meanwhile.
+        """
 
         def missing() -> set[int]:
             ops = read(self.folder, "c*.jsonl")  # the client's, and Celery's
             ran = {op.args["of"] for op in ops if op.what == "run" and op.ok}
             return {op.args["of"] for op in ops if op.what == "publish" and op.ok} - ran
 
-        left, since = missing(), now()
-        while left and now() - since < self.patience:
+        left, looks = missing(), 0
+        while left and looks < self.patience:
             time.sleep(1)
+            looks += 1
             if (still := missing()) != left:
-                left, since = still, now()
+                left, looks = still, 0
 
     def _await(self, otherwise: str, condition: Any) -> None:
         deadline = now() + PATIENCE
