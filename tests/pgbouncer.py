@@ -22,7 +22,7 @@ auth_type = trust
 auth_file = {users}
 pool_mode = {mode}
 default_pool_size = 1
-server_connect_timeout = 2
+server_connect_timeout = 20
 server_login_retry = 0.05
 """
 

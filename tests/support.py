@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 from govredis import Config, GovRedis
 from govredis._pool import Pool
 from govredis.client import RedisClient
-from govredis.testing.servers import PostgresServer
+from govredis.testing.servers import PostgresServer, RedisServer
 
 T = TypeVar("T")
 
@@ -156,6 +156,30 @@ class WatchedSocket(socket.socket):
         except TimeoutError:
             self.waits.timeouts.append(self.gettimeout())
             raise
+
+
+def wait_at_most(client: RedisClient, seconds: float) -> None:
+    """From now on the client waits so long for an answer.
+
+    A client of a server that will hang gets a short timeout only then. Before that and after it, a stall of the machine
+    would be an outage.
+    """
+    client._timeout = client._options["socket_timeout"] = seconds
+    for connection in [*client._pool.idle]:
+        connection._sock.settimeout(seconds)
+
+
+@contextlib.contextmanager
+def hung(server: RedisServer, client: RedisClient) -> Iterator[None]:
+    """In the body the server hangs, and the client waits for a second."""
+    patient = client._timeout
+    wait_at_most(client, 1)
+    server.pause()
+    try:
+        yield
+    finally:
+        wait_at_most(client, patient)
+        server.resume()
 
 
 class Gate:

@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from support import eventually, in_child
+from support import PATIENCE, eventually, in_child
 
+from govredis import breaker as breaker_module
 from govredis.breaker import CircuitBreaker, Rejected, _Prober
 from govredis.errors import BackendUnavailable
 
@@ -308,8 +309,11 @@ def test_trip_before_a_probe_needs_no_second_one(breaker: CircuitBreaker, probe:
     assert (breaker.closed, probe.calls, breaker.times_opened) == (True, 1, 1)
 
 
-def test_callers_wait_for_the_probe_while_writes_are_pending(threaded: CircuitBreaker, probe: Probe) -> None:
+def test_callers_wait_for_the_probe_while_writes_are_pending(
+    threaded: CircuitBreaker, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody has found the server away: what is asked of it must not be done elsewhere."""
+    monkeypatch.setattr(breaker_module, "_DRAIN", PATIENCE)  # no stall of the machine outlasts it
     probing, go_on = threading.Event(), threading.Event()
     probe.up, probe.during = True, lambda: (probing.set(), go_on.wait(20))
     threaded.trip("a write is pending")

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import redis
-from support import PATIENCE, Child, WatchedSocket, eventually, in_child, in_threads
+from support import PATIENCE, Background, Child, WatchedSocket, eventually, hung, in_child, in_threads
 
 from govredis import BackendError, BackendUnavailable, Config, ConfigurationError
 from govredis.client import RedisClient, Script
@@ -42,7 +42,8 @@ def make_client() -> Iterator[MakeClient]:
     made: list[RedisClient] = []
 
     def make(server: RedisServer, **settings: Any) -> RedisClient:
-        client = RedisClient(Config(**{"redis_url": server.url, "socket_timeout": 5, "connect_timeout": 5, **settings}))
+        patient = {"socket_timeout": PATIENCE / 2, "connect_timeout": PATIENCE / 2}
+        client = RedisClient(Config(**{"redis_url": server.url, **patient, **settings}))
         made.append(client)
         return client
 
@@ -417,7 +418,9 @@ def test_a_server_that_speaks_something_else(make_client: MakeClient) -> None:
                     peer.recv(1000)
                     peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
-        client = RedisClient(Config(redis_url=f"redis://127.0.0.1:{listener.getsockname()[1]}/0", socket_timeout=5))
+        client = RedisClient(
+            Config(redis_url=f"redis://127.0.0.1:{listener.getsockname()[1]}/0", socket_timeout=PATIENCE)
+        )
 
         def ask() -> None:
             for _ in range(2):
@@ -430,7 +433,8 @@ def test_a_server_that_speaks_something_else(make_client: MakeClient) -> None:
 
 
 def test_a_full_pool(redis_server: RedisServer, make_client: MakeClient) -> None:
-    client = make_client(redis_server, redis_connections=1, socket_timeout=1)
+    client = make_client(redis_server, redis_connections=1)
+    client._for_place = 1
     held = client._pool.take(1)
     with pytest.raises(BackendUnavailable, match=r"all 1 connections to Redis at .* are in use"):
         client.call("PING")
@@ -472,12 +476,10 @@ def test_all_pooled_connections_are_replaced_after_a_restart(
 
 
 def test_a_command_that_timed_out_is_not_sent_again(mortal_redis: RedisServer, make_client: MakeClient) -> None:
-    client = make_client(mortal_redis, socket_timeout=1)
+    client = make_client(mortal_redis)
     client.call("SET", "n", 0)
-    mortal_redis.pause()
-    with pytest.raises(BackendUnavailable, match=r"Timeout"):
+    with hung(mortal_redis, client), pytest.raises(BackendUnavailable, match=r"Timeout"):
         client.call("INCR", "n")
-    mortal_redis.resume()
     eventually(lambda: works(client))
     assert client.call("GET", "n") == b"1"  # once: a hung server executes it on waking
 
@@ -485,11 +487,9 @@ def test_a_command_that_timed_out_is_not_sent_again(mortal_redis: RedisServer, m
 def test_a_command_that_timed_out_on_a_new_connection_is_not_sent_again(
     mortal_redis: RedisServer, make_client: MakeClient
 ) -> None:
-    client = make_client(mortal_redis, socket_timeout=1)
-    mortal_redis.pause()
-    with pytest.raises(BackendUnavailable):
+    client = make_client(mortal_redis)
+    with hung(mortal_redis, client), pytest.raises(BackendUnavailable):
         client.pipeline([("INCR", "n"), ("INCR", "n")])
-    mortal_redis.resume()
     eventually(lambda: works(client))
     assert client.call("GET", "n") == b"2"
 
@@ -518,11 +518,18 @@ def test_refused(mortal_redis: RedisServer, make_client: MakeClient) -> None:
 def test_hung_no_call_started_after_the_first_timeout_pays_one(
     mortal_redis: RedisServer, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(socket, "socket", WatchedSocket)
-    client = make_client(mortal_redis, socket_timeout=4)
+    under_way, opened = threading.Barrier(4), threading.Event()
+    hangs = False
+
+    class Socket(WatchedSocket):
+        def recv_into(self, *args: Any) -> int:
+            if hangs and not opened.is_set():
+                under_way.wait(PATIENCE)  # the first timeout runs out when all of them have asked
+            return super().recv_into(*args)
+
+    monkeypatch.setattr(socket, "socket", Socket)
+    client = make_client(mortal_redis)
     client.call("PING")
-    mortal_redis.pause()
-    opened = threading.Event()
 
     def use() -> tuple[int, int]:
         """The timeouts that ran out in this thread: before one had, and after that."""
@@ -537,20 +544,32 @@ def test_hung_no_call_started_after_the_first_timeout_pays_one(
                 client.call("PING")
         return before, len(timeouts) - before
 
-    # Those that were under way have waited.
-    assert in_threads(*[use] * 4) == [(1, 0)] * 4
-    assert client.breaker.times_opened == 1
+    with hung(mortal_redis, client):
+        hangs = True
+        # Those that were under way have waited.
+        assert in_threads(*[use] * 4) == [(1, 0)] * 4
+        assert client.breaker.times_opened == 1
 
 
 @pytest.mark.parametrize("how", ["killed", "paused"])
 def test_back_in_use_soon_after_it_is_back(how: str, mortal_redis: RedisServer, make_client: MakeClient) -> None:
-    client = make_client(mortal_redis, socket_timeout=1)
+    client = make_client(mortal_redis)
+    breaker, begun = client.breaker, []
+    probe = breaker._probe
+    breaker._probe = lambda: begun.append(1) or probe()  # type: ignore[func-returns-value]
     for _ in range(2):
         client.call("PING")
-        mortal_redis.kill() if how == "killed" else mortal_redis.pause()
-        eventually(lambda: not works(client) and not client.breaker.closed)
-        mortal_redis.start() if how == "killed" else mortal_redis.resume()
-        eventually(lambda: works(client), 5)
+        if how == "killed":
+            mortal_redis.kill()
+            eventually(lambda: not works(client) and not breaker.closed)
+            mortal_redis.start()
+        else:
+            with hung(mortal_redis, client):
+                eventually(lambda: not works(client) and not breaker.closed)
+        begun.clear()
+        assert breaker._next_probe - breaker._clock() < 0.5
+        eventually(lambda: works(client))
+        assert len(begun) <= 1, "its first probe finds it back"
 
 
 def test_one_warning_and_one_info_per_outage(
@@ -936,7 +955,7 @@ def descriptors() -> int:
 def test_close_gives_everything_back(redis_server: RedisServer, make_client: MakeClient) -> None:
     threads_before, before = set(threading.enumerate()), descriptors()
     for _ in range(20):
-        client = RedisClient(Config(redis_url=redis_server.url, socket_timeout=5))
+        client = RedisClient(Config(redis_url=redis_server.url, socket_timeout=PATIENCE / 2))
         in_threads(*[lambda c=client: c.call("PING")] * 3)  # type: ignore[misc]
         client.breaker.trip("a test")
         client.close()
@@ -956,7 +975,7 @@ def test_a_client_dropped_without_close_leaves_nothing(redis_server: RedisServer
     import gc
 
     for _ in range(5):
-        client = RedisClient(Config(redis_url=redis_server.url, socket_timeout=5))
+        client = RedisClient(Config(redis_url=redis_server.url, socket_timeout=PATIENCE / 2))
         client.call("PING")
         assert connections(redis_server)
         del client
@@ -1011,7 +1030,7 @@ def test_pop_returns_the_element_or_none(redis_server: RedisServer, client: Redi
     client.call("SET", "no list", "")
     with pytest.raises(BackendError, match="WRONGTYPE"):
         client.pop("no list", at_once)
-    assert client.pop("l", 1) == b"b"
+    assert client.pop("l", at_once) == b"b"
 
 
 @pytest.mark.parametrize("hz", [1, 10])
@@ -1062,17 +1081,16 @@ def test_waiting_calls_leave_the_others_their_connections(redis_server: RedisSer
 def test_pop_from_a_server_that_hangs_or_is_gone(
     mortal_redis: RedisServer, make_client: MakeClient, at_once: float
 ) -> None:
-    client = make_client(mortal_redis, socket_timeout=1)
+    client = make_client(mortal_redis)
     assert client.pop("l", 0.01) is None
-    mortal_redis.pause()
-    assert client.pop("l", 0.01) is None
-    assert client.breaker.closed
-    with pytest.raises(BackendUnavailable):
-        client.call("PING")
-    assert not client.breaker.closed
-    with pytest.raises(BackendUnavailable):
-        client.pop("l", 0.01)
-    mortal_redis.resume()
+    with hung(mortal_redis, client):
+        assert client.pop("l", 0.01) is None
+        assert client.breaker.closed
+        with pytest.raises(BackendUnavailable):
+            client.call("PING")
+        assert not client.breaker.closed
+        with pytest.raises(BackendUnavailable):
+            client.pop("l", 0.01)
     eventually(lambda: works(client))
     mortal_redis.restart(data="empty")
     client.call("RPUSH", "l", "x")
@@ -1105,13 +1123,18 @@ def test_an_exception_while_it_waits_costs_the_connection(
 
     client.call("RPUSH", "l", "x")
     client.pop("l", at_once)
+
+    def alarm() -> None:
+        eventually(lambda: int(redis_server.command("INFO", "clients")["blocked_clients"]))
+        os.kill(os.getpid(), signal.SIGALRM)
+
     before = signal.signal(signal.SIGALRM, strike)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        alarms = Background(alarm)
         with pytest.raises(Struck):
             client.pop("l", at_once)
+        alarms.result()
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert not client._waiting.idle
     eventually(lambda: not int(redis_server.command("INFO", "clients")["blocked_clients"]))

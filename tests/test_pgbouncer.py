@@ -15,6 +15,7 @@ from pgbouncer import PgBouncer
 from support import PATIENCE
 
 from govredis import BackendError, BackendUnavailable, ConfigurationError, GovRedis
+from govredis.postgres import postgres as postgres_module
 from govredis.testing.servers import PostgresServer, RedisServer
 
 pytestmark = pytest.mark.one_redis
@@ -94,9 +95,11 @@ def test_the_application_finds_its_session_as_it_was(
 
 
 def test_the_applications_slow_statement_is_its_own_business(
-    bouncer: PgBouncer, application: Any, make_gov: Callable[..., GovRedis]
+    bouncer: PgBouncer, application: Any, make_gov: Callable[..., GovRedis], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gov = make_gov(redis_enabled=False, database_url=bouncer.url, postgres_timeout=1)
+    # A statement of ours may take a second. We wait for longer: a stall of the machine must not be an outage.
+    monkeypatch.setattr(postgres_module, "_SERVER_SHARE", 1 / PATIENCE)
+    gov = make_gov(redis_enabled=False, database_url=bouncer.url, postgres_timeout=PATIENCE)
     gov.limits.hit("i", "2/hour")
     with gov.postgres.transaction():
         pass
@@ -171,9 +174,10 @@ def test_a_server_that_hangs_behind_it_is_away_until_it_answers(
 ) -> None:
     bouncer = PgBouncer(system_binary("pgbouncer"), mortal_postgres.url, tmp_path)
     try:
-        postgres = make_gov(redis_enabled=False, database_url=bouncer.url, postgres_timeout=1).postgres
+        postgres = make_gov(redis_enabled=False, database_url=bouncer.url, postgres_timeout=20).postgres
         assert postgres.fetch("SELECT 1") == [(1,)]
         mortal_postgres.pause()
+        postgres._timeout = 1  # only now: else a stall of the machine would be an outage
         with pytest.raises(BackendUnavailable):
             postgres.fetch("SELECT 1")
         probes: list[BaseException] = []
@@ -189,6 +193,7 @@ def test_a_server_that_hangs_behind_it_is_away_until_it_answers(
         postgres._ask = ask  # type: ignore[method-assign]
         eventually(lambda: len(probes) > 1)
         assert not postgres.breaker.closed
+        postgres._timeout = 20
         mortal_postgres.resume()
         eventually(lambda: postgres.breaker.closed)
         assert postgres.breaker.times_opened == 1

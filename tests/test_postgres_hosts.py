@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from govredis import BackendError, BackendUnavailable, ConfigurationError, GovRedis
+from govredis._resolver import Resolver
+from govredis.postgres import connecting
 from govredis.testing.servers import PostgresServer
 
 pytestmark = pytest.mark.one_redis
@@ -23,6 +25,25 @@ def hung() -> Iterator[int]:
     """The port of a server that takes connections and never says a word."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def shares(hung: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that the server that hangs was given. Only a moment of them is waited for.
+
+    So the timeout of all may be long, and no stall of the machine uses it up.
+    """
+    given: list[float] = []
+    really = connecting._is_ready
+
+    def is_ready(connection: Any, state: int, seconds: float) -> bool:
+        if connection.info.port != hung or really(connection, state, 0.2):
+            return really(connection, state, seconds)
+        given.append(seconds)
+        return False
+
+    monkeypatch.setattr(connecting, "_is_ready", is_ready)
+    return given
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +78,7 @@ def test_a_host_that_hangs_leaves_time_for_the_others(
     connect: Callable[..., GovRedis],
     postgres_server: PostgresServer,
     hung: int,
+    shares: list[float],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     form: str,
@@ -78,8 +100,10 @@ def test_a_host_that_hangs_leaves_time_for_the_others(
         monkeypatch.setenv("PGHOST", "127.0.0.1,127.0.0.1,127.0.0.1")
     if "environment" in form:
         monkeypatch.setenv("PGPORT", f"{hung},1,{live}")
-    gov = connect(dsn, postgres_timeout=6)
+    gov = connect(dsn, postgres_timeout=60)
     assert port_of(gov) == live
+    assert shares
+    assert max(shares) <= 20
     gov.sessions.bind("s", "agent")
     assert gov.sessions.get_agent_id("s") == "agent"
     assert gov.postgres.breaker.times_opened == 0
@@ -127,6 +151,7 @@ def test_the_host_that_may_be_used(
     postgres_server: PostgresServer,
     read_only: PostgresServer,
     hung: int,
+    shares: list[float],
     hosts: str,
     tmp_path: Path,
 ) -> None:
@@ -137,8 +162,10 @@ def test_the_host_that_may_be_used(
         read_only=f"127.0.0.1:{read_only.port}", hung=f"127.0.0.1:{hung}", live=f"127.0.0.1:{postgres_server.port}"
     )
     wanted = f"target_session_attrs=read-write&passfile={passwords}"
-    gov = connect(f"postgresql://postgres@{where}/postgres?{wanted}", postgres_timeout=6)
+    gov = connect(f"postgresql://postgres@{where}/postgres?{wanted}", postgres_timeout=60)
     assert port_of(gov) == postgres_server.port
+    assert bool(shares) == ("{hung}" in hosts)
+    assert all(share <= 30 for share in shares)
 
 
 def test_a_sockets_folder(connect: Callable[..., GovRedis], read_only: PostgresServer) -> None:
@@ -153,21 +180,33 @@ def test_a_name_server_that_hangs(
     monkeypatch: pytest.MonkeyPatch,
     eventually: Callable[..., Any],
 ) -> None:
-    real, answer = socket.getaddrinfo, threading.Event()
+    real, answer, addresses = socket.getaddrinfo, threading.Event(), Resolver.addresses
+    given: list[float] = []
 
     def ask(host: Any, *others: Any, **named: Any) -> Any:
         answer.wait(60)
         return real("127.0.0.1" if host == "db.example" else host, *others, **named)
 
+    def moment(resolver: Resolver, seconds: float) -> list[str]:
+        """As with `shares`: long timeouts, for the stalls of the machine, that are not waited for."""
+        if threading.current_thread() is threading.main_thread():  # else it is a probe, of the other client
+            given.append(seconds)
+        return addresses(resolver, min(seconds, 0.5))
+
     monkeypatch.setattr(socket, "getaddrinfo", ask)
-    gov = connect(url_of(postgres_server, f"db.example:{postgres_server.port}"), postgres_timeout=2)
+    monkeypatch.setattr(Resolver, "addresses", moment)
+    gov = connect(url_of(postgres_server, f"db.example:{postgres_server.port}"), postgres_timeout=60)
     try:
         with pytest.raises(BackendUnavailable, match=r"no name server has told where db\.example is"):
             gov.postgres.fetch("SELECT 1")
         assert not gov.postgres.breaker.closed
         # Another that has an address is reached all the same.
         both = f"db.example:1,127.0.0.1:{postgres_server.port}"
-        assert port_of(connect(url_of(postgres_server, both), postgres_timeout=4)) == postgres_server.port
+        given.clear()
+        other = connect(url_of(postgres_server, both), postgres_timeout=60)
+        assert port_of(other) == postgres_server.port
+        assert given
+        assert max(given) <= 20
     finally:
         answer.set()
     eventually(lambda: gov.postgres.breaker.closed)
