@@ -33,18 +33,29 @@ class CForkedChild(Child):
         """Returns False where the child's interpreter does not run.
 
         A thread that waited for the GIL in the instant of the fork is in its queue for ever (glibc's condition
-        variable). That is Python's, which gets a new GIL from its hook; nothing of ours has begun by then.
+        variable). That is Python's, which gets a new GIL from its hook; nothing of ours has begun by then: a child that
+        was merely late, as after a stall of the machine, still waits for its parent's word.
         """
         self._answer, write_end = os.pipe()
+        word, give_word = os.pipe()
         self.pid = _fork()
         if not self.pid:
             signal.alarm(int(PATIENCE))  # a child that hangs ends, even where its parent has gone
             in_threads(*[lambda: [time.sleep(0) for _ in range(50)]] * 4)
+            os.close(give_word)
             os.write(write_end, _RUNS)
+            if not os.read(word, 1):
+                os._exit(1)  # the parent has gone
+            os.close(word)
             self._work(work, write_end)
         os.close(write_end)
-        if select.select([self._answer], [], [], wait)[0]:
-            return os.read(self._answer, len(_RUNS)) == _RUNS
+        os.close(word)
+        try:
+            if select.select([self._answer], [], [], wait)[0] and os.read(self._answer, len(_RUNS)) == _RUNS:
+                os.write(give_word, _RUNS)
+                return True
+        finally:
+            os.close(give_word)
         os.kill(self.pid, signal.SIGKILL)
         os.close(self._answer)
         os.waitpid(self.pid, 0)

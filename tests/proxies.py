@@ -80,7 +80,7 @@ class Envoy(_Proxy):
         redis_proxy = {
             "@type": f"{filters}.redis_proxy.v3.RedisProxy",
             "stat_prefix": "redis",
-            "settings": {"op_timeout": "5s", "enable_hashtagging": True},
+            "settings": {"op_timeout": "60s", "enable_hashtagging": True},
             "prefix_routes": {"catch_all_route": {"cluster": "redis"}},
         }
         chain = {"filters": [{"name": "envoy.filters.network.redis_proxy", "typed_config": redis_proxy}]}
@@ -92,7 +92,7 @@ class Envoy(_Proxy):
                     "name": "redis",
                     "type": "STATIC",
                     "lb_policy": "MAGLEV",
-                    "connect_timeout": "1s",
+                    "connect_timeout": "20s",
                     "load_assignment": {"cluster_name": "redis", "endpoints": [{"lb_endpoints": endpoints}]},
                 }
             ],
@@ -115,7 +115,8 @@ class HaProxy(_Proxy):
         super().__init__(folder)
         self._program = program
         lines = [
-            "defaults", " mode tcp", " timeout connect 1s", " timeout client 1m", " timeout server 1m",
+            "defaults", " mode tcp", " timeout connect 20s", " timeout client 1m",
+            " timeout server 1m",
             "frontend redis", f" bind 127.0.0.1:{self.port}", " default_backend masters",
             "backend masters", " option tcp-check", " tcp-check connect",
             " tcp-check send INFO\\ replication\\r\\n", " tcp-check expect string role:master",

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from async_service.lock_rules import renew
 from cutting_proxy import CuttingProxy
 from proxies import Envoy, HaProxy, Twemproxy
 from quoting_server import _Server
-from support import redis_of
+from support import redis_of, wait_at_most
 
 from govredis import BackendError, BackendUnavailable, Config, GovRedis, Limit
 from govredis.client import RedisClient
@@ -25,6 +26,9 @@ MakeGov = Callable[..., GovRedis]
 Eventually = Callable[..., Any]
 
 pytestmark = pytest.mark.one_redis
+
+#: Of clients of a server that is killed or hangs: only while it hangs are they less patient.
+PATIENT = {"socket_timeout": 20, "connect_timeout": 20}
 
 
 def levels(caplog: pytest.LogCaptureFixture, of: str = "") -> list[str]:
@@ -115,7 +119,7 @@ class TestShardingProxies:
         assert gov.limits.get_count("l", window=60) == 0
 
     def test_locks_and_waiting_for_one_without_blpop(self, gov: GovRedis, eventually: Eventually) -> None:
-        held = gov.locks.acquire("r", timeout=30, ttl=3)
+        held = gov.locks.acquire("r", timeout=30, ttl=60)
 
         def expires_at() -> float:
             return time.monotonic() + held.remaining()
@@ -124,7 +128,8 @@ class TestShardingProxies:
         with ThreadPoolExecutor(1) as thread:
             waiting = thread.submit(gov.locks.acquire, "r", timeout=30)
             eventually(lambda: redis_of(gov)._pop_not_taken)
-            eventually(lambda: expires_at() > first + 0.5)  # it was renewed
+            renew(held)
+            eventually(lambda: expires_at() > first)  # a stall between its two looks makes it seem sooner
             held.raise_if_lost()
             assert not waiting.done()
             assert held.release()
@@ -155,7 +160,7 @@ class TestShardingProxies:
         self, two: list[RedisServer], before: Before, make_gov: MakeGov
     ) -> None:
         with before(two) as proxy:
-            gov = make_gov(redis_url=proxy.url)
+            gov = make_gov(redis_url=proxy.url, **PATIENT)
             for flushed in ([], two, two[:1], two[1:]):
                 for server in flushed:
                     server.command("SCRIPT", "FLUSH")
@@ -171,13 +176,18 @@ class TestShardingProxies:
         """It answers PING itself, and the others with an error."""
         caplog.set_level(logging.INFO, "govredis")
         with before([mortal_redis]) as proxy:
-            gov = make_gov(redis_url=proxy.url)
+            gov = make_gov(redis_url=proxy.url, **PATIENT)
             assert gov.limits.hit("i", "9/minute").backend == "redis"
-            mortal_redis.kill() if how == "killed" else mortal_redis.pause()
+            if how == "killed":
+                mortal_redis.kill()
+            else:
+                mortal_redis.pause()
+                wait_at_most(redis_of(gov), 1)
             probes: list[int] = []
             probe = redis_of(gov).breaker._probe
             redis_of(gov).breaker._probe = lambda: probes.append(1) or probe()  # type: ignore[func-returns-value]
             eventually(lambda: gov.limits.hit("i", "9/minute").backend == "local" and len(probes) > 2)
+            wait_at_most(redis_of(gov), 20)
             mortal_redis.start() if how == "killed" else mortal_redis.resume()
             eventually(lambda: gov.limits.hit("i", "900/minute", operation="back").backend == "redis")
             assert redis_of(gov).breaker.times_opened == 1
@@ -276,8 +286,7 @@ class TestHaProxy:
         master, replica = two
         replica.command("REPLICAOF", "127.0.0.1", str(master.port))
         with HaProxy(system_binary("haproxy"), tmp_path, two) as proxy:
-            redis = redis_of(make_gov(redis_url=proxy.url))
-            assert redis is not None
+            redis = redis_of(make_gov(redis_url=proxy.url, **PATIENT))
 
             def write(_: int = 0) -> bool:
                 try:
@@ -314,7 +323,7 @@ class TestHaProxy:
         """It accepts connections, and closes them."""
         caplog.set_level(logging.INFO, "govredis")
         with HaProxy(system_binary("haproxy"), tmp_path, [mortal_redis]) as proxy:
-            gov = make_gov(redis_url=proxy.url)
+            gov = make_gov(redis_url=proxy.url, **PATIENT)
             eventually(lambda: gov.limits.hit("i", "900/minute").backend == "redis")
             caplog.clear()
             opened = redis_of(gov).breaker.times_opened

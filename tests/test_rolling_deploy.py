@@ -154,9 +154,7 @@ def two_on_redis(
 def two_in_an_outage(
     request: pytest.FixtureRequest, start: Callable[..., list[Process]], persistent_redis: RedisServer
 ) -> tuple[Process, Process]:
-    first, second = start(
-        request.param, REDIS_URL=persistent_redis.url, GOVREDIS_SOCKET_TIMEOUT="1", GOVREDIS_CONNECT_TIMEOUT="1"
-    )
+    first, second = start(request.param, REDIS_URL=persistent_redis.url)
     return first, second
 
 
