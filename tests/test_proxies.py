@@ -27,7 +27,7 @@ Eventually = Callable[..., Any]
 
 pytestmark = pytest.mark.one_redis
 
-#: Of clients of a server that is killed or hangs: only while it hangs are they less patient.
+#: For clients of a server that is killed or hangs. They are less patient only while it hangs.
 PATIENT = {"socket_timeout": 20, "connect_timeout": 20}
 
 
