@@ -26,6 +26,7 @@ from govredis.contrib.flask import FlaskGovRedis
 from govredis.errors import NoRight
 from govredis.keys import Keys, sibling
 from govredis.limits.parked import Arrival
+from govredis.metadata import entry_keys
 from govredis.metadata.verify import verify
 from govredis.sessions.binding import Unreadable
 from govredis.testing.servers import PostgresServer, RedisServer
@@ -35,6 +36,12 @@ PREFIXES = ["", "my-app*:"]
 
 
 # -- all that a feature sends ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def long_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that stalls in a load ends no lease, which `metadata` waits to be renewed."""
+    monkeypatch.setattr(entry_keys, "LEASE_MS", entry_keys._LONGEST_LEASE_MS)
 
 
 def until_refused_or(admin: Any, condition: Callable[[], Any]) -> None:
