@@ -31,9 +31,12 @@ class _AsHttp:
     """The part of the classes below that stands before the error's own class: `original` is that error."""
 
     original: GovRedisError
+    description: str
+    response: Response
 
     def __str__(self) -> str:
-        return str(self.original)
+        # Handlers of HTTPException put it into their answers; the text of `original` may name hosts.
+        return self.description
 
     def __reduce__(self) -> Any:
         return self.original.__reduce__()
@@ -52,6 +55,15 @@ def watch(app: Flask) -> None:
     """
     for step in "preprocess_request", "dispatch_request":
         setattr(app, step, _telling(getattr(app, step)))
+    handle = app.handle_http_exception
+
+    def handle_ours(error: HTTPException) -> Any:
+        # Flask keeps its result in a frame. An error there, which holds that frame, would live on with the locals of
+        # the view until the garbage collector comes.
+        found = handle(error)
+        return found.response if isinstance(found, _AsHttp) else found
+
+    setattr(app, "handle_http_exception", handle_ours)  # noqa: B010 - a method, to mypy
     app.after_request(_keep_retry_after)
 
 
@@ -65,7 +77,10 @@ def _telling(step: Callable[P, R]) -> Callable[P, R]:
                 raise
             told = _told(error)
         # Not within `except`: the error would stand twice in the traceback.
-        raise told from told.original
+        try:
+            raise told from told.original
+        finally:
+            del told  # which holds this frame
 
     return telling
 

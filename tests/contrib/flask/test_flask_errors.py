@@ -1,0 +1,137 @@
+"""The errors of limits and of servers that are away, as HTTP tells them: what they disclose, and what they keep."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flask import Blueprint, Flask, jsonify
+from flask.testing import FlaskClient
+from werkzeug.exceptions import HTTPException
+from werkzeug.test import EnvironBuilder
+
+from govredis import BackendUnavailable, GovRedis, RateLimitExceeded, SessionStoreUnavailable
+from govredis.contrib.flask import FlaskGovRedis
+from govredis.testing.servers import RedisServer
+
+pytestmark = pytest.mark.one_redis
+
+SECRET = "Redis at redis.internal:6379 is away (user:hunter2)"
+
+
+@pytest.fixture
+def gov(make_gov: Callable[..., GovRedis], redis_server: RedisServer) -> GovRedis:
+    return make_gov(redis_url=redis_server.url)
+
+
+def one() -> str:
+    return "one"
+
+
+@pytest.mark.parametrize("what", [503, HTTPException, BackendUnavailable, Exception])
+def test_an_answer_made_of_the_errors_text_names_no_host(
+    app: Flask, ext: FlaskGovRedis, client: FlaskClient, what: int | type[Exception]
+) -> None:
+    causes: list[Any] = []
+
+    @app.get("/")
+    def view() -> str:
+        raise SessionStoreUnavailable(SECRET)
+
+    @app.errorhandler(what)
+    def handle(error: Exception) -> Any:
+        causes.append(error.__cause__)
+        return jsonify(error=str(error), all=repr(error)), 503
+
+    answer = client.get("/")
+    assert answer.status_code == 503
+    assert "internal" not in answer.text and "a service that this request needs is away" in answer.text
+    (cause,) = causes
+    assert str(cause) == SECRET, "a log may have it"
+
+
+@pytest.mark.parametrize("handled", [False, True])
+@pytest.mark.parametrize("kind", [RateLimitExceeded, BackendUnavailable])
+def test_a_refused_request_leaves_nothing_to_the_garbage_collector(
+    app: Flask, ext: FlaskGovRedis, kind: type[Exception], handled: bool
+) -> None:
+    """Else a flood of refusals keeps all that their views have held."""
+
+    class Held:
+        pass
+
+    held: list[weakref.ref[Held]] = []
+
+    @app.get("/")
+    def view() -> str:
+        mine = Held()
+        held.append(weakref.ref(mine))
+        raise kind("no")
+
+    if handled:
+        app.register_error_handler(kind, lambda error: error)
+    environ = EnvironBuilder("/").get_environ()
+    gc.disable()
+    try:
+        # Not the test client, which keeps the last request.
+        body = app.wsgi_app(environ, lambda *args: lambda data: None)
+        list(body)
+        body.close()  # type: ignore[attr-defined]
+        assert [mine() for mine in held] == [None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("where", ["before_request", "a blueprint's before_request", "url_value_preprocessor"])
+def test_an_error_of_a_hook_before_the_view_is_told_too(
+    app: Flask, ext: FlaskGovRedis, client: FlaskClient, where: str
+) -> None:
+    blueprint = Blueprint("b", __name__)
+    blueprint.add_url_rule("/", view_func=one)
+
+    def hook(*args: Any) -> None:
+        raise BackendUnavailable(SECRET)
+
+    if where == "url_value_preprocessor":
+        app.url_value_preprocessor(hook)
+    else:
+        (blueprint if "blueprint" in where else app).before_request(hook)
+    app.register_blueprint(blueprint)
+    answer = client.get("/")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert "internal" not in answer.text
+
+
+def test_a_head_request_is_refused_without_a_body(app: Flask, ext: FlaskGovRedis, client: FlaskClient) -> None:
+    app.add_url_rule("/", view_func=ext.rate_limited("1/hour", key="k")(one))
+    client.get("/")
+    refused = client.head("/")
+    assert (refused.status_code, refused.data) == (429, b"")
+    assert int(refused.headers["Retry-After"]) > 0
+
+
+ODD_ACCEPTS = (
+    ",",
+    ";",
+    "a",
+    "*/json",
+    "text/html;q=x",
+    "text/html;q=1e400",
+    'text/html;a="b',
+    "/",
+    "text/",
+    "a/b;c*0*=x''%ff",
+)
+
+
+@pytest.mark.parametrize("accept", ODD_ACCEPTS)
+def test_an_odd_accept_is_answered(app: Flask, ext: FlaskGovRedis, client: FlaskClient, accept: str) -> None:
+    @app.get("/")
+    def view() -> str:
+        raise BackendUnavailable(SECRET)
+
+    answer = client.get("/", headers={"Accept": accept})
+    assert (answer.status_code, answer.content_type) == (503, "application/problem+json")
