@@ -46,7 +46,8 @@ class FlaskGovRedis:
     - status 429 for RateLimitExceeded out of any view, and 503 for BackendUnavailable (SessionStoreUnavailable and
       LockUnavailable too). Both have Retry-After and an application/problem+json body (RFC 9457); or a page or a text,
       where the request's Accept prefers that. Outside the view the two are werkzeug's HTTPExceptions as well. So the
-      app's own `errorhandler` is called, for the error, its status or HTTPException, and its answer gets Retry-After;
+      app's own `errorhandler` is called, for the error, its status or HTTPException, and its answer gets Retry-After.
+      The text of that 503 names no host; its `__cause__` is the error as it was raised;
     - `flask govredis`: the commands of `govredis`, except `demo`, under the app's settings; and `routes`, which lists
       the limits of the app's views.
 
@@ -269,19 +270,25 @@ class FlaskGovRedis:
     ) -> None:
         """Limit the requests of all views of an app or a blueprint that have no limit of their own.
 
-        The nearest limit holds, alone: the view's own (`rate_limited`), else its blueprint's default, else that of the
-        blueprint around it, else the app's. A view may have none: `exempt`. Static files, the endpoints of govredis,
-        URLs that lead to no view, and OPTIONS requests that Flask answers have no default limit.
+        The nearest limit of a request's method holds, alone: the view's own (`rate_limited`), else its blueprint's
+        default, else that of the blueprint around it, else the app's. A view may have none: `exempt`. Static files, the
+        endpoints of govredis, URLs that lead to no view, and OPTIONS requests that Flask answers have no default limit.
+
+        A decorator above `rate_limited` or `exempt` hides these, unless it uses functools.wraps. Then the default limit
+        holds too.
 
         A request is counted before its view, and before hooks that were registered after `init_app`.
 
         Args:
             scope: a Flask app that this extension serves or will serve, or a Blueprint of such apps.
-            operation: the limited operation, shared by all these views. None: each view has its own, its endpoint.
+            operation: the limited operation, shared by all these views. None: each view has its own, its endpoint. Of
+                an endpoint that cannot be an operation, as "a:b", it is a text like it.
             rate, cost, exempt, count_when, methods: as in `rate_limited`.
-            key: as in `rate_limited`, but for templates, since views differ in their arguments.
+            key: as in `rate_limited`, but for templates, since views differ in their arguments. With `current_agent`
+                the view of the login must be exempt, or nobody gets in.
 
-        Raises ValueError for a bad argument, and for a scope that has a default limit already.
+        Raises ValueError for a bad argument, for a scope that has a default limit already, and for an app of another
+        FlaskGovRedis.
         """
         limit = self._limit(rate, key, "default" if operation is None else operation, cost, exempt, count_when, methods)
         self._defaults.add(scope, limit, operation)
@@ -289,7 +296,7 @@ class FlaskGovRedis:
     def exempt(self, target: T) -> T:
         """A view, or the class of a MethodView, for which no default limit holds. Its own limits hold.
 
-        Put it anywhere among the decorators of a view. Returns the target.
+        Put it anywhere among the decorators of a view, if those above it use functools.wraps. Returns the target.
 
         Raises ValueError for an object that is not callable.
         """

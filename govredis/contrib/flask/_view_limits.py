@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from http import HTTPStatus
@@ -11,7 +12,7 @@ from flask import Response, request
 from werkzeug.exceptions import BadRequest, Unauthorized
 
 from ...errors import BackendUnavailable, RateLimitExceeded, SessionStoreUnavailable, refuse
-from ...keys import Id, check_id
+from ...keys import Id, check_id, is_id
 from ...limits import RateLimitResult
 from ...limits.limit_spec import LimitSpec
 from ...limits.rates import Rate, parse_rate
@@ -35,8 +36,12 @@ def agent_or_address() -> str | None:
         agent = _logins.current_agent()
     except SessionStoreUnavailable:
         agent = None
+    if agent is not None and agent.startswith((_ADDRESS, _AGENT)):
+        told = f"{_AGENT}{agent}"
+        # No agent is locked out for its name: the longest ids have no room for the word.
+        return told if is_id(told) else f"{_AGENT}{hashlib.sha256(agent.encode()).hexdigest()}"
     if agent is not None:
-        return f"{_AGENT}{agent}" if agent.startswith((_ADDRESS, _AGENT)) else agent
+        return agent
     return f"{_ADDRESS}{request.remote_addr}" if request.remote_addr else None
 
 
@@ -74,7 +79,8 @@ class ViewLimit:
 
     def limits_method(self, method: str) -> bool:
         """HEAD is limited with GET: the same view answers both."""
-        return self.methods is None or ("GET" if method == "HEAD" else method) in self.methods
+        methods = self.methods
+        return methods is None or method in methods or (method == "HEAD" and "GET" in methods)
 
     def meet(
         self,
@@ -142,19 +148,22 @@ def show(function: Any, limit: ViewLimit, operation: str) -> None:
 
 def exempt(target: T) -> T:
     """Note on a view's function, or on its class, that it has no default limit. Returns it."""
-    setattr(target, _EXEMPT, True)
+    setattr(getattr(target, "__func__", target), _EXEMPT, True)  # a method takes no attributes
     return target
 
 
-def shown(view: Callable[..., Any], method: str) -> tuple[list[ShownLimit], bool]:
+def shown(view: Callable[..., Any] | None, method: str) -> tuple[list[ShownLimit], bool]:
     """The limits of a view's own for requests of a method, and whether it has no default one."""
     parts: list[Any] = [view]
     kind = getattr(view, "view_class", None)
     if kind is not None:
         handler = "get" if method == "HEAD" and not hasattr(kind, "head") else method.lower()
-        # Flask-RESTful's, for all methods or for each.
+        # Flask-RESTful's, for all methods or for each; those for GET are not called for HEAD.
         more = getattr(kind, "method_decorators", ())
-        parts += [kind, getattr(kind, handler, None), *(more.get(handler, ()) if isinstance(more, dict) else more)]
+        if isinstance(more, Mapping):
+            more = more.get(method.lower(), ())
+        parts += [kind, kind.dispatch_request, getattr(kind, handler, None)]
+        parts += more if isinstance(more, list | tuple) else ()
     # A decorator of a class is noted on the view that is made of it, too.
     limits = dict.fromkeys(each for part in parts for each in getattr(part, _LIMITS, ()))
     return [each for each in limits if each.limit.limits_method(method)], any(
