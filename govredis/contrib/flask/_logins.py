@@ -120,6 +120,7 @@ def watch(app: Flask) -> None:
 
     setattr(app, "handle_exception", handle_undone)  # noqa: B010 - a method, to mypy
     app.after_request(_finish)
+    app.teardown_request(_forget_error)
 
 
 def _undoing(step: Callable[P, R]) -> Callable[P, R]:
@@ -180,6 +181,13 @@ def _finish(response: Response) -> Response:
         response.delete_cookie(cookie, **shape)
         response.headers["Cache-Control"] = "no-store"
     return response
+
+
+def _forget_error(_: BaseException | None) -> None:
+    """The error holds the frames of the view, and these hold this visit: all would stay until a garbage collection."""
+    visit: Visit | None = request.__dict__.get(_VISIT)
+    if visit is not None:
+        visit.error = None
 
 
 def _refuse_late(what: str) -> None:

@@ -94,13 +94,21 @@ def _told(error: RateLimitExceeded | BackendUnavailable) -> Any:
     else:
         seconds = 1
         http, response, description = ServiceUnavailable, _unavailable(seconds), _UNAVAILABLE
-    original: Any = type(error)
-    kind = _http_class(original, http)
-    found = kind.__new__(kind, *error.args)
-    found.__dict__.update(error.__dict__)
-    found.original, found.description, found.response, found.retry_after = error, description, response, seconds
+    told = {"original": error, "description": description, "response": response, "retry_after": seconds}
+    try:
+        found = _twin(error, type(error), http, told)
+    except (AttributeError, TypeError):  # a class of the app's that takes no subclass, say: a 429 all the same
+        found = _twin(error, RateLimitExceeded if http is TooManyRequests else BackendUnavailable, http, told)
     request.__dict__[_REFUSED] = response.status_code, seconds
     return found.with_traceback(error.__traceback__)
+
+
+def _twin(error: GovRedisError, original: Any, http: Any, told: dict[str, Any]) -> Any:
+    kind = _http_class(original, http)
+    found = kind.__new__(kind, *error.args)
+    for name, value in (*error.__dict__.items(), *told.items()):
+        setattr(found, name, value)
+    return found
 
 
 def _keep_retry_after(response: Response) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 from flask import Blueprint, Flask, jsonify
 from flask.testing import FlaskClient
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, ImATeapot
 from werkzeug.test import EnvironBuilder
 
 from govredis import BackendUnavailable, GovRedis, RateLimitExceeded, SessionStoreUnavailable
 from govredis.contrib.flask import FlaskGovRedis
+from govredis.sessions import SessionCache
 from govredis.testing.servers import RedisServer
 
 pytestmark = pytest.mark.one_redis
@@ -54,11 +56,18 @@ def test_an_answer_made_of_the_errors_text_names_no_host(
 
 
 @pytest.mark.parametrize("handled", [False, True])
-@pytest.mark.parametrize("kind", [RateLimitExceeded, BackendUnavailable])
+@pytest.mark.parametrize("kind", [RateLimitExceeded, BackendUnavailable, None])
 def test_a_refused_request_leaves_nothing_to_the_garbage_collector(
-    app: Flask, ext: FlaskGovRedis, kind: type[Exception], handled: bool
+    app: Flask, ext: FlaskGovRedis, monkeypatch: pytest.MonkeyPatch, kind: type[Exception] | None, handled: bool
 ) -> None:
-    """Else a flood of refusals keeps all that their views have held."""
+    """Else a flood of refusals keeps all that their views have held. None: nobody can say who it is."""
+
+    def unavailable(*args: Any, **kwargs: Any) -> Any:
+        raise SessionStoreUnavailable(
+            SECRET
+        )  # not by a server that is away: redis-py's errors hold frames of their own
+
+    monkeypatch.setattr(SessionCache, "get_agent_id", unavailable)
 
     class Held:
         pass
@@ -69,11 +78,13 @@ def test_a_refused_request_leaves_nothing_to_the_garbage_collector(
     def view() -> str:
         mine = Held()
         held.append(weakref.ref(mine))
+        if kind is None:
+            return ext.current_agent() or ""
         raise kind("no")
 
     if handled:
-        app.register_error_handler(kind, lambda error: error)
-    environ = EnvironBuilder("/").get_environ()
+        app.register_error_handler(kind or SessionStoreUnavailable, lambda error: error)
+    environ = EnvironBuilder("/", headers={"X-Session-Id": "unknown"}).get_environ()
     gc.disable()
     try:
         # Not the test client, which keeps the last request.
@@ -83,6 +94,45 @@ def test_a_refused_request_leaves_nothing_to_the_garbage_collector(
         assert [mine() for mine in held] == [None]
     finally:
         gc.enable()
+
+
+class Described(RateLimitExceeded):
+    @property
+    def description(self) -> str:
+        return "of the app's"
+
+
+class WithoutSubclass(RateLimitExceeded):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("no")
+
+
+class Made(RateLimitExceeded):
+    def __new__(cls, *, by: str) -> Made:
+        return super().__new__(cls)
+
+    def __init__(self, *, by: str) -> None:
+        super().__init__(f"too many for {by}")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Described("no"), lambda: WithoutSubclass("no"), lambda: Made(by="us")],
+    ids=["described", "final", "made"],
+)
+@pytest.mark.parametrize("handled", [False, True])
+def test_an_error_of_a_class_of_the_apps_is_a_429(
+    app: Flask, ext: FlaskGovRedis, client: FlaskClient, make: Callable[[], RateLimitExceeded], handled: bool
+) -> None:
+    @app.get("/")
+    def view() -> str:
+        raise make()
+
+    if handled:
+        app.register_error_handler(RateLimitExceeded, lambda error: ("mine", 429))
+    answer = client.get("/")
+    assert answer.status_code == 429
+    assert handled == (answer.text == "mine")
 
 
 @pytest.mark.parametrize("where", ["before_request", "a blueprint's before_request", "url_value_preprocessor"])
@@ -135,3 +185,55 @@ def test_an_odd_accept_is_answered(app: Flask, ext: FlaskGovRedis, client: Flask
 
     answer = client.get("/", headers={"Accept": accept})
     assert (answer.status_code, answer.content_type) == (503, "application/problem+json")
+
+
+def test_a_handler_finds_on_the_error_all_that_it_was_raised_with(
+    app: Flask, ext: FlaskGovRedis, client: FlaskClient
+) -> None:
+    seen: list[Any] = []
+
+    @app.get("/")
+    def view_that_raises() -> str:
+        error = BackendUnavailable(SECRET, "more")
+        error.note = "mine"  # type: ignore[attr-defined]
+        raise error
+
+    app.register_error_handler(503, lambda error: (seen.append(error), ("", 503))[1])
+    client.get("/")
+    (error,) = seen
+    assert (error.args, error.note, error.retry_after) == ((SECRET, "more"), "mine", 1)
+    assert "view_that_raises" in [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+
+
+class Teapot(RateLimitExceeded, ImATeapot):
+    pass
+
+
+def test_an_error_that_is_werkzeugs_already_keeps_its_status(
+    app: Flask, ext: FlaskGovRedis, client: FlaskClient
+) -> None:
+    @app.get("/")
+    def view() -> str:
+        raise Teapot("no coffee")
+
+    assert client.get("/").status_code == 418
+
+
+def test_a_retry_after_of_the_handlers_stays(app: Flask, ext: FlaskGovRedis, client: FlaskClient) -> None:
+    @app.get("/")
+    def view() -> str:
+        raise BackendUnavailable(SECRET)
+
+    app.register_error_handler(503, lambda error: ("", 503, {"Retry-After": "77"}))
+    assert client.get("/").headers.getlist("Retry-After") == ["77"]
+
+
+def test_a_refusal_without_a_result_names_no_time(app: Flask, ext: FlaskGovRedis, client: FlaskClient) -> None:
+    @app.get("/")
+    def view() -> str:
+        raise RateLimitExceeded("not today")
+
+    answer = client.get("/")
+    assert (answer.status_code, answer.headers.get("Retry-After")) == (429, None)
+    assert set(answer.vary) == {"Accept"}
+    assert answer.get_json(force=True)["violated-policies"] == []
