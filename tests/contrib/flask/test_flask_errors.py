@@ -237,3 +237,32 @@ def test_a_refusal_without_a_result_names_no_time(app: Flask, ext: FlaskGovRedis
     assert (answer.status_code, answer.headers.get("Retry-After")) == (429, None)
     assert set(answer.vary) == {"Accept"}
     assert answer.get_json(force=True)["violated-policies"] == []
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.0, "1"), (0.25, "1"), (1.25, "2")])
+def test_a_client_that_obeys_retry_after_comes_late_enough(
+    app: Flask, ext: FlaskGovRedis, client: FlaskClient, gov: GovRedis, seconds: float, said: str
+) -> None:
+    gov.limits.hit("i", "1/hour")
+    result = gov.limits.hit("i", "1/hour")
+    result.retry_after = seconds
+
+    @app.get("/")
+    def view() -> str:
+        raise RateLimitExceeded(result)
+
+    assert client.get("/").headers["Retry-After"] == said
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [("text/plain, text/html", "text/html"), ("text/html, application/json", "application/problem+json")],
+)
+def test_of_equals_the_richer_kind_is_sent(
+    app: Flask, ext: FlaskGovRedis, client: FlaskClient, accept: str, kind: str
+) -> None:
+    @app.get("/")
+    def view() -> str:
+        raise BackendUnavailable(SECRET)
+
+    assert client.get("/", headers={"Accept": accept}).mimetype == kind
