@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flask_restful
 import pytest
@@ -92,6 +92,15 @@ def test_the_static_files_of_a_blueprint_have_no_default_limit(
     assert statuses(client, "/files/none", "/files/none") == [404, 404]
 
 
+@pytest.mark.parametrize("automatic", [True, False])
+def test_options_count_where_the_view_answers_them(
+    app: Flask, ext: FlaskGovRedis, client: FlaskClient, automatic: bool
+) -> None:
+    ext.default_limit(app, "1/hour")
+    app.add_url_rule("/", view_func=one, methods=["GET"] if automatic else ["GET", "OPTIONS"])
+    assert statuses(client, "/", "/", method="OPTIONS") == [200, 200 if automatic else 429]
+
+
 # -- methods and classes -------------------------------------------------------------------------------------------
 
 
@@ -178,6 +187,41 @@ def test_a_method_of_a_class_of_views_may_be_exempt(app: Flask, ext: FlaskGovRed
     app.add_url_rule("/", view_func=Page.as_view("page"))
     assert statuses(client, "/", "/") + statuses(client, "/", method="HEAD") == [200, 200, 200]
     assert statuses(client, "/", "/", method="POST") == [200, 429]
+
+
+def test_a_head_of_a_views_own_is_not_limited_with_its_get(app: Flask, ext: FlaskGovRedis, client: FlaskClient) -> None:
+    class Page(MethodView):
+        @ext.rate_limited("9/hour", operation="own")
+        def get(self) -> str:
+            return "got"
+
+        def head(self) -> str:
+            return ""
+
+    ext.default_limit(app, "1/hour", operation="site")
+    app.add_url_rule("/", view_func=Page.as_view("page"))
+    assert "own" in policy(client.get("/"))
+    assert statuses(client, "/", "/", method="HEAD") == [200, 429], "by the default limit"
+
+
+def test_limits_of_a_class_are_its_own_and_decide_outermost_first(
+    app: Flask, ext: FlaskGovRedis, client: FlaskClient
+) -> None:
+    class Base(MethodView):
+        decorators: ClassVar[list[Any]] = []
+
+        def get(self) -> str:
+            return "got"
+
+    @ext.rate_limited("1/hour", operation="outer")
+    @ext.rate_limited("2/hour", operation="inner")
+    class Limited(Base):
+        pass
+
+    app.add_url_rule("/base", view_func=Base.as_view("base"))
+    app.add_url_rule("/limited", view_func=Limited.as_view("limited"))
+    assert "RateLimit-Policy" not in client.get("/base").headers
+    assert policy(client.get("/limited")) == '"outer: 1 per 3600 s";q=1;w=3600, "inner: 2 per 3600 s";q=2;w=3600'
 
 
 def test_an_app_of_another_extension_takes_no_default_limit(app: Flask, ext: FlaskGovRedis) -> None:
