@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,6 +20,9 @@ from govredis.testing.servers import PostgresServer, RedisServer
 pytestmark = [pytest.mark.once, pytest.mark.one_redis]
 
 NEVER = {"drain_interval": None, "heartbeat_interval": None, "snapshot_interval": None, "purge_interval": None}
+
+#: The beginning of a traceback that is not ours: greenlets of Celery's meet in the connection of its result backend.
+CELERYS_OWN = re.compile(r"Exception ignored in:[^\n]*(?:\n[^\n]*)?AsyncResult\.__del__[^\n]*\n[^\n]*Traceback")
 
 
 class Pool:
@@ -98,7 +102,8 @@ def test_an_outage_in(
             pool.check()
             assert {run["n"]: run["node"] for run in fleet.noted("queued")} == dict.fromkeys(range(2), kind)
             log = worker.text()
-            assert [told for told in ("Traceback", "raised unexpected") if told in log] == [], log
+            ours = CELERYS_OWN.sub("", log)
+            assert [told for told in ("Traceback", "raised unexpected") if told in ours] == [], log
             assert worker.stop() == 0
         finally:
             fleet.close()
