@@ -36,7 +36,11 @@ lint: $(READY)  ## ruff
 # wheel's, and it asks nobody for newer versions.
 PYRIGHT = PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)" PYRIGHT_PYTHON_GLOBAL_NODE=0 PYRIGHT_PYTHON_IGNORE_WARNINGS=1 pyright
 
-types: $(READY)  ## mypy and pyright, strict; every public name has a type
+$(VENV)/.types: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[types]'
+	@touch $@
+
+types: $(VENV)/.types  ## mypy and pyright, strict; every public name has a type
 	$(BIN)/mypy
 	$(PYRIGHT) tests/typed_examples.py
 	@echo pyright --verifytypes govredis --ignoreexternal

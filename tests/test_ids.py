@@ -198,6 +198,7 @@ TAKE_NONE = {
     *(f"HeldLocks.{name}" for name in ("raise_if_lost", "release", "remaining", "get", "items", "keys", "values")),
     *("ReadWriteLock.read", "ReadWriteLock.write", "Semaphore.acquire", "RateLimitResult.refund"),
     *(f"FlaskGovRedis.{name}" for name in ("init_app", "current_agent", "rate_limited")),
+    *(f"FlaskGovRedis.{name}" for name in ("default_limit", "exempt")),
     *(f"FlaskGovRedis.{name}" for name in ("login", "logout", "login_required")),  # tests/contrib/flask
 }
 
@@ -362,7 +363,7 @@ def test_celerys_decorators_and_task(gov: GovRedis, given: Any) -> None:
 
 
 @pytest.mark.parametrize("given", GIVEN, ids=["int", "long", "uuid"])
-def test_flasks_decorator(gov: GovRedis, given: Any) -> None:
+def test_flasks_limits(gov: GovRedis, given: Any) -> None:
     app = Flask("ids")
     ext = FlaskGovRedis(app, gov)
 
@@ -371,8 +372,14 @@ def test_flasks_decorator(gov: GovRedis, given: Any) -> None:
     def view() -> str:
         return "ok"
 
-    assert [app.test_client().get("/").status_code for _ in range(3)] == [200, 200, 429]
-    assert gov.limits.get_count(str(given), 3600, operation="f") == 2
+    @app.get("/default")
+    def by_default() -> str:
+        return "ok"
+
+    ext.default_limit(app, "2/hour", key=lambda: given, operation="d")
+    for path, operation in ("/", "f"), ("/default", "d"):
+        assert [app.test_client().get(path).status_code for _ in range(3)] == [200, 200, 429]
+        assert gov.limits.get_count(str(given), 3600, operation=operation) == 2
 
 
 # -- the one place that decides --------------------------------------------------------------------------------------

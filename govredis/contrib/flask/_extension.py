@@ -281,8 +281,8 @@ class FlaskGovRedis:
 
         Args:
             scope: a Flask app that this extension serves or will serve, or a Blueprint of such apps.
-            operation: the limited operation, shared by all these views. None: each view has its own, its endpoint. Of
-                an endpoint that cannot be an operation, as "a:b", it is a text like it.
+            operation: the limited operation, shared by all these views. None: each view has its own, its endpoint;
+                or a text like that, where the endpoint cannot be an operation, as "a:b".
             rate, cost, exempt, count_when, methods: as in `rate_limited`.
             key: as in `rate_limited`, but for templates, since views differ in their arguments. With `current_agent`
                 the view of the login must be exempt, or nobody gets in.
