@@ -7,6 +7,7 @@ A missing server is an error of the fixture, so the test fails. Only those that 
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -166,6 +167,16 @@ def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         return {"socket_timeout": 1, "connect_timeout": 1}
     patient = {"socket_timeout": 10, "connect_timeout": 10, "postgres_timeout": 20}
     return patient if mortal else {**patient, "metadata_staleness": 60}
+
+
+@pytest.fixture
+def destructors_struck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that raise exceptions at any point: the destructors that are struck too are as dead as without pytest.
+
+    pytest keeps each exception that a destructor raised until the test ends, and with its frames the object: a
+    connection that nobody else holds then stays in its pool.
+    """
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
 
 
 @pytest.fixture

@@ -736,7 +736,7 @@ STRIKES = 10_000
 
 
 # A socket that redis-py had opened and not noted yet when it was struck: Python closes it, and says so.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("destructors_struck")
 def test_a_signal_at_any_point_gives_nobody_anothers_reply(redis_server: RedisServer, make_client: MakeClient) -> None:
     """10,000 exceptions raised at random points of calls, while two threads use the same client."""
     client = make_client(redis_server, redis_connections=8)

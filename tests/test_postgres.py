@@ -431,7 +431,7 @@ def test_an_interrupt_in_the_middle_of_a_statement_propagates_and_costs_the_conn
     assert things(postgres) == []
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("destructors_struck")
 def test_a_signal_at_any_point_gives_nobody_anothers_rows(
     postgres_server: PostgresServer, make_postgres: MakePostgres
 ) -> None:

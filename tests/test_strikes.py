@@ -26,10 +26,10 @@ from govredis.testing.servers import RedisServer
 pytestmark = [
     pytest.mark.once,
     pytest.mark.one_redis,
-    # A handle whose release was struck before it began; a thread that was struck while it started; a connection whose
-    # frame was blown away.
+    # A thread that was struck while it started; a connection whose frame was blown away.
+    pytest.mark.usefixtures("destructors_struck"),
+    # A handle whose release was struck before it began.
     pytest.mark.filterwarnings("ignore:lock .* was collected while held:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 #: Takes a GovRedis, a name, and a list of all that must be released where it was struck.
