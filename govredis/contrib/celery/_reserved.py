@@ -45,7 +45,8 @@ def apply_reserved(signature: Signature) -> AsyncResult:
     message = signature.clone().set(task_id=signature.options.get("task_id") or uuid())
     gov = gov_of(task.app)
     lot = lot_of(task.app, gov)
-    args = (task, *message.args) if inspect.ismethod(task.run) else tuple(message.args)
+    run = getattr(task, "_orig_run", task.run)  # autoretry_for wraps a task's method in a plain function
+    args = (task, *message.args) if inspect.ismethod(run) else tuple(message.args)
     call = read(args, message.kwargs)
     if call is None or lot is None or task.app.conf.task_always_eager:
         return message.apply_async()

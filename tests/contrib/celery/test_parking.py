@@ -836,6 +836,16 @@ class TestReservedAsItIsPublished:
         assert apply_reserved(exempt.s("a")).get() == "a"
         assert lot(app, gov).count() == 0
 
+    @pytest.mark.parametrize("options", [{}, {"autoretry_for": (OSError,)}])
+    def test_a_bound_task_may_have_autoretry(self, app: Celery, gov: GovRedis, options: dict[str, Any]) -> None:
+        @app.task(shared=False, name="retried", bind=True, **options)
+        @rate_limited("1/hour", key="{to}", operation="parking")
+        def retried(self: Any, to: str) -> None: ...
+
+        for to in ("ann", "ann", "bob"):
+            apply_reserved(retried.s(to))
+        assert lot(app, gov).count() == 1, "the second waits for the first"
+
     def test_without_redis_it_is_published(self, celery_broker: RedisServer, make_gov: Callable[..., GovRedis]) -> None:
         for settings in ({"redis_url": REDIS_AWAY}, {"redis_enabled": False}):
             app = Celery("mine", broker=celery_broker.url, set_as_current=False)
