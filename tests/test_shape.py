@@ -9,6 +9,7 @@ from pathlib import Path
 import govredis
 
 SOURCES = sorted(Path(govredis.__file__).parent.rglob("*.py"))
+EXAMPLES = Path(__file__).parents[1] / "examples"
 LONGEST = 400
 
 
@@ -21,6 +22,14 @@ def test_no_two_classes_share_a_name() -> None:
     )
     assert len(names) > 100
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_the_examples_are_short() -> None:
+    def lines_in(app: str) -> int:
+        return sum(len(path.read_text().splitlines()) for path in (EXAMPLES / app).rglob("*.py"))
+
+    assert 0 < lines_in("shop") <= 150
+    assert 0 < lines_in("mailer") <= 100
 
 
 def test_no_file_is_long() -> None:
