@@ -208,6 +208,19 @@ def test_every_command_is_documented_and_no_other() -> None:
 def test_the_readme_takes_ten_minutes() -> None:
     assert len(README.read_text().splitlines()) <= 200
     assert len(README.read_text().split()) <= 900
+    examples = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    assert max(len(re.findall(r"(?m)^.*\S", example)) for example in examples) <= 10  # lines that say something
+
+
+def test_the_readmes_three_figures_are_those_of_the_page() -> None:
+    table = README.read_text().partition("## Three figures")[2].partition("\n\n|")[2].partition("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) == 3
+    measured = (ROOT / "docs/performance.md").read_text()
+    for row in rows:
+        figures = re.findall(r"\+\d+ to \+\d+|[\d.]+(?: to [\d.]+)? (?:µs|ms|s)(?=[ ;|])", row)
+        assert len(figures) >= 2, row
+        assert [figure for figure in figures if figure not in measured] == []
 
 
 QUESTIONS = re.findall(
