@@ -16,7 +16,7 @@ import pytest
 from strikes import PACKAGE, lost_mutexes, strike_anywhere
 from support import redis_of
 
-from govredis import BackendError, GovRedis, HeldLock, LockTimeout
+from govredis import BackendError, GovRedis, HeldLock, Limit, LockTimeout
 from govredis.locks import renewal
 from govredis.locks.held import HeldLocks
 from govredis.locks.lease import LockLease
@@ -110,6 +110,13 @@ def limited(gov: GovRedis, name: str) -> None:
     gov.limits.rate_limited(RATE, key="{name}")(lambda name: name)(name)
 
 
+def leased(gov: GovRedis, name: str) -> None:
+    rate = Limit(1000, 3600, lease=100)
+    for _ in range(4):
+        gov.limits.hit(name, rate, cost=2)
+    gov.limits.reset(name)
+
+
 OPERATIONS: dict[str, Operation] = {
     "lock": held(lambda gov, name: gov.locks.acquire(name, ttl=1000)),
     "try_acquire": held(lambda gov, name: gov.locks.try_acquire(name, ttl=1000) or Nothing()),
@@ -141,6 +148,7 @@ OPERATIONS: dict[str, Operation] = {
     "hit_many": call(lambda gov, name: gov.limits.hit_many([(name, RATE), ("another", RATE)])),
     "get_count": call(lambda gov, name: gov.limits.get_count(name, 3600)),
     "rate_limited": call(limited),
+    "leased": call(leased),
     "reset": call(lambda gov, name: gov.limits.reset(name)),
     "most_denied": call(lambda gov, name: gov.limits.most_denied()),
     "get_or_load": call(load),

@@ -15,6 +15,7 @@ from .backends.chain import LimitBackendChain, NoLimitBackend
 from .denied_counts import DeniedCounts
 from .deny_cache import DenyCache, Sent
 from .hit_request import HitRequest
+from .leases import MOST_COST, Batch, Leases
 from .rates import Limit, Rate, RateLimits, check_cost, parse_rate
 from .replication import Replication
 from .result import RateLimitResult
@@ -42,10 +43,12 @@ class Decider:
         config = context.config
         self._keys = context.keys
         self._counters = context.counters
+        self._clock = clock
         self.backends: LimitBackendChain = LimitBackendChain(context, clock)
         self.denied_counts: DeniedCounts = DeniedCounts(context)
         self.replication: Replication | None = Replication.of(context, self.backends.redis, self.backends.postgres)
         self._denials = DenyCache(config.local_entries, clock) if config.limit_deny_cache else None
+        self._leases = Leases(context.counters, config.local_entries, clock, self._forget)
         # By type too: a cost of True is refused, and 1 is not.
         self._check = functools.partial(_check, context.keys)
         self._check_once = functools.lru_cache(_CHECKED, typed=True)(self._check)
@@ -54,6 +57,8 @@ class Decider:
         """Raises ValueError, BackendError."""
         notice_fork()
         request = identity if type(identity) is str else id_text(identity), rate, operation, cost
+        if mode == "hit" and type(rate) is not str and (batch := self._leases.spend(request)) is not None:
+            return self._admitted(batch, request)
         sent = None
         if self._denials is not None:
             if mode != "record" and (denial := self._denials.find(request)) is not None:
@@ -62,7 +67,10 @@ class Decider:
         key, limits = self.check(request)
 
         def ask(backend: LimitBackend) -> RateLimitResult:
-            outcome = backend.decide(key, limits, cost, mode)
+            if limits.lease_us and mode == "hit" and cost <= MOST_COST:
+                outcome = self._leases.take(request, key, limits, backend)
+            else:
+                outcome = backend.decide(key, limits, cost, mode)
             return self._result(outcome, backend, limits, request, mode, sent)
 
         return self.backends.first_reachable(ask)
@@ -71,10 +79,13 @@ class Decider:
         """`decide` in mode "hit" for each, in order. Raises ValueError before anything is sent; BackendError."""
         checked = [self.check(request) for request in requests]
         results: list[RateLimitResult | None] = [None] * len(requests)
+        for n, request in enumerate(requests):
+            if checked[n][1].lease_us and (batch := self._leases.spend(request)) is not None:
+                results[n] = self._admitted(batch, request)
         sent = None
         if self._denials is not None:
             for n, request in enumerate(requests):
-                if (denial := self._denials.find(request)) is not None:
+                if results[n] is None and (denial := self._denials.find(request)) is not None:
                     results[n] = self._repeated(denial, request, "hit")
             sent = self._denials.sent()
         unknown = [n for n, result in enumerate(results) if result is None]
@@ -124,6 +135,7 @@ class Decider:
     def reset(self, identity: str, operation: str) -> None:
         """See RateLimiter.reset."""
         key = self._keys.rate_limit(operation, identity)
+        self._leases.forget(identity, operation)
         if self.replication is not None:
             self.replication.forget(key)
         try:
@@ -134,6 +146,7 @@ class Decider:
     def close(self) -> None:
         """See RateLimiter.close."""
         self.denied_counts.close()
+        self._leases.close()
         if self.replication is not None:
             self.replication.close()
 
@@ -147,6 +160,18 @@ class Decider:
         if denial.degraded:
             self._counters.add(f"limits.degraded.{denial.backend}")
         return denial
+
+    def _admitted(self, batch: Batch, request: HitRequest) -> RateLimitResult:
+        """The result of a hit that a batch admits."""
+        self._counters.add_each("limits.allowed", "limits.leased")
+        limit, name = batch.limit, batch.backend.name
+        left = batch.full_at - self._clock()
+        result = RateLimitResult(True, limit, batch.remaining, 0.0, left, None, name, False)
+        if self.replication is not None and not limit.counted:
+            self.replication.note(name, *self.check(request), request[3])
+        if batch.units is not None:
+            result._taken = self._give_back, (batch.backend, request, batch.units.part())  # type: ignore[misc]
+        return result
 
     def _refused(self, key: str, limits: Sequence[Limit], request: HitRequest) -> RateLimitResult:
         """The result of a hit whose key holds something else."""

@@ -47,10 +47,16 @@ class Limit:
     Cloudflare described in "How we built rate limiting capable of scaling to millions of domains", 2017. There a burst
     at the end of a window lets through up to twice the limit.)
 
+    With `lease`, a process takes a batch of admissions in one round trip, and spends it from memory for that many
+    seconds: a busy identity costs hardly any round trips. There are never more than `count` within any window, whatever
+    happens to the process. There may be fewer: leases.Leases says how many.
+
     Args:
         count: 1 to 1,000,000; for a sliding_window_counter to 10^12.
         window: seconds, 0.001 to 366 days.
         algorithm: the same for all limits of a rate. An identity's log and its counters do not count each other.
+        lease: seconds, 0.001 to a tenth of the shortest window of the rate. None: each admission is a round trip. Where
+            several limits of a rate have one, the shortest holds for all.
 
     Raises ValueError for anything else.
     """
@@ -58,6 +64,7 @@ class Limit:
     count: int
     window: float
     algorithm: Algorithm = "sliding_window_log"
+    lease: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.algorithm, str) or self.algorithm not in MAX_COUNT:
@@ -71,6 +78,8 @@ class Limit:
             or not 0.001 <= self.window <= MAX_WINDOW
         ):
             raise refuse("window", self.window, "seconds, from 0.001 to 366 days")
+        if self.lease is not None:
+            _check_lease(self.lease, self.window)
 
     @property
     def window_us(self) -> int:
@@ -85,6 +94,12 @@ class Limit:
         return f"{self.count} per {self.window:g} s"
 
 
+def _check_lease(lease: Any, window: float) -> None:
+    # A tenth in floats: 60 * 0.1 is no more than 6.
+    if not isinstance(lease, int | float) or isinstance(lease, bool) or not 0.001 <= lease <= window / 10 + 1e-9:
+        raise refuse("lease", lease, f"seconds, from 0.001 to a tenth of the shortest window, here {window / 10:g}")
+
+
 class RateLimits(tuple[Limit, ...]):
     """The limits of a rate, which are decided together."""
 
@@ -92,6 +107,16 @@ class RateLimits(tuple[Limit, ...]):
     def pairs(self) -> tuple[str, ...]:
         """Each limit's count, and its window in microseconds, as texts: what scripts are given."""
         return tuple(text for limit in self for text in (str(limit.count), str(limit.window_us)))
+
+    @cached_property
+    def lease_us(self) -> int:
+        """How long the process may spend a batch, in microseconds; 0: it takes none."""
+        return round(min((limit.lease for limit in self if limit.lease is not None), default=0) * 1_000_000)
+
+
+def pairs_of(limits: Sequence[Limit]) -> tuple[str, ...]:
+    """`RateLimits.pairs` of any limits."""
+    return (limits if isinstance(limits, RateLimits) else RateLimits(limits)).pairs
 
 
 Rate: TypeAlias = str | Limit | Sequence[Limit]
@@ -118,7 +143,10 @@ def parse_rate(rate: Rate) -> RateLimits:
     if isinstance(rate, list | tuple) and rate and all(isinstance(limit, Limit) for limit in rate):
         if len({limit.algorithm for limit in rate}) > 1:
             raise refuse("rate", rate, "limits of one algorithm: a counter may be small too")
-        return RateLimits(rate)
+        limits = RateLimits(rate)
+        if limits.lease_us:
+            _check_lease(limits.lease_us / 1_000_000, min(limit.window for limit in limits))
+        return limits
     raise refuse("rate", rate, f"{_WANTED}, a Limit, or a non-empty list of Limit")
 
 

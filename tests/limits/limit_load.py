@@ -100,11 +100,11 @@ class Load:
         pause: float = 0.0,
         shift: float = 0.0,
     ) -> None:
-        pairs = [(limit.count, limit.window) for limit in rate]
+        limits = [(limit.count, limit.window, limit.algorithm, limit.lease) for limit in rate]
         self._workers = []
         for number, each in enumerate(settings):
             own = shift * (number / max(1, len(settings) - 1) - 0.5)
-            command = [sys.executable, "-c", _WORKER, json.dumps([each, pairs, own, threads, pause])]
+            command = [sys.executable, "-c", _WORKER, json.dumps([each, limits, own, threads, pause])]
             self._workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
 
     def __enter__(self) -> Load:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from limit_load import UNPRUNED, Call, Load, all_calls, in_postgres, in_redis, unjustified, until_there, verify
 
-from govredis import Limit
+from govredis import GovRedis, Limit
 from govredis.testing.servers import PostgresServer, RedisServer
 
 pytestmark = [pytest.mark.once, pytest.mark.one_redis]
@@ -32,6 +32,23 @@ def test_postgres_over_16_connections(postgres_server: PostgresServer) -> None:
         calls = all_calls(load.stop())
     assert {call.backend for call in calls} == {"postgres"}
     verify(in_postgres(postgres_server), calls, RATE)
+
+
+@pytest.mark.parametrize("algorithm", ["sliding_window_log", "sliding_window_counter"])
+def test_leases(gov: GovRedis, redis_server: RedisServer, algorithm: Any) -> None:
+    """Which calls were admitted is known to the processes alone: they spend their batches from memory."""
+    rate = [Limit(100, 0.5, algorithm, lease=0.05), Limit(300, 2, algorithm), Limit(1_000_000, 3600, algorithm)]
+    with Load([{"redis_url": redis_server.url}] * 4, rate, threads=2, pause=0.001, shift=30) as load:
+        until_there(lambda: range(gov.limits.get_count("k", 3600)), 700)
+        reports = load.stop()
+    admitted = sorted(call for call in all_calls(reports) if call.allowed)
+    assert sum(report.counters["limits.leased"] for report in reports) > 100
+    assert all(report.counters["limits.denied"] for report in reports)
+    assert gov.limits.get_count("k", 3600) == len(admitted), "all that was not spent came back"
+    for limit in rate:
+        for n, first in enumerate(admitted):
+            surely = [call for call in admitted[n : n + 5 * limit.count] if call.ended < first.began + limit.window_us]
+            assert len(surely) <= limit.count
 
 
 W = 500_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from ...errors import BackendError
 from ..rates import Limit
@@ -67,6 +67,20 @@ class WindowStats:
 
     def __bool__(self) -> bool:
         return bool(self.entries or self.counters)
+
+
+class LeasedUnits(Protocol):
+    """A batch that a backend leased to this process.
+
+    Attributes:
+        granted: how many units it has, spent or not.
+    """
+
+    @property
+    def granted(self) -> int: ...
+
+    def part(self) -> Any:
+        """Units of the batch, as `LimitBackend.refund` takes them: which units, is settled by its first call."""
 
 
 class Admission(NamedTuple):
@@ -146,6 +160,28 @@ class LimitBackend(ABC):
         Returns the outcome, and the time reserved in microseconds of the backend's clock; 0 for none.
         """
         return self.decide(key, limits, cost, "hit" if admit else "peek"), 0
+
+    def lease(
+        self,
+        key: str,
+        limits: Sequence[Limit],
+        cost: int,
+        wanted: int,
+        lease_us: int,
+        unspent: tuple[Any, int] | None,
+    ) -> tuple[Outcome, LeasedUnits | None]:
+        """`decide` in mode "hit"; where more is left than `cost`, the caller gets some of it, to spend by itself.
+
+        The whole batch is recorded at the lease's end; a batch of just `cost` is recorded now.
+
+        Args:
+            wanted: how much the caller takes at most, `cost` included.
+            lease_us: how long the caller may spend it, from when it asked.
+            unspent: a part of the caller's last lease, and how many units it gives back first.
+
+        Returns the outcome; and the batch, or None where the caller got no more than `cost`. Only Redis leases.
+        """
+        return self.decide(key, limits, cost, "hit"), None
 
     @abstractmethod
     def refund(self, key: str, entries: Any, cost: int) -> bool:

@@ -13,8 +13,9 @@ from ...breaker import Rejected
 from ...client import RedisClient, Script
 from ...errors import BackendError, BackendUnavailable
 from ...keys import sibling
-from ..rates import MAX_COST, Limit, RateLimits
+from ..rates import MAX_COST, Limit, pairs_of
 from .backend import Admission, CounterEntries, Mode, Outcome, ServerLimitBackend, WindowStats
+from .redis_leases import LeasedEntries, LeasedPart, RedisLeases
 
 #: Admissions, and their entries, that one exchange replicates: some ten milliseconds of Redis's time.
 _REPLICATED_AT_ONCE = 1000
@@ -30,11 +31,16 @@ class RedisLimitBackend(ServerLimitBackend):
         self._client = client
         self._script = Script(__package__, "clock.lua", "log.lua", "window.lua")
         self._reserve = Script(__package__, "clock.lua", "log.lua", "reserve.lua")
-        self._counter_script = Script(__package__, "clock.lua", "counter.lua", "counter_window.lua")
-        self._counter_refund = Script(__package__, "clock.lua", "counter.lua", "counter_refund.lua")
+        self._counter_script = Script(
+            __package__, "clock.lua", "counter.lua", "counter_limits.lua", "counter_window.lua"
+        )
+        self._counter_refund = Script(
+            __package__, "clock.lua", "counter.lua", "counter_limits.lua", "counter_refund.lua"
+        )
         self._count = Script(__package__, "clock.lua", "log.lua", "counter.lua", "count.lua")
         self._stats = Script(__package__, "clock.lua", "log.lua", "counter.lua", "stats.lua")
         self._replicate = Script(__package__, "clock.lua", "log.lua", "replicate.lua")
+        self._leases = RedisLeases(client)
         self.renew_after_fork()
         renew_in_child(self)
 
@@ -68,10 +74,25 @@ class RedisLimitBackend(ServerLimitBackend):
             for reply, (key, limits, _), member in zip(replies, hits, members, strict=True)
         ]
 
-    def refund(self, key: str, entries: str | CounterEntries, cost: int) -> bool:
+    def lease(
+        self,
+        key: str,
+        limits: Sequence[Limit],
+        cost: int,
+        wanted: int,
+        lease_us: int,
+        unspent: tuple[LeasedPart, int] | None,
+    ) -> tuple[Outcome, LeasedEntries | None]:
+        with _named(key):
+            return self._leases.take(key, limits, cost, wanted, lease_us, unspent, self._member())
+
+    def refund(self, key: str, entries: str | CounterEntries | LeasedPart, cost: int) -> bool:
+        if isinstance(entries, LeasedPart):
+            with _named(key):
+                return self._leases.give_back(key, entries, cost)
         if isinstance(entries, CounterEntries):
             windows = map(str, entries.windows_us)
-            arguments = (str(cost), entries.member, str(entries.at), "", *windows)
+            arguments = (str(cost), entries.member, str(entries.at), "", "-", *windows)
             with _named(key):
                 return bool(self._client.run(self._counter_refund, (sibling(key, "counter"),), *arguments))
         members = [f"{entries}-{i}" for i in range(1, cost + 1)]
@@ -93,7 +114,7 @@ class RedisLimitBackend(ServerLimitBackend):
             return super().reserve(key, limits, cost, reservation, patience_us=patience_us, admit=admit)
         member = self._member()
         mode = "hit" if admit else "reserve"
-        args = (mode, str(cost), member, "", reservation, str(patience_us), *_pairs(limits))
+        args = (mode, str(cost), member, "", reservation, str(patience_us), *pairs_of(limits))
         with _named(key):
             *reply, at = self._client.run(self._reserve, (key, *_siblings(key)), *args)
         return _outcome(reply, limits, member), at
@@ -183,11 +204,7 @@ def _siblings(key: str) -> tuple[str, ...]:
 
 
 def _arguments(limits: Sequence[Limit], cost: int, mode: Mode, member: str) -> list[str]:
-    return [mode, str(cost), member, "", *_pairs(limits)]
-
-
-def _pairs(limits: Sequence[Limit]) -> tuple[str, ...]:
-    return (limits if isinstance(limits, RateLimits) else RateLimits(limits)).pairs
+    return [mode, str(cost), member, "", *pairs_of(limits)]
 
 
 def _outcome(reply: list[int], limits: Sequence[Limit], member: str) -> Outcome:

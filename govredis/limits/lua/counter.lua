@@ -98,10 +98,10 @@ local function add_to_newest(counter, cost)
   return counter.newest .. ' ' .. count .. counter.rest .. ending(counter.buckets, counter.used + cost)
 end
 
--- Count `cost` more, now; after a clock was set back, in the newest bucket, which is stricter. Returns whether that is its
--- first.
-local function add(counter, cost, now)
-  local bucket, counts = math.floor(now / counter.width), counter.counts
+-- Count `cost` more at a time. Buckets may lie ahead of it, where leases end or the clock was set back; before the oldest
+-- bucket it counts in that, which is stricter. Returns whether that is the bucket's first.
+local function add(counter, cost, at)
+  local bucket, counts = math.floor(at / counter.width), counter.counts
   if #counts == 0 then
     counter.newest = bucket
     counts[1] = '0'
@@ -110,8 +110,9 @@ local function add(counter, cost, now)
     counter.newest = counter.newest + 1
     table.insert(counts, 1, '0')
   end
-  local before = counts[1]
-  counts[1] = string.format('%d', before + cost)
+  local i = math.min(counter.newest - bucket + 1, #counts)
+  local before = counts[i]
+  counts[i] = string.format('%d', before + cost)
   counter.used = counter.used + cost
   return before == '0'
 end
