@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import finalize
 
+from . import _boottime
 from ._clock import Clock
 from ._context import Context
 from ._counters import Counters
@@ -93,7 +94,9 @@ class GovRedis(Uncopied):
         now = utc_now if clock is time else partial(_utc_of, clock)
         self.sessions: SessionCache = SessionCache(context, freshness=freshness, now=now)
         self.locks: DistributedLock = DistributedLock(context)
-        self.limits: RateLimiter = RateLimiter(context, sleep=clock.sleep, clock=clock.monotonic)
+        self.limits: RateLimiter = RateLimiter(
+            context, sleep=clock.sleep, clock=_boottime.clock if clock is time else clock.monotonic
+        )
         self.metadata: MetadataCache = self.cache("agent_meta")
         self.health: HealthMonitor = HealthMonitor(
             context,

@@ -93,6 +93,10 @@ def limits(gov: GovRedis, admin: Any) -> None:
         gov.limits.peek("a", rate)
     admin.hset("{" + gov.config.key_prefix + "rate_limit:default:b}:counter", "planted", "x")
     assert gov.limits.hit("b", govredis.Limit(2, 3600, algorithm="sliding_window_counter")).refund()
+    for algorithm in "sliding_window_log", "sliding_window_counter":
+        gov.limits.hit_many([("e", govredis.Limit(100, 3600, algorithm, lease=100))])
+        for _ in range(4):  # the third of them takes a lease, and `close` gives its rest back
+            gov.limits.hit("e", govredis.Limit(100, 3600, algorithm, lease=100))
     gov.limits.get_count("a", 3600)
     assert gov.limits.stats("a")
     admin.zadd(gov.config.key_prefix + "rate_limit:default:d", {"planted": 1})

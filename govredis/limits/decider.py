@@ -67,7 +67,7 @@ class Decider:
         key, limits = self.check(request)
 
         def ask(backend: LimitBackend) -> RateLimitResult:
-            if limits.lease_us and mode == "hit" and cost <= MOST_COST:
+            if limits.lease_us and backend.leases and mode == "hit" and cost <= MOST_COST:
                 outcome = self._leases.take(request, key, limits, backend)
             else:
                 outcome = backend.decide(key, limits, cost, mode)
@@ -141,6 +141,7 @@ class Decider:
         try:
             self.backends.reset(key)
         finally:
+            self._leases.forget(identity, operation)  # and those that were taken before the key was gone
             self._forget(identity, operation)
 
     def close(self) -> None:

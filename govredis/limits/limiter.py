@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
 
+from .. import _boottime
 from .._context import Context
 from .._fork import notice_fork
 from .._uncopied import Uncopied
@@ -16,7 +18,7 @@ from .decider import Decider
 from .denied_counts import Denied
 from .hit_request import HitArguments, request_of
 from .limit_spec import LimitSpec
-from .rates import MAX_COST, Limit, Rate
+from .rates import MAX_COST, Limit, Rate, parse_rate
 from .result import RateLimitResult
 
 P = ParamSpec("P")
@@ -59,7 +61,7 @@ class RateLimiter(Uncopied):
         context: Context,
         *,
         sleep: Callable[[float], None] = time.sleep,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = _boottime.clock,
     ) -> None:
         self._keys = context.keys
         self._sleep = sleep
@@ -100,7 +102,8 @@ class RateLimiter(Uncopied):
     ) -> RateLimitResult:
         """`hit`, sleeping until it is admitted, for up to `timeout` seconds.
 
-        Returns the last result: a refusal, at once, where its retry_after lies beyond the timeout. It sleeps for
+        Returns the last result: a refusal, at once, where its retry_after lies beyond the timeout. (A rate with a lease
+        is asked for again after each lease: other processes may give back.) It sleeps for
         `timeout` in all at most, even if results say otherwise. A refused try takes nothing, so other callers may come
         first: there is no queue. Raises as `hit`.
         """
@@ -108,9 +111,13 @@ class RateLimiter(Uncopied):
         deadline = self._clock() + timeout
         while True:
             result = self._decider.decide(identity, rate, operation, cost, "hit")
-            # Never a busy or endless loop, even where two clocks disagree about the last microsecond.
-            wait = max(result.retry_after, _SHORTEST_SLEEP)
-            if result.allowed or not wait <= deadline - self._clock():
+            if result.allowed:
+                return result
+            # Beside leases, room may come earlier. And never a busy or endless loop, even where two clocks disagree
+            # about the last microsecond.
+            lease = parse_rate(rate).lease_us / 1_000_000
+            wait = max(min(result.retry_after, lease or math.inf), _SHORTEST_SLEEP)
+            if not wait <= deadline - self._clock():
                 return result
             self._sleep(wait)
 
@@ -124,7 +131,8 @@ class RateLimiter(Uncopied):
                 (identity, rate, operation, cost).
             operation, cost: for tuples without them.
 
-        Returns the results in the order of `hits`. While Redis is away, the fallback decides each. Where a server goes
+        Leases are spent, and none is taken. Returns the results in the order of `hits`. While Redis is away, the
+        fallback decides each. Where a server goes
         away in the middle, the hits that it had admitted by then count there too. A hit whose key holds something else
         is refused: its `backend` is "none", and it is counted as limits.errors.
         Raises ValueError before anything is sent; PoolExhausted.

@@ -94,6 +94,16 @@ class Limit:
         return f"{self.count} per {self.window:g} s"
 
 
+def _set_state(limit: Limit, state: Sequence[Any]) -> None:
+    """Versions before 0.4 pickle no lease."""
+    for name, value in zip(Limit.__slots__, (*state, None), strict=False):
+        object.__setattr__(limit, name, value)
+
+
+# Python 3.10 makes one of its own, whatever the class has.
+Limit.__setstate__ = _set_state  # type: ignore[attr-defined]
+
+
 def _check_lease(lease: Any, window: float) -> None:
     # A tenth in floats: 60 * 0.1 is no more than 6.
     if not isinstance(lease, int | float) or isinstance(lease, bool) or not 0.001 <= lease <= window / 10 + 1e-9:

@@ -27,7 +27,8 @@ class RateLimitResult(_Refundable):
         allowed: whether the call was admitted.
         limit: the Limit that decided: the Limit violated longest, else the Limit with the least left.
         remaining: how much of it was left after this call.
-        retry_after: 0 if allowed; else when the call would be admitted if nobody else came, and not before.
+        retry_after: 0 if allowed; else when the call would be admitted if nobody else came, and not before. Beside
+            leases it may be admitted earlier, as other processes give back.
         reset_after: when `limit` would be full again if nobody came.
         violated: `limit` if denied, else None.
         backend: "redis", "postgres", "local" (this process only) or "none" (GOVREDIS_LIMIT_FALLBACK decided; in

@@ -11,6 +11,7 @@ import fakeredis
 import psycopg2
 import pytest
 import redis as redis_py
+from leasing import Process
 from support import POSTGRES_AWAY, REDIS_AWAY, redis_of
 
 from govredis import Config, GovRedis
@@ -87,6 +88,10 @@ class ClockedRedis:
 
             def run(_, script: Any, keys: Any, *args: Any) -> Any:
                 return client.run(script, keys, *(self.now if arg == "" else arg for arg in args))
+
+            def pipeline(_, commands: Any, *args: Any, **options: Any) -> Any:
+                timed = [tuple(self.now if arg == "" else arg for arg in command) for command in commands]
+                return client.pipeline(timed, *args, **options)
 
             call = client.call
 
@@ -255,3 +260,22 @@ def limits(
         },
     }
     return make_gov(**urls[request.param]).limits
+
+
+@pytest.fixture(params=["sliding_window_log", "sliding_window_counter"])
+def algorithm(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def process(gov: GovRedis) -> Iterator[Callable[[], Process]]:
+    """Makes processes that lease: see leasing.Process."""
+    made: list[Process] = []
+
+    def make() -> Process:
+        made.append(Process(gov))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.limiter.close()

@@ -54,7 +54,7 @@ class WindowStats:
         backend: its name.
         entries: those of the log, within the longest window that is known to be used on it.
         window: that window; None where there is no log, or where only other clients write it.
-        oldest, newest: how long ago these were recorded; negative for a reservation; None without entries.
+        oldest, newest: how long ago these were recorded; negative for a reservation and a lease; None without entries.
         counters: window -> count, for each sliding window counter that counts something.
     """
 
@@ -116,10 +116,12 @@ class LimitBackend(ABC):
     Attributes:
         name: as `RateLimitResult.backend` says it.
         on_server: processes share it, and asking it costs a round trip.
+        leases: it leases admissions.
     """
 
     name: ClassVar[str]
     on_server: ClassVar[bool] = False
+    leases: ClassVar[bool] = False
 
     @abstractmethod
     def decide(self, key: str, limits: Sequence[Limit], cost: int, mode: Mode) -> Outcome:
@@ -168,20 +170,25 @@ class LimitBackend(ABC):
         cost: int,
         wanted: int,
         lease_us: int,
-        unspent: tuple[Any, int] | None,
+        back: tuple[Any, int] | None,
     ) -> tuple[Outcome, LeasedUnits | None]:
         """`decide` in mode "hit"; where more is left than `cost`, the caller gets some of it, to spend by itself.
 
-        The whole batch is recorded at the lease's end; a batch of just `cost` is recorded now.
+        The whole batch is recorded at the lease's end; a batch of just `cost` is recorded now. A backend that does not
+        lease gives no more than `cost`.
 
         Args:
             wanted: how much the caller takes at most, `cost` included.
             lease_us: how long the caller may spend it, from when it asked.
-            unspent: a part of the caller's last lease, and how many units it gives back first.
+            back: a part of the caller's last batch, and how many units it gives back first.
 
-        Returns the outcome; and the batch, or None where the caller got no more than `cost`. Only Redis leases.
+        Returns the outcome; and the batch, or None where the caller got no more than `cost`.
         """
         return self.decide(key, limits, cost, "hit"), None
+
+    def give_back(self, parts: Sequence[tuple[str, Any, int]]) -> list[bool]:
+        """`refund` of several: the key of each, a part of a batch, and how many units it gives back."""
+        return [self.refund(key, part, units) for key, part, units in parts]
 
     @abstractmethod
     def refund(self, key: str, entries: Any, cost: int) -> bool:

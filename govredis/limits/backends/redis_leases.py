@@ -5,28 +5,36 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from ...client import RedisClient, Script
+from ...client import Command, RedisClient, Script
+from ...errors import BackendError
 from ...keys import sibling
 from ..rates import Limit, pairs_of
 from .backend import CounterEntries, Outcome
 
 
 class LeasedEntries:
-    """The entries of one lease, in a log or in counters. They are given back by their numbers, so each once."""
+    """The entries of one lease, in a log or in counters. They are given back by number, so each once.
 
-    __slots__ = ("_back", "counted", "granted", "member", "origin")
+    Attributes:
+        counted: where they are in counters; None: they are in a log.
+        origin: see counter_lease.lua.
+    """
+
+    __slots__ = ("_numbers", "counted", "granted", "member", "origin")
 
     def __init__(self, member: str, granted: int, counted: CounterEntries | None = None, origin: str = "") -> None:
         self.member = member
         self.granted = granted
-        #: Where they are in counters; None: they are in a log.
         self.counted = counted
         self.origin = origin
-        self._back = iter(range(granted, 0, -1))  # one step of C code, so that threads and signals share it
+        self._numbers = iter(range(granted, 0, -1))  # one step of C code, so that threads and signals share it
 
-    def numbers(self, units: int) -> list[int]:
-        """The numbers of so many entries that nobody else gives back; fewer where there are no more."""
-        return list(itertools.islice(self._back, units))
+    def first_of(self, units: int) -> tuple[int, int]:
+        """The first of so many entries that nobody else gives back, from there on downward; and how many they are."""
+        if self.counted is not None:  # a counter knows no entries: the number names what is given back
+            return next(self._numbers, 0), units
+        numbers = list(itertools.islice(self._numbers, units))
+        return (numbers[0], len(numbers)) if numbers else (0, 0)
 
     def part(self) -> LeasedPart:
         return LeasedPart(self)
@@ -35,17 +43,29 @@ class LeasedEntries:
 class LeasedPart:
     """Entries of a lease that are given back together: the same ones where that is tried again."""
 
-    __slots__ = ("_numbers", "lease")
+    __slots__ = ("_first", "lease")
 
     def __init__(self, lease: LeasedEntries) -> None:
         self.lease = lease
-        self._numbers: list[int] | None = None
+        self._first: tuple[int, int] | None = None
 
-    def numbers(self, units: int) -> list[int]:
-        """The numbers of these entries."""
-        if self._numbers is None:
-            self._numbers = self.lease.numbers(units)
-        return self._numbers
+    def arguments(self, units: int) -> tuple[str, ...]:
+        """As the lease scripts take them: how many, and which."""
+        if self._first is None:
+            self._first = self.lease.first_of(units)
+        (first, count), lease = self._first, self.lease
+        if lease.counted is None:
+            return str(count), lease.member, str(first)
+        return str(count), f"{lease.member}-{first}", str(lease.counted.at), lease.origin
+
+    def command(self, key: str, units: int, counter_refund: Script) -> Command:
+        """The command that gives them back."""
+        if self.lease.counted is None:
+            count, member, first = self.arguments(units)
+            return ("ZREM", key, *(f"{member}-{int(first) - i}" for i in range(int(count))))
+        count, name, at, origin = self.arguments(units)
+        windows = map(str, self.lease.counted.windows_us)
+        return counter_refund.call((sibling(key, "counter"),), (count, name, at, "", origin, *windows))
 
 
 class RedisLeases:
@@ -64,7 +84,7 @@ class RedisLeases:
         cost: int,
         wanted: int,
         lease_us: int,
-        unspent: tuple[LeasedPart, int] | None,
+        back: tuple[LeasedPart, int] | None,
         member: str,
     ) -> tuple[Outcome, LeasedEntries | None]:
         """As `LimitBackend.lease`."""
@@ -72,7 +92,7 @@ class RedisLeases:
         script = self._counters if counted else self._log
         keys = (sibling(key, "counter"),) if counted else (key, sibling(key, "window"))
         args = [str(cost), str(wanted), str(lease_us), member, ""]
-        args += _back_to_counters(unspent) if counted else _back_to_log(unspent)
+        args += ("0", "-", "0", "-")[: 4 if counted else 3] if back is None else back[0].arguments(back[1])
         reply = self._client.run(script, keys, *args, *pairs_of(limits))
         admitted, deciding, remaining, retry_after, reset_after, granted = reply[:6]
         counters = (CounterEntries.of(limits, reply[6], member), reply[7].decode()) if counted else ()
@@ -80,30 +100,8 @@ class RedisLeases:
         outcome = Outcome(admitted == 1, deciding - 1, remaining, retry_after, reset_after, entries.part())
         return outcome, entries if granted > cost else None
 
-    def give_back(self, key: str, part: LeasedPart, units: int) -> bool:
-        """As `LimitBackend.refund`."""
-        numbers = part.numbers(units)
-        lease = part.lease
-        if not numbers:
-            return False
-        if lease.counted is None:
-            return int(self._client.call("ZREM", key, *(f"{lease.member}-{number}" for number in numbers))) > 0
-        count, name, at, origin = _back_to_counters((part, units))
-        windows = map(str, lease.counted.windows_us)
-        return bool(self._client.run(self._refund, (sibling(key, "counter"),), count, name, at, "", origin, *windows))
-
-
-def _back_to_log(unspent: tuple[LeasedPart, int] | None) -> tuple[str, str, str]:
-    """The entries that a script of a lease gives back, as log_lease.lua takes them."""
-    if unspent is None or not (numbers := unspent[0].numbers(unspent[1])):
-        return "0", "-", "0"
-    return str(len(numbers)), unspent[0].lease.member, str(numbers[0])  # they are in a row, from there on downward
-
-
-def _back_to_counters(unspent: tuple[LeasedPart, int] | None) -> tuple[str, str, str, str]:
-    """The same, as counter_lease.lua takes them."""
-    if unspent is None or not (numbers := unspent[0].numbers(unspent[1])):
-        return "0", "-", "0", "-"
-    lease = unspent[0].lease
-    assert lease.counted is not None
-    return str(len(numbers)), f"{lease.member}-{numbers[0]}", str(lease.counted.at), lease.origin
+    def give_back(self, parts: Sequence[tuple[str, LeasedPart, int]]) -> list[bool]:
+        """As `LimitBackend.give_back`."""
+        commands = [part.command(key, units, self._refund) for key, part, units in parts]
+        replies = self._client.pipeline(commands, (self._refund,), each=True)
+        return [not isinstance(reply, BackendError) and int(reply) > 0 for reply in replies]

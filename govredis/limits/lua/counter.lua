@@ -98,8 +98,8 @@ local function add_to_newest(counter, cost)
   return counter.newest .. ' ' .. count .. counter.rest .. ending(counter.buckets, counter.used + cost)
 end
 
--- Count `cost` more at a time. Buckets may lie ahead of it, where leases end or the clock was set back; before the oldest
--- bucket it counts in that, which is stricter. Returns whether that is the bucket's first.
+-- Count `cost` more at a time. Buckets may lie ahead of it, where leases end or the clock was set back. If it was set back by
+-- more than a window, the oldest bucket is taken, which is stricter. Returns whether that is the bucket's first.
 local function add(counter, cost, at)
   local bucket, counts = math.floor(at / counter.width), counter.counts
   if #counts == 0 then
@@ -110,7 +110,9 @@ local function add(counter, cost, at)
     counter.newest = counter.newest + 1
     table.insert(counts, 1, '0')
   end
-  local i = math.min(counter.newest - bucket + 1, #counts)
+  local i = counter.newest - bucket + 1
+  if i > BUCKETS then i = #counts end
+  while #counts < i do counts[#counts + 1] = '0' end
   local before = counts[i]
   counts[i] = string.format('%d', before + cost)
   counter.used = counter.used + cost
@@ -127,7 +129,8 @@ local function take(counter, cost, at)
   return true
 end
 
--- Whether a call is among the latest, about 15, that a text holds: then it has arrived before.
+-- Whether a call is among the latest, about 15, that a text holds: then it has arrived before. A lease that gives back
+-- another one counts as two calls.
 local function noted(calls, call)
   return calls and string.find(calls, ' ' .. call .. ' ', 1, true)
 end

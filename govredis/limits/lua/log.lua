@@ -164,7 +164,10 @@ local function write(now, window, old, at, cost, member, ahead)
     local left_ms = redis.call('PTTL', KEYS[2])
     others_ms = redis.call('PTTL', KEYS[1])
     if others_ms > 0 and others_ms > left_ms then
-      local theirs = others_ms * 1000 + math.max(0, now - microseconds(last_score() or 0))
+      -- An entry that is still to come is a lease's, or reserved: it is not theirs.
+      local past = redis.call('ZCOUNT', KEYS[1], '-inf', seconds(now))
+      local newest = past > 0 and redis.call('ZRANGE', KEYS[1], past - 1, past - 1, 'WITHSCORES')[2] or 0
+      local theirs = others_ms * 1000 + math.max(0, now - microseconds(newest))
       longest = math.max(longest, math.min(theirs, LONGEST_WINDOW))
     end
   end
