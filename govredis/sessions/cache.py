@@ -161,6 +161,9 @@ class SessionCache(Uncopied):
 
         Raises SessionStoreUnavailable where no server can be asked and this process does not know the session.
         """
+        return self._get(session_id, self._ttl_ms if touch else 0)
+
+    def _get(self, session_id: Id, touch: int) -> SessionBinding | None:
         notice_fork()
         name, ends = self._name(session_id), self._memory.ends
         binding, by_primary = self._backends.ask("get", lambda backend: backend.get(name, touch), unless_unknown=name)
@@ -193,12 +196,16 @@ class SessionCache(Uncopied):
         binding = self.get(session_id, touch=touch)
         return binding.agent_id if binding is not None else None
 
-    def touch(self, session_id: Id) -> bool:
-        """Give the session its whole TTL (session_ttl) again, if a tenth of that has passed. False if there is none.
+    def touch(self, session_id: Id, *, ttl: float | None = None) -> bool:
+        """Give the session its whole TTL again, if a tenth of that has passed. False if there is none.
 
-        Raises SessionStoreUnavailable as `get` does.
+        Args:
+            session_id: the session.
+            ttl: seconds, 0.001 or more; None: session_ttl. A session that ends later, or never, goes on doing so.
+
+        Raises ValueError for a bad argument, and SessionStoreUnavailable as `get` does.
         """
-        return self.get(session_id, touch=True) is not None
+        return self._get(session_id, self._ttl_ms if ttl is None else int(check_ttl(ttl) * 1000)) is not None
 
     def exists(self, session_id: Id) -> bool:
         """Is the session bound? Takes one round trip, as `get` does, and lengthens nothing.

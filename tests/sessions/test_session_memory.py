@@ -17,7 +17,7 @@ NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 class Memory(MemorySessionBackend):
     def __init__(self, entries: int = 3, primary: str | None = "Redis") -> None:
         self.at = NOW
-        super().__init__(entries, ttl_ms=100_000, now=lambda: self.at, primary=primary)
+        super().__init__(entries, now=lambda: self.at, primary=primary)
 
 
 def binding(sid: str, agent: str = "a", ttl: float = 60) -> SessionBinding:
@@ -123,7 +123,7 @@ def test_a_touch_during_the_telling_leaves_nothing_pending() -> None:
     memory = Memory()
     bind(memory, "s")
     _, _, bindings = memory.pending()
-    assert memory.get("s", touch=True) is not None
+    assert memory.get("s", touch=100_000) is not None
     memory.told([write for write, _ in bindings])
     assert pending(memory) == ([], [], [])
 

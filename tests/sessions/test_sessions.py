@@ -325,6 +325,21 @@ class TestContract:
         assert touched.expires_at is not None
         assert (touched.expires_at - datetime.now(UTC)).total_seconds() > 400, "never less"
 
+    @everywhere
+    def test_touch_by_a_ttl_of_its_own(self, mode: Mode) -> None:
+        sessions = mode.gov.sessions
+        sessions.bind("s", "a", data={"n": 1})
+        for ttl in 10**6, 50, None:
+            assert sessions.touch("s", ttl=ttl) is True
+            found = sessions.get("s", touch=True)
+            assert found is not None and found.expires_at is not None
+            assert (found.expires_at - datetime.now(UTC)).total_seconds() > 900_000, "never less"
+            assert found.data == {"n": 1}
+        with pytest.raises(ValueError, match="ttl is 0"):
+            sessions.touch("s", ttl=0)
+        sessions.unbind("s")
+        assert sessions.touch("s", ttl=10**6) is False
+
     @pytest.mark.parametrize("mode", ["redis", "durable, hashed", "disabled"], indirect=True)
     @pytest.mark.parametrize("bad", ["", "{s}", "a\x00", "a" * 513, b"s", None, 5.5], ids=repr)
     def test_bad_ids_are_refused_before_anything_is_sent(self, mode: Mode, plain_redis: Any, bad: Any) -> None:

@@ -22,11 +22,11 @@ class SessionBackend(ABC):
         """
 
     @abstractmethod
-    def get(self, session_id: str, touch: bool) -> SessionBinding | None:
+    def get(self, session_id: str, touch: int) -> SessionBinding | None:
         """The session's binding; None if it has none.
 
         Args:
-            touch: also give it its whole TTL again, if a tenth of that has passed.
+            touch: the TTL, in milliseconds, to give it as well, if a tenth of that has passed; 0: none.
         """
 
     @abstractmethod

@@ -48,7 +48,6 @@ class SessionBackends:
             self.primary = PostgresSessionBackend(context, SessionRows(context, context.postgres), cache=cache)
         self.memory: MemorySessionBackend = MemorySessionBackend(
             config.local_entries,
-            ttl_ms=int(config.session_ttl * 1000),
             now=now,
             primary=None if self.server is None else self.server.name,
         )

@@ -29,15 +29,13 @@ class MemorySessionBackend(SessionBackend):
 
     Args:
         entries: sessions kept, and pending writes of each kind.
-        ttl_ms: milliseconds that a touch gives a session.
         now: aware UTC.
         primary: the primary's name; None where there is no server, ever (REDIS_ENABLED=0 and no PostgreSQL).
     """
 
-    def __init__(self, entries: int, *, ttl_ms: int, now: Callable[[], datetime], primary: str | None) -> None:
+    def __init__(self, entries: int, *, now: Callable[[], datetime], primary: str | None) -> None:
         self.primary = primary
         self._entries = entries
-        self._ttl = timedelta(milliseconds=ttl_ms)
         self._now = now
         self._known: OrderedDict[str, SessionBinding] = OrderedDict()
         #: Counts the ends of sessions that were noted here.
@@ -73,11 +71,12 @@ class MemorySessionBackend(SessionBackend):
             self._ended.pop(sid, None)
             return binding, True
 
-    def get(self, session_id: str, touch: bool = False) -> SessionBinding | None:
+    def get(self, session_id: str, touch: int = 0) -> SessionBinding | None:
         with self._lock:
             binding = self._live(session_id)
             if binding is not None and touch and binding.expires_at is not None:
-                binding = replace(binding, expires_at=max(binding.expires_at, self._now() + self._ttl))
+                ends = self._now() + timedelta(milliseconds=touch)
+                binding = replace(binding, expires_at=max(binding.expires_at, ends))
                 self._put(binding)
         # Here, not where it is remembered: that is part of every hit.
         return None if binding is None else replace(binding, backend="local")

@@ -57,7 +57,7 @@ class PostgresSessionBackend(PrimarySessionBackend):
 
     def bind(self, request: BindRequest) -> tuple[SessionBinding, bool]:
         if request.if_absent:  # a client without rows may have bound it
-            held = self.get(request.session_id, False)
+            held = self.get(request.session_id, 0)
             if held is not None:
                 return held, True
         started = self._rows.started()
@@ -72,12 +72,12 @@ class PostgresSessionBackend(PrimarySessionBackend):
             if copied is not None:
                 return row.binding(request.session_id, "redis" if copied else "postgres"), True
             if request.if_absent:
-                return self.get(request.session_id, False) or row.binding(request.session_id, "postgres"), True
+                return self.get(request.session_id, 0) or row.binding(request.session_id, "postgres"), True
             # Bind over the binding that came meanwhile: else it is the newer one. The row has this time already.
             request = request._replace(bound_at=request.bound_at + timedelta(microseconds=1))
         return row.binding(request.session_id, "postgres"), True
 
-    def get(self, session_id: str, touch: bool) -> SessionBinding | None:
+    def get(self, session_id: str, touch: int) -> SessionBinding | None:
         if self._cache is not None:
             try:
                 found = self._cache.read(session_id)
@@ -85,14 +85,14 @@ class PostgresSessionBackend(PrimarySessionBackend):
                 self._counters.add("sessions.degraded.postgres")
             else:
                 if found.record is not None and found.believed:
-                    binding = self._touched(self._cache, found.record) if touch else found.record.binding
+                    binding = self._touched(self._cache, found.record, touch) if touch else found.record.binding
                     if binding is not None:
                         return binding
                 return self._look_up(self._cache, found, session_id, touch)
         return self._answer(self._rows.get(session_id), session_id, touch)
 
     def read_for_update(self, session_id: str) -> UpdateBase | None:
-        binding = self.get(session_id, False)
+        binding = self.get(session_id, 0)
         if binding is None:
             return None
         row = self._rows.get(session_id)
@@ -200,17 +200,17 @@ class PostgresSessionBackend(PrimarySessionBackend):
                 self._counters.add("sessions.degraded.postgres")
         return None
 
-    def _touched(self, cache: RowCache, record: SessionRecord) -> SessionBinding | None:
+    def _touched(self, cache: RowCache, record: SessionRecord, touch: int) -> SessionBinding | None:
         """The binding of a record that is believed; None if its row has ended."""
-        if record.stamp is not None and touch_is_due(record.ttl_ms, self._rows.ttl_ms):
+        if record.stamp is not None and touch_is_due(record.ttl_ms, touch):
             try:
-                if self._rows.touch(record.binding.session_id, record.stamp.version) is None:
+                if self._rows.touch(record.binding.session_id, record.stamp.version, touch) is None:
                     return None
             except BackendUnavailable:  # a later touch comes to the row
                 self._counters.add("sessions.degraded.unguarded")
-        return cache.records.touched(record)
+        return cache.records.touched(record, touch)
 
-    def _look_up(self, cache: RowCache, found: CacheEntry, session_id: str, touch: bool) -> SessionBinding | None:
+    def _look_up(self, cache: RowCache, found: CacheEntry, session_id: str, touch: int) -> SessionBinding | None:
         """Ask the row, whatever Redis has, and correct Redis. A session that neither has leaves nothing behind."""
         row: SessionRow | None = None
         for _ in range(_TRIES):
@@ -243,7 +243,7 @@ class PostgresSessionBackend(PrimarySessionBackend):
                 return self._by_row(cache, found, row, session_id, touch, asked_at)
             if not _adoptable(record):
                 cache.believe(record, found.epoch)
-                return cache.records.touched(record) if touch else record.binding
+                return cache.records.touched(record, touch) if touch else record.binding
             try:
                 row = self._rows.adopt(record, row)
             except PoolExhausted:
@@ -255,17 +255,17 @@ class PostgresSessionBackend(PrimarySessionBackend):
             found = cache.read(session_id)  # the row is another by now
         return self._answer(row, session_id, touch)
 
-    def _unguarded(self, cache: RowCache, record: SessionRecord, touch: bool) -> SessionBinding:
+    def _unguarded(self, cache: RowCache, record: SessionRecord, touch: int) -> SessionBinding:
         """Redis's answer, without PostgreSQL."""
         self._counters.add("sessions.degraded.unguarded")
-        return cache.records.touched(record) if touch else record.binding
+        return cache.records.touched(record, touch) if touch else record.binding
 
     def _by_adopted(
-        self, cache: RowCache, found: CacheEntry, record: SessionRecord, row: SessionRow, touch: bool, asked_at: float
+        self, cache: RowCache, found: CacheEntry, record: SessionRecord, row: SessionRow, touch: int, asked_at: float
     ) -> SessionBinding | None:
         """The answer of a row that has just adopted the record; its copy takes the record's place."""
         session_id = record.binding.session_id
-        slid = self._slid(row, session_id) if touch else row
+        slid = self._slid(row, session_id, touch) if touch else row
         if slid is None:
             return None
         try:
@@ -277,7 +277,7 @@ class PostgresSessionBackend(PrimarySessionBackend):
         return slid.binding(session_id, "redis")
 
     def _by_row(
-        self, cache: RowCache, found: CacheEntry, row: SessionRow | None, session_id: str, touch: bool, asked_at: float
+        self, cache: RowCache, found: CacheEntry, row: SessionRow | None, session_id: str, touch: int, asked_at: float
     ) -> SessionBinding | None:
         """The row's answer, where Redis has nothing newer."""
         record = found.record
@@ -300,24 +300,24 @@ class PostgresSessionBackend(PrimarySessionBackend):
             with contextlib.suppress(BackendUnavailable):  # if it can be read and not written, the mark stands
                 self.unbind(session_id)
             return None
-        slid = self._slid(row, session_id) if touch else row
+        slid = self._slid(row, session_id, touch) if touch else row
         if slid is None:
             return None
         cache.fill(session_id, slid, lease, same(found.raw))
         return slid.binding(session_id, "postgres")
 
-    def _answer(self, row: SessionRow | None, session_id: str, touch: bool) -> SessionBinding | None:
+    def _answer(self, row: SessionRow | None, session_id: str, touch: int) -> SessionBinding | None:
         """The row's answer, without Redis."""
         if row is not None and touch and row.alive:
-            row = self._slid(row, session_id)
+            row = self._slid(row, session_id, touch)
         return row.binding(session_id, "postgres") if row is not None and row.alive else None
 
-    def _slid(self, row: SessionRow, session_id: str) -> SessionRow | None:
+    def _slid(self, row: SessionRow, session_id: str, touch: int) -> SessionRow | None:
         """The row with its whole TTL again, if a tenth of that has passed; None if it has ended."""
-        if not touch_is_due(row.left_ms, self._rows.ttl_ms):
+        if not touch_is_due(row.left_ms, touch):
             return row
         try:
-            return self._rows.touch(session_id, row.version)
+            return self._rows.touch(session_id, row.version, touch)
         except BackendUnavailable:  # it could be read: perhaps it is read-only; a later touch comes to it
             self._counters.add("sessions.degraded.unguarded")
             return row

@@ -125,7 +125,7 @@ class RedisSessionBackend(PrimarySessionBackend):
             old: SessionRecord | None = None
             count = 0
             if request.if_absent and not seen.is_nothing:
-                held = self.get(request.session_id, False)
+                held = self.get(request.session_id, 0)
                 if held is not None:
                     return held, True
                 seen = Observed(None, False)
@@ -138,7 +138,7 @@ class RedisSessionBackend(PrimarySessionBackend):
                 members = members_of(origin[0][0])
             if old is not None:
                 if same_binding(old.binding, request.binding("redis")):  # this bind arrived twice
-                    return self.get(request.session_id, False) or old.binding, True
+                    return self.get(request.session_id, 0) or old.binding, True
                 count = old.binding.bind_count
                 if request.origin is None and old.binding.agent_id == request.agent_id:
                     members = members_of(old.raw)
@@ -154,14 +154,14 @@ class RedisSessionBackend(PrimarySessionBackend):
                 self._client.pipeline((self.indexing(request.agent_id, request.session_id, indexed),), (self.index,))
         raise BackendError(f"session {request.session_id!r} changed at each of {_TRIES} tries to bind it")
 
-    def get(self, session_id: str, touch: bool) -> SessionBinding | None:
+    def get(self, session_id: str, touch: int) -> SessionBinding | None:
         raw, ttl_ms = self.look(session_id)
         if raw is None:
             return None
         record = self.decoded(session_id, raw, ttl_ms)
         if not record.ours or not 0 <= ttl_ms <= self._ttl_ms:
             self._note(record)
-        return self.touched(record) if touch else record.binding
+        return self.touched(record, touch) if touch else record.binding
 
     def read_for_update(self, session_id: str) -> UpdateBase | None:
         raw, ttl_ms = self.look(session_id)
@@ -197,21 +197,21 @@ class RedisSessionBackend(PrimarySessionBackend):
                 found[sid] = record
         return found
 
-    def touched(self, record: SessionRecord) -> SessionBinding:
-        """The record's binding with its whole TTL again, if a tenth of that has passed."""
+    def touched(self, record: SessionRecord, wanted_ms: int) -> SessionBinding:
+        """The record's binding with this TTL again, if a tenth of that has passed."""
         binding = record.binding
-        if not touch_is_due(record.ttl_ms, self._ttl_ms):
+        if not touch_is_due(record.ttl_ms, wanted_ms):
             return binding
-        commands = [self._touch.call((self._keys.session(binding.session_id),), (str(self._ttl_ms),))]
+        commands = [self._touch.call((self._keys.session(binding.session_id),), (str(wanted_ms),))]
         if is_id(binding.agent_id):
             # First: an index may name a session too many, never one too few.
-            commands.insert(0, self.indexing(binding.agent_id, binding.session_id, self._ttl_ms))
+            commands.insert(0, self.indexing(binding.agent_id, binding.session_id, wanted_ms))
         try:
             existed = self._client.pipeline(commands, (self.index, self._touch))[-1]
         except BackendUnavailable:
             self._counters.add("sessions.degraded.touch")
             return binding
-        return replace(binding, expires_at=self._now() + timedelta(milliseconds=self._ttl_ms)) if existed else binding
+        return replace(binding, expires_at=self._now() + timedelta(milliseconds=wanted_ms)) if existed else binding
 
     def unbind(self, session_id: str) -> bool:
         return bool(self._client.pipeline((self._unbinding(session_id),), (self._unbind,))[0])

@@ -185,20 +185,20 @@ class SessionRows:
         )
         return {self._keys.id_of(session): self._row(row) for session, *row in rows}
 
-    def touch(self, session_id: str, version: int, ttl_ms: int | None = None) -> SessionRow | None:
-        """Give a session its whole TTL again. Returns the row; None if it has ended.
+    def touch(self, session_id: str, version: int, ttl_ms: int) -> SessionRow | None:
+        """Give a session this TTL again. Returns the row; None if it has ended.
 
         Args:
             version: the version of a living copy. If that is the row's, the row has only missed touches.
-            ttl_ms: the milliseconds that the copy has left, in place of the whole TTL; NO_END.
+            ttl_ms: milliseconds; NO_END.
         """
-        left = self._ttl if ttl_ms is None else timedelta(milliseconds=bounded(ttl_ms))
+        left_ms = bounded(ttl_ms)
         rows = self._postgres.fetch(
             "UPDATE @schema@.govredis_sessions SET expires_at ="
             " greatest(expires_at, CASE WHEN %s THEN 'infinity' ELSE clock_timestamp() + %s END)"
             " WHERE session = %s AND NOT revoked AND (expires_at > clock_timestamp() OR version = %s)"
             f" RETURNING {_COLUMNS}",
-            (ttl_ms is not None and bounded(ttl_ms) == NO_END, left, self._keys.row(session_id, "session_id"), version),
+            (left_ms == NO_END, timedelta(milliseconds=left_ms), self._keys.row(session_id, "session_id"), version),
         )
         return self._row(rows[0]) if rows else None
 
