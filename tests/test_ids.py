@@ -200,6 +200,7 @@ TAKE_NONE = {
     *(f"FlaskGovRedis.{name}" for name in ("init_app", "current_agent", "rate_limited")),
     *(f"FlaskGovRedis.{name}" for name in ("default_limit", "exempt")),
     *(f"FlaskGovRedis.{name}" for name in ("login", "logout", "login_required")),  # tests/contrib/flask
+    "FlaskGovRedis.use_for_flask_session",
 }
 
 

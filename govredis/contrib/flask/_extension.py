@@ -18,7 +18,7 @@ from ...errors import refuse
 from ...keys import Id
 from ...limits.rates import Rate
 from ...sessions import SessionBinding
-from . import _logins, _problems
+from . import _logins, _problems, _session_interface
 from ._decoration import BareViews, name_of
 from ._default_limits import DefaultLimits
 from ._endpoints import commands, endpoints
@@ -78,6 +78,7 @@ class FlaskGovRedis:
         self._defaults = DefaultLimits()
         self._limited = BareViews("rate_limited", "limit")
         self._protected = BareViews("login_required", "protect")
+        self._is_flask_session = False
         if app is not None:
             self.init_app(app)
 
@@ -91,6 +92,8 @@ class FlaskGovRedis:
             raise ValueError(f"app {app.name!r} has a FlaskGovRedis already; init_app is called once for an app")
         config = Config.from_app(app.config, variables(), (HEADER, COOKIE, SECURE, PREFIX, DETAILS))
         read_settings(app)
+        if self._is_flask_session:
+            _session_interface.check(app)
         if (prefix := app.config[PREFIX]) is not None:
             app.register_blueprint(endpoints, url_prefix=prefix)
         made = self._gov or (None if config is None else GovRedis(config))
@@ -100,6 +103,8 @@ class FlaskGovRedis:
         _logins.watch(app)
         _problems.watch(app)
         app.cli.add_command(commands)
+        if self._is_flask_session:
+            _session_interface.install(app)
         self._apps.add(app)
 
     @property
@@ -123,7 +128,7 @@ class FlaskGovRedis:
         Args:
             agent_id: the agent: a user's id, say.
             ttl: seconds, above REDIS_SESSION_TTL: a session that ends sooner gets that by its next request.
-            data: as in `SessionCache.start`.
+            data: as in `SessionCache.start`; with `use_for_flask_session` a dict, which joins the content.
             remember: keep the cookie for the ttl. False: until the browser ends.
 
         If the view raises an error afterwards, the new session ends and no cookie is set. `abort(redirect(...))` is no
@@ -170,6 +175,37 @@ class FlaskGovRedis:
             return function(*args, **kwargs)
 
         return protected
+
+    def use_for_flask_session(self) -> None:
+        """Have `flask.session` keep its content in our sessions, in all apps of this extension, later ones included.
+
+        The content is the `data` of the session that `login` begins and `current_agent` reads: a request has one
+        session, and its cookie is that of `login`. It is read at its first use. Once the response is made, those keys
+        are saved that the request has changed, also within a value. If requests at the same time change different keys,
+        all of them count; of the same key the later one does.
+
+        A stranger who gets content gets a session, whose `current_agent` is None. `login` takes the content along under
+        a new id, and `logout` ends it. A session gets a new id too when Flask-Login's `login_user` changes its user,
+        and by `app.session_interface.regenerate(session)`. If nothing is left in a stranger's session, it ends.
+
+        Values are those of Flask's own session: JSON, tuples, bytes, datetimes, UUIDs and Markup. Any other is a
+        ValueError that names its key, when the response is made: a 500. So is content of more than 64 KiB.
+
+        A session with `session.permanent` and its cookie have `PERMANENT_SESSION_LIFETIME`. Once a tenth of it has
+        passed, a request that uses the session gives it the whole again, unless `SESSION_REFRESH_EACH_REQUEST` is
+        False. `SESSION_COOKIE_SAMESITE` holds for our cookie.
+
+        While nobody can say what is in the session, its use raises SessionStoreUnavailable: a 503. If it cannot be
+        saved, the answer is that 503 instead of the view's. A session that was ended meanwhile stays ended.
+
+        Raises ConfigurationError for an app whose settings are at odds with it: no GOVREDIS_SESSION_COOKIE, or one of
+        Flask's SESSION_COOKIE_* that our cookie cannot follow; ValueError for an app with another session_interface.
+        """
+        for app in self._apps:
+            _session_interface.check(app)
+        for app in self._apps:
+            _session_interface.install(app)
+        self._is_flask_session = True
 
     def current_agent(self) -> str | None:
         """The agent of this request's session, by the session id in the header, or else in the cookie.

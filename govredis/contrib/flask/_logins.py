@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
-from flask import Flask, Response, current_app, request
+import flask
+from flask import Flask, Request, Response, request
 from werkzeug.exceptions import HTTPException
 
-from ...errors import BackendError, GovRedisError
-from ...keys import Id, is_id
+from ...errors import BackendError, GovRedisError, refuse
+from ...keys import Id, check_id, is_id
 from ...sessions import SessionBinding
-from ._state import COOKIE, HEADER, SECURE, app_gov
+from ._flask_session import FlaskSession
+from ._state import COOKIE, HEADER, SECURE, app_gov, current_app_itself, gov_of, has_flask_session
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,81 +32,151 @@ _VISIT, _ANSWERED = "govredis.visit", "govredis.answered"
 _CARRIED = 8
 
 
+#: How the agents of anonymous sessions begin. Each such session has an agent of its own: an index that all shared would
+#: grow without end.
+_ANONYMOUS = "flask-anonymous:"
+
+
 @dataclass(slots=True)
 class Visit:
     """A request, and its knowledge of its session.
 
     Attributes:
         asked: somebody wanted to know the agent, so that the response depends on it.
-        known: `agent` was found, or `error` in its place.
-        started: the session that a login of this request has begun.
+        known: `binding` was found, or `error` in its place.
+        issued: the id of the session that this request has begun, for the cookie.
         max_age: seconds that its cookie stays; None: until the browser ends.
-        ended: a logout of this request has ended what it carried.
+        has_login: the session was begun by a login, so that an error undoes it.
+        ended: this request has ended the session that it carried.
+        unsaved: flask.session could not be saved, for this reason.
     """
 
     asked: bool = False
     known: bool = False
-    agent: str | None = None
+    binding: SessionBinding | None = None
     error: GovRedisError | None = None
-    started: SessionBinding | None = None
+    issued: str | None = None
     max_age: int | None = None
+    has_login: bool = False
     ended: bool = False
+    unsaved: Exception | None = None
 
-    def settle(self, agent: str | None, started: SessionBinding | None) -> None:
-        """A login, or a logout, has decided who it is."""
-        self.known, self.agent, self.error, self.started = True, agent, None, started
+    @property
+    def agent(self) -> str | None:
+        binding = self.binding
+        return None if binding is None or is_anonymous(binding) else binding.agent_id
+
+    @property
+    def session_id(self) -> str | None:
+        """The living session of this request."""
+        return self.issued or (None if self.binding is None else self.binding.session_id)
+
+    def begin(self, started: SessionBinding) -> None:
+        """A session has begun, and the request's own is over."""
+        self.known, self.binding, self.error, self.issued = True, started, None, started.session_id
+        self.max_age = None
+
+    def end(self) -> None:
+        self.known, self.binding, self.error, self.issued, self.has_login = True, None, None, None, False
 
 
-def current_agent() -> str | None:
-    visit = _visit()
-    visit.asked = True
+def is_anonymous(binding: SessionBinding) -> bool:
+    return binding.agent_id.startswith(_ANONYMOUS)
+
+
+def anonymous_agent() -> str:
+    return f"{_ANONYMOUS}{secrets.token_urlsafe(16)}"
+
+
+def find(app: Flask, visitor: Request) -> SessionBinding | None:
+    """The binding of a request's session. Asks once. Outside of the request, too."""
+    visit = visit_of(visitor)
     if visit.error is not None:
         raise visit.error.with_traceback(None)
     if not visit.known:
-        sessions, carried = app_gov().sessions, _carried()
+        sessions, carried = gov_of(app).sessions, _carried(app, visitor)
         try:
             # A header that is no id is nobody's: the cookie beside it is not looked at.
             if carried and is_id(carried[0]):
-                visit.agent = sessions.get_agent_id(carried[0], touch=True)
+                visit.binding = sessions.get(carried[0], touch=True)
         except GovRedisError as error:
             visit.error = error
             raise
         visit.known = True
+    return visit.binding
+
+
+def current_agent() -> str | None:
+    visit = visit_of(request)
+    visit.asked = True
+    find(current_app_itself(), request)
     return visit.agent
 
 
 def login(agent_id: Id, ttl: float | None, data: Any, remember: bool) -> SessionBinding:
-    visit = _visit()
+    visit = visit_of(request)
     _refuse_late("login")
+    if check_id(agent_id, "agent_id").startswith(_ANONYMOUS):
+        raise refuse("agent_id", agent_id, f"an id that does not begin with {_ANONYMOUS!r}, as those of strangers do")
     sessions = app_gov().sessions
-    if visit.started is not None:
-        old = [visit.started.session_id]
+    session = flask_session()
+    content, lifetime = data, None
+    if session is not None:
+        if data is not None and not isinstance(data, dict):
+            raise refuse("data", type(data).__name__, "a dict, which flask.session gets; or None")
+        content = session.data(data)
+        if ttl is None and session.permanent:
+            ttl, lifetime = permanent_ttl(current_app_itself())
+    if visit.issued is not None:
+        old = [visit.issued]
     else:
-        old = [sid for sid in _carried() if is_id(sid)]
-    started = sessions.start(agent_id, replacing=old[0] if old else None, ttl=ttl, data=data)
-    visit.settle(started.agent_id, started)  # before the rest, which may fail: the login is undone then
+        old = [sid for sid in _carried(current_app_itself(), request) if is_id(sid)]
+    started = sessions.start(agent_id, replacing=old[0] if old else None, ttl=ttl, data=content)
+    visit.begin(started)  # before the rest, which may fail: the login is undone then
+    visit.has_login = True
+    if session is not None:
+        session.settle(data)
     for session_id in old[1:]:
         if sessions.exists(session_id):
             sessions.unbind(session_id)
-    visit.max_age = max(1, int(ttl)) if remember and ttl is not None else None
+    visit.max_age = max(1, int(ttl)) if remember and ttl is not None else lifetime
     return started
 
 
 def logout() -> bool:
-    visit = _visit()
+    visit = visit_of(request)
     _refuse_late("logout")
     sessions = app_gov().sessions
     ended = False
-    if visit.started is not None:
-        ended = sessions.unbind(visit.started.session_id)
+    if visit.issued is not None:
+        ended = sessions.unbind(visit.issued)
     elif not visit.ended:
-        for n, session_id in enumerate(_carried()):
+        visit.asked = True
+        app = current_app_itself()
+        for n, session_id in enumerate(_carried(app, request)):
             # `unbind` would leave a mark of an id that a stranger made up.
-            if is_id(session_id) and (current_agent() is not None if n == 0 else sessions.exists(session_id)):
+            if is_id(session_id) and (find(app, request) is not None if n == 0 else sessions.exists(session_id)):
                 ended |= sessions.unbind(session_id)
-    visit.settle(None, None)
+    visit.end()
     visit.ended = True
+    session = flask_session()
+    if session is not None:
+        session.forget()
     return ended
+
+
+def flask_session() -> FlaskSession | None:
+    """flask.session, if it is one of ours."""
+    if not has_flask_session(current_app_itself()):  # to touch another one has effects
+        return None
+    found = flask.session._get_current_object()  # type: ignore[attr-defined]
+    return found if isinstance(found, FlaskSession) else None
+
+
+def permanent_ttl(app: Flask) -> tuple[float, int]:
+    """Seconds that a permanent session has from its beginning, and that its cookie has."""
+    lifetime = max(1, int(app.permanent_session_lifetime.total_seconds()))
+    return max(lifetime, gov_of(app).config.session_ttl), lifetime
 
 
 def watch(app: Flask) -> None:
@@ -116,6 +189,16 @@ def watch(app: Flask) -> None:
 
     def handle_undone(error: Exception) -> Response:
         _undo()
+        session = flask_session()
+        if session is not None:
+            session.is_saved = False  # there will be another response
+        if visit_of(request).unsaved is error and isinstance(error, HTTPException):
+            try:
+                # As from the view: Flask makes a 500 of all errors that come later.
+                answer = app.handle_user_exception(error)
+            except Exception as other:  # noqa: BLE001 - the app's handler may raise any
+                return handle(other)
+            return app.finalize_request(answer, from_error_handler=True)
         return handle(error)
 
     setattr(app, "handle_exception", handle_undone)  # noqa: B010 - a method, to mypy
@@ -146,12 +229,15 @@ def _is_answer(error: Exception) -> bool:
 
 def _undo() -> None:
     visit: Visit | None = request.__dict__.get(_VISIT)
-    if visit is None or visit.started is None:
+    if visit is None or visit.issued is None or not visit.has_login:
         return
-    started = visit.started
-    visit.settle(None, None)
+    begun = visit.issued
+    visit.end()
+    session = flask_session()
+    if session is not None:
+        session.forget()
     with contextlib.suppress(BackendError):  # nobody has got its id, and it ends with its TTL
-        app_gov().sessions.unbind(started.session_id)
+        app_gov().sessions.unbind(begun)
 
 
 def _finish(response: Response) -> Response:
@@ -161,33 +247,52 @@ def _finish(response: Response) -> Response:
     visit: Visit | None = request.__dict__.get(_VISIT)
     if visit is None:
         return response
-    header, cookie = current_app.config[HEADER], current_app.config[COOKIE]
+    app = current_app_itself()
     if visit.asked:
-        response.vary.update([field for field, used in ((header, header), ("Cookie", cookie)) if used])
+        vary(app, response)
+    if has_flask_session(app):
+        return response  # `save_session` may begin or end a session yet
+    if visit.issued is not None:
+        response = own(response)
+    set_cookie(app, request, response)
+    return response
+
+
+def own(response: Response) -> Response:
+    """A copy: a response that a view keeps, and returns to others too, must not carry this session to them."""
+    found, found.headers = copy.copy(response), response.headers.copy()
+    return found
+
+
+def vary(app: Flask, response: Response) -> None:
+    header, cookie = app.config[HEADER], app.config[COOKIE]
+    response.vary.update([field for field, used in ((header, header), ("Cookie", cookie)) if used])
+
+
+def set_cookie(app: Flask, visitor: Request, response: Response) -> None:
+    """Have a response set or delete the cookie, if the request has begun or ended a session."""
+    visit, cookie = visit_of(visitor), app.config[COOKIE]
     if cookie is None:
-        return response
+        return
     shape: dict[str, Any] = {
         "path": "/",
-        "secure": current_app.config[SECURE],
+        "secure": app.config[SECURE],
         "httponly": True,
-        "samesite": "Lax",
+        "samesite": (has_flask_session(app) and app.config["SESSION_COOKIE_SAMESITE"]) or "Lax",
     }
-    if visit.started is not None:
-        # A response that a view keeps, and returns to others too, must not carry this session to them.
-        response, response.headers = copy.copy(response), response.headers.copy()
-        response.set_cookie(cookie, visit.started.session_id, max_age=visit.max_age, **shape)
+    if visit.issued is not None:
+        response.set_cookie(cookie, visit.issued, max_age=visit.max_age, **shape)
         response.headers["Cache-Control"] = "no-store"
-    elif visit.ended and cookie in request.cookies:
+    elif visit.ended and cookie in visitor.cookies:
         response.delete_cookie(cookie, **shape)
         response.headers["Cache-Control"] = "no-store"
-    return response
 
 
 def _forget_error(_: BaseException | None) -> None:
     """The error holds the frames of the view, and these hold this visit: all would stay until a garbage collection."""
     visit: Visit | None = request.__dict__.get(_VISIT)
     if visit is not None:
-        visit.error = None
+        visit.error = visit.unsaved = None
 
 
 def _refuse_late(what: str) -> None:
@@ -195,15 +300,15 @@ def _refuse_late(what: str) -> None:
         raise RuntimeError(f"{what} sets a cookie, and this request has its response already; call it in the view")
 
 
-def _visit() -> Visit:
-    return cast(Visit, request.__dict__.setdefault(_VISIT, Visit()))
+def visit_of(visitor: Request) -> Visit:
+    return cast(Visit, visitor.__dict__.setdefault(_VISIT, Visit()))
 
 
-def _carried() -> list[str]:
+def _carried(app: Flask, visitor: Request) -> list[str]:
     """The session ids that the request came with, of any form: the header's first, then the cookies'.
 
     Another path, or another host of the domain, may add cookies of a name without __Host-.
     """
-    header, cookie = current_app.config[HEADER], current_app.config[COOKIE]
-    sent = [request.headers.get(header) if header else None, *(request.cookies.getlist(cookie) if cookie else ())]
+    header, cookie = app.config[HEADER], app.config[COOKIE]
+    sent = [visitor.headers.get(header) if header else None, *(visitor.cookies.getlist(cookie) if cookie else ())]
     return list(dict.fromkeys(session_id for session_id in sent if session_id))[:_CARRIED]

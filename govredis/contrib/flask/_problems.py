@@ -54,7 +54,7 @@ def watch(app: Flask) -> None:
     Extensions as Flask-RESTful handle errors in ways of their own, but all of them know an HTTPException.
     """
     for step in "preprocess_request", "dispatch_request":
-        setattr(app, step, _telling(getattr(app, step)))
+        setattr(app, step, telling(getattr(app, step)))
     handle = app.handle_http_exception
 
     def handle_ours(error: HTTPException) -> Any:
@@ -67,9 +67,11 @@ def watch(app: Flask) -> None:
     app.after_request(_keep_retry_after)
 
 
-def _telling(step: Callable[P, R]) -> Callable[P, R]:
+def telling(step: Callable[P, R]) -> Callable[P, R]:
+    """A step of a request, whose errors of ours are werkzeug's as well."""
+
     @functools.wraps(step)
-    def telling(*args: P.args, **kwargs: P.kwargs) -> R:
+    def told_step(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return step(*args, **kwargs)
         except (RateLimitExceeded, BackendUnavailable) as error:
@@ -82,7 +84,7 @@ def _telling(step: Callable[P, R]) -> Callable[P, R]:
         finally:
             del told  # which holds this frame
 
-    return telling
+    return told_step
 
 
 def _told(error: RateLimitExceeded | BackendUnavailable) -> Any:

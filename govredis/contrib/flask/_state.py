@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from flask import Flask, current_app
+from flask.sessions import SessionInterface
 
 from ...api import GovRedis, get_gov
 
@@ -26,13 +27,19 @@ class AppState:
     #: Why its requests are refused: a decorator that does nothing above its route. "" for no reason; None before the
     #: first request, as more views may come.
     refusal: str | None = None
+    #: The one that we gave the app; another extension may give it another.
+    session_interface: SessionInterface | None = None
+
+
+def state_of(app: Flask) -> AppState:
+    try:
+        return cast(AppState, app.extensions[EXTENSION])
+    except KeyError:
+        raise RuntimeError(f"app {app.name!r} has no FlaskGovRedis; call init_app(app) first") from None
 
 
 def app_state() -> AppState:
-    try:
-        return cast(AppState, current_app.extensions[EXTENSION])
-    except KeyError:
-        raise RuntimeError(f"app {current_app.name!r} has no FlaskGovRedis; call init_app(app) first") from None
+    return state_of(current_app)
 
 
 def current_app_itself() -> Flask:
@@ -41,5 +48,15 @@ def current_app_itself() -> Flask:
     return found
 
 
+def gov_of(app: Flask) -> GovRedis:
+    return state_of(app).gov or get_gov()
+
+
 def app_gov() -> GovRedis:
-    return app_state().gov or get_gov()
+    return gov_of(current_app)
+
+
+def has_flask_session(app: Flask) -> bool:
+    """Is the app's flask.session ours?"""
+    ours = state_of(app).session_interface
+    return ours is not None and app.session_interface is ours
