@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Sequence
@@ -43,6 +44,12 @@ def commands_in_script(source: str) -> set[str]:
     return {name.lower() for name in _IN_SCRIPT.findall(source)}
 
 
+@functools.cache
+def _read(feature: str, filename: str) -> str:
+    """Each GovRedis makes all scripts: reading them anew took most of that time."""
+    return (files(feature) / "lua" / filename).read_text(encoding="utf-8")
+
+
 class Script:
     """A Lua script of a feature.
 
@@ -56,9 +63,7 @@ class Script:
 
     def __init__(self, package: str, *filenames: str) -> None:
         feature = ".".join(package.split(".")[:2])
-        folder = files(feature) / "lua"
-        parts = [(folder / filename).read_text(encoding="utf-8") for filename in filenames]
-        self.source: str = "\n".join(parts)
+        self.source: str = "\n".join(_read(feature, filename) for filename in filenames)
         self.sha: str = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
         SOURCES[self.sha] = self.source
 
