@@ -6,6 +6,7 @@ A missing server is an error of the fixture, so the test fails. Only those that 
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import psycopg2
 import pytest
 import redis as redis_py
 from async_service.blocking import BlockingService
-from support import eventually, migrated_postgres
+from support import copied_postgres, empty, eventually, flush, migrated_postgres
 from system_binaries import find_system_binary
 
 from govredis import Config, GovRedis, configure
@@ -104,9 +105,7 @@ def shared_redis(redis_binary: str) -> Iterator[RedisServer]:
 @pytest.fixture
 def redis_server(shared_redis: RedisServer) -> RedisServer:
     """A living, empty Redis. Not to be stopped: that is what `mortal_redis` is for."""
-    with redis_py.Redis.from_url(shared_redis.url) as client:
-        client.flushall()
-        client.script_flush()
+    flush(shared_redis)
     return shared_redis
 
 
@@ -125,29 +124,37 @@ def persistent_redis(redis_binary: str) -> Iterator[RedisServer]:
 
 
 @pytest.fixture(scope="session")
-def shared_postgres() -> Iterator[PostgresServer]:
+def postgres_template() -> Iterator[PostgresServer]:
+    """A PostgreSQL that has our tables, stopped: `copied_postgres` starts others from its data."""
     with migrated_postgres() as server:
+        server.stop()
         yield server
 
 
+@pytest.fixture(scope="session")
+def shared_postgres(postgres_template: PostgresServer) -> Iterator[PostgresServer]:
+    with copied_postgres(postgres_template) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def emptying(shared_postgres: PostgresServer) -> Iterator[Any]:
+    """The connection by which the tables are emptied: to make one costs more than to empty them."""
+    with contextlib.closing(psycopg2.connect(shared_postgres.url)) as connection:
+        yield connection
+
+
 @pytest.fixture
-def postgres_server(shared_postgres: PostgresServer) -> PostgresServer:
+def postgres_server(shared_postgres: PostgresServer, emptying: Any) -> PostgresServer:
     """A living PostgreSQL with our tables, empty."""
-    connection = psycopg2.connect(shared_postgres.url)
-    with connection, connection.cursor() as cursor:
-        cursor.execute(
-            "TRUNCATE govredis_limit_windows, govredis_limit_counters, govredis_agents, govredis_health_snapshots,"
-            " govredis_sessions, govredis_session_agents;"
-            "TRUNCATE govredis_outbox, govredis_epochs"
-        )
-    connection.close()
+    empty(emptying)
     return shared_postgres
 
 
 @pytest.fixture
-def mortal_postgres() -> Iterator[PostgresServer]:
+def mortal_postgres(postgres_template: PostgresServer) -> Iterator[PostgresServer]:
     """A PostgreSQL of the test's own, with our tables, to pause, kill and restart."""
-    with migrated_postgres() as server:
+    with copied_postgres(postgres_template) as server:
         yield server
 
 

@@ -142,7 +142,7 @@ class ClockedPostgres:
         self._admin = psycopg2.connect(url)
         self._admin.autocommit = True
         self.sql(
-            "TRUNCATE govredis_limit_windows, govredis_limit_counters;"
+            "DELETE FROM govredis_limit_windows; DELETE FROM govredis_limit_counters;"
             "DROP SCHEMA IF EXISTS testclock CASCADE; CREATE SCHEMA testclock;"
             "CREATE TABLE testclock.t (us bigint); INSERT INTO testclock.t VALUES (0);"
             "CREATE FUNCTION testclock.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS"

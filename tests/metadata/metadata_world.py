@@ -140,7 +140,7 @@ class World:
 
     def _begin(self) -> None:
         self.redis.command("FLUSHALL")
-        self.sql("TRUNCATE govredis_outbox, govredis_epochs; DELETE FROM govredis_agents; DELETE FROM govredis_outbox")
+        self.sql("DELETE FROM govredis_epochs; DELETE FROM govredis_agents; DELETE FROM govredis_outbox")
         self.sql("INSERT INTO govredis_agents (agent_id, metadata) VALUES ('a', '{}'), ('b', '{}')")
         for gov in self.govs:
             gov.internal.freshness.renew_after_fork()  # type: ignore[union-attr]
