@@ -26,6 +26,9 @@ shop: $(READY)  ## the example of examples/shop: a Flask site with logins, limit
 mailer: $(READY)  ## the example of examples/mailer: Celery workers that send mails no faster than a mail server takes them
 	@$(BIN)/python examples/run.py mailer
 
+# Bytecode is kept even where the environment says otherwise: the suite starts hundreds of processes, and each would
+# compile all that it imports.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(READY)  ## the tests, on every redis-server found and on PostgreSQL
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
