@@ -98,6 +98,7 @@ class Model:
     passes, for the number of states."""
 
     def __init__(self, without: str = "", *, processes: int = 3, removers: int = 0) -> None:
+        assert without in ("", *RULES, *REMOVAL_RULES)
         self._without = without
         self._processes = processes
         self._removers = removers
@@ -111,7 +112,6 @@ class Model:
         return State((-1,) * self._processes * (2 + 2 * self._removers), tuple(processes))
 
     def _rule(self, name: str) -> bool:
-        assert name in RULES or name in REMOVAL_RULES
         return name != self._without
 
     def _granted(self, s: State, me: int, above: int) -> int:
@@ -315,7 +315,8 @@ def _with(s: State, me: int, process: Process) -> State:
     if process.at in ("gone", "dead") and process.token >= 0 and process.token not in (f.holder[0], f.passer[0]):
         # It makes no difference any more.
         ended = tuple(1 if token == process.token else e for token, e in enumerate(ended))
-    return s._replace(ended=ended, processes=tuple(process if who == me else p for who, p in enumerate(s.processes)))
+    others = s.processes
+    return State(ended, (*others[:me], process, *others[me + 1 :]), s.files, s.token, s.old)
 
 
 def _seen_nothing(p: Process, at: str, inside: int | None = None) -> Process:
@@ -325,7 +326,7 @@ def _seen_nothing(p: Process, at: str, inside: int | None = None) -> Process:
 def _file(s: State, p: Process, **changed: Any) -> State:
     """With that changed in the file that it has open."""
     n, files = p.file, s.files
-    return s._replace(files=(*files[:n], files[n]._replace(**changed), *files[n + 1 :]))
+    return State(s.ended, s.processes, (*files[:n], files[n]._replace(**changed), *files[n + 1 :]), s.token, s.old)
 
 
 def _gone(s: State, me: int, p: Process) -> tuple[State, Process]:
