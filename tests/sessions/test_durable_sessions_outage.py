@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg2
 import pytest
-from support import PATIENCE, PATIENT, Child, Gate, eventually, migrated_postgres, redis_of
+from support import PATIENCE, PATIENT, Child, Gate, copied_postgres, eventually, redis_of
 
 from govredis import GovRedis, SessionAlreadyBound, SessionStoreUnavailable
 from govredis.testing.servers import PostgresServer, RedisServer
@@ -49,8 +49,8 @@ SHORT = {**PATIENT, "metadata_staleness": 3}
 
 
 @pytest.fixture(scope="module")
-def shared_outages() -> Iterator[PostgresServer]:
-    with migrated_postgres() as server:
+def shared_outages(postgres_template: PostgresServer) -> Iterator[PostgresServer]:
+    with copied_postgres(postgres_template) as server:
         yield server
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg2
 import pytest
-from support import eventually, migrated_postgres
+from support import copied_postgres, eventually
 
 from govredis import BackendUnavailable, GovRedis
 from govredis.postgres import Postgres
@@ -32,8 +32,8 @@ ON = {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[PostgresServer]:
-    with migrated_postgres() as server:
+def server(postgres_template: PostgresServer) -> Iterator[PostgresServer]:
+    with copied_postgres(postgres_template) as server:
         yield server
 
 
