@@ -27,7 +27,7 @@ import redis
 from support import PATIENCE, Background, Child, WatchedSocket, eventually, hung, in_child, in_threads
 
 from govredis import BackendError, BackendUnavailable, Config, ConfigurationError
-from govredis.client import RedisClient, Script
+from govredis.client import RedisClient, Script, commands
 from govredis.client import redis_client as client_module
 from govredis.testing.servers import RedisServer
 
@@ -65,6 +65,13 @@ def script(source: str = SOURCE) -> Script:
 
     made.sha = hashlib.sha1(source.encode()).hexdigest()
     return made
+
+
+def test_the_file_of_a_script_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Script("govredis.limits", "window.lua")
+    monkeypatch.delattr(commands, "files")
+    again = Script("govredis.limits.backends", "window.lua")
+    assert (again.source, again.sha) == (first.source, first.sha)
 
 
 def works(client: RedisClient) -> bool:
