@@ -236,7 +236,7 @@ def migrated_postgres() -> Iterator[PostgresServer]:
 
 
 def _keep_password_cheaply(url: str) -> None:
-    """Of a login's CPU the 4096 iterations over the password take more than half; before PostgreSQL 16 they must."""
+    """The 4096 iterations over a password take half of a login's CPU. Before PostgreSQL 16 their number is fixed."""
     with contextlib.closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
         if connection.server_version < 160000:
             return
@@ -252,7 +252,7 @@ def copied_postgres(stopped: PostgresServer) -> Iterator[PostgresServer]:
         yield server.start()
 
 
-#: All tables whose rows tests write. What the outbox notes of deletions goes last.
+#: All tables whose rows tests write. The outbox goes last: it takes note of deletions.
 TABLES = [
     *("govredis_limit_windows", "govredis_limit_counters", "govredis_agents", "govredis_health_snapshots"),
     *("govredis_sessions", "govredis_session_agents", "govredis_outbox", "govredis_epochs"),
