@@ -62,9 +62,8 @@ $(VENV)/.docs: $(READY)
 docs: $(VENV)/.docs  ## the documentation, in docs/_build; warnings are errors
 	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build
 
-bench: $(READY)  ## cost over a raw socket, beside redis-py and the peers, in one run
-	$(BIN)/python -m pip install -q --disable-pip-version-check limits throttled-py pyrate-limiter python-redis-lock dogpile.cache
-	$(BIN)/python -m tests.bench
+bench: $(READY)  ## CPU, throughput, memory and outages, beside redis-py and the peers, in ten minutes; BENCH_ARGS=--quick, --docs
+	$(BIN)/python -m tests.bench $(BENCH_ARGS)
 
 worker: $(READY)  ## a Celery worker with beat, on REDIS_URL, CELERY_BROKER_URL and GOVREDIS_DATABASE_URL
 	@$(BIN)/python -m tasks

@@ -1,4 +1,5 @@
-"""`make bench`: what the library costs over a raw socket that sends the same bytes, beside redis-py and the peers.
+"""`make bench`: what a capacity planner needs, beside a raw socket that sends the same bytes, redis-py and the peers.
 
-All contestants of an operation run in turns within one run, so that a noisy machine is noisy for all of them.
+Each file measures one thing, and all contestants take turns, so that a noisy machine is noisy for all of them. Ratios
+are of rounds. The report is one JSON; `pages` makes of it the charts and tables that docs/ shows.
 """

@@ -1,3 +1,3 @@
-from tests.bench.run import main
+from .run import main
 
 main()

@@ -11,7 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +19,12 @@ import redis as redis_py
 
 from govredis import Config, GovRedis
 
+from .operations import OURS, REDIS_PY
+from .samples import Figure, figure
+from .sites import PATIENT
+
+HERE, AFAR = "on this host", "0.5 ms away, either way"
+BARE = "a bare wake"
 WAITING = 8
 #: Seconds that a lock is held, so that all the others wait again; and before the process that let go comes back.
 HELD, AWAY = 0.003, 0.0015
@@ -123,10 +129,11 @@ def half_a_millisecond_away(url: str) -> Iterator[str]:
     """The URL of a proxy in a process of its own that takes that long with what it passes on, either way."""
 
     def pump(source: socket.socket, sink: socket.socket) -> None:
-        while data := source.recv(65536):
-            time.sleep(DISTANCE)
-            sink.sendall(data)
-        sink.shutdown(socket.SHUT_WR)
+        with suppress(OSError):  # one side has gone
+            while data := source.recv(65536):
+                time.sleep(DISTANCE)
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
 
     def serve() -> None:
         while True:
@@ -148,15 +155,15 @@ def half_a_millisecond_away(url: str) -> Iterator[str]:
             os.waitpid(pid, 0)
 
 
-def measure(url: str, folder: str, rounds: int = 300, turns: int = 3) -> dict[str, float]:
-    """Medians of the medians, all in turn."""
+def measure(url: str, folder: str, rounds: int, turns: int) -> dict[str, dict[str, Figure]]:
+    """Microseconds, by where Redis is and contestant: medians of the medians of `turns`, all in turn."""
 
-    def ours() -> Callable[[], Any]:
-        gov = GovRedis(Config(redis_url=url, lock_folder=folder))
+    def ours(at: str) -> Callable[[], Any]:
+        gov = GovRedis(Config(redis_url=at, lock_folder=folder, **PATIENT))
         return lambda: gov.locks.acquire("hand-over", timeout=None).release
 
-    def redis_pys() -> Callable[[], Any]:
-        lock = redis_py.Redis.from_url(url).lock("redis-py-hand-over", timeout=30)
+    def redis_pys(at: str) -> Callable[[], Any]:
+        lock = redis_py.Redis.from_url(at).lock("redis-py-hand-over", timeout=30)
 
         def acquire() -> Callable[[], Any]:
             lock.acquire()
@@ -164,9 +171,15 @@ def measure(url: str, folder: str, rounds: int = 300, turns: int = 3) -> dict[st
 
         return acquire
 
-    found: dict[str, list[float]] = {}
-    for _ in range(turns):
-        found.setdefault("bare wake, RPUSH to BLPOP by redis-py", []).append(bare_wake(url, rounds))
-        found.setdefault("govredis", []).append(locks(ours, rounds))
-        found.setdefault("redis-py Lock, polling", []).append(locks(redis_pys, rounds // 5))
-    return {name: statistics.median(medians) for name, medians in found.items()}
+    found: dict[tuple[str, str], list[float]] = {}
+    with half_a_millisecond_away(url) as distant:
+        for _ in range(turns):
+            for where, at in (HERE, url), (AFAR, distant):
+                found.setdefault((where, BARE), []).append(bare_wake(at, rounds))
+                found.setdefault((where, OURS), []).append(locks(lambda at=at: ours(at), rounds))
+                polled = locks(lambda at=at: redis_pys(at), max(10, rounds // 5))
+                found.setdefault((where, REDIS_PY), []).append(polled)
+    report: dict[str, dict[str, Figure]] = {}
+    for (where, who), medians in found.items():
+        report.setdefault(where, {})[who] = figure(medians)
+    return report
