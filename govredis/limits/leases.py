@@ -17,7 +17,7 @@ from .._latch import Latch
 from ..errors import BackendError, BackendUnavailable, NotAsked
 from .backends.backend import LeasedUnits, LimitBackend, Outcome
 from .hit_request import HitRequest
-from .rates import RateLimits
+from .rates import Limit, RateLimits
 
 #: A batch is this much larger than the demand that it is for, so that mostly one batch does for a lease.
 _MARGIN = 1.25
@@ -71,18 +71,18 @@ class Batch:
         begun: float,
         received: float,
     ) -> None:
-        self.request = request
-        self.key = key
-        self.backend = backend
-        self.units = units
-        self.end = begun + limits.lease_us / 1_000_000 * _SPENT_FOR
-        self.granted = request[3] if units is None else units.granted
-        self.limit = limits[outcome.deciding]
-        self.remaining = outcome.remaining
-        self.full_at = received + outcome.reset_after_us / 1_000_000
-        self.asking = 0.0
-        self.measured = begun
-        self.spent = 0
+        self.request: HitRequest = request
+        self.key: str = key
+        self.backend: LimitBackend = backend
+        self.units: LeasedUnits | None = units
+        self.end: float = begun + limits.lease_us / 1_000_000 * _SPENT_FOR
+        self.granted: int = request[3] if units is None else units.granted
+        self.limit: Limit = limits[outcome.deciding]
+        self.remaining: int = outcome.remaining
+        self.full_at: float = received + outcome.reset_after_us / 1_000_000
+        self.asking: float = 0.0
+        self.measured: float = begun
+        self.spent: int = 0
         self.returning: tuple[Any, int] | None = None
         # Threads and signal handlers share it without a lock: each takes its units in one step of C code.
         self._left = itertools.repeat(True, self.granted - request[3])

@@ -23,10 +23,10 @@ class LeasedEntries:
     __slots__ = ("_numbers", "counted", "granted", "member", "origin")
 
     def __init__(self, member: str, granted: int, counted: CounterEntries | None = None, origin: str = "") -> None:
-        self.member = member
-        self.granted = granted
-        self.counted = counted
-        self.origin = origin
+        self.member: str = member
+        self.granted: int = granted
+        self.counted: CounterEntries | None = counted
+        self.origin: str = origin
         self._numbers = iter(range(granted, 0, -1))  # one step of C code, so that threads and signals share it
 
     def first_of(self, units: int) -> tuple[int, int]:
@@ -46,7 +46,7 @@ class LeasedPart:
     __slots__ = ("_first", "lease")
 
     def __init__(self, lease: LeasedEntries) -> None:
-        self.lease = lease
+        self.lease: LeasedEntries = lease
         self._first: tuple[int, int] | None = None
 
     def arguments(self, units: int) -> tuple[str, ...]:
