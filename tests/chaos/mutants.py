@@ -52,17 +52,19 @@ def fences_of_their_own() -> None:
 @breaks("at most N within any window, a store and loss of data")
 def one_more_admitted() -> None:
     from govredis.limits import decider
+    from govredis.limits.rates import RateLimits
 
     parse = decider.parse_rate
-    decider.parse_rate = lambda rate: [replace(one, count=one.count + 1) for one in parse(rate)]  # type: ignore
+    decider.parse_rate = lambda rate: RateLimits(replace(one, count=one.count + 1) for one in parse(rate))
 
 
 @breaks("none is refused while within N")
 def refused_for_nothing() -> None:
     from govredis.limits import decider
+    from govredis.limits.rates import RateLimits
 
     parse = decider.parse_rate
-    decider.parse_rate = lambda rate: [replace(one, count=min(one.count, 5)) for one in parse(rate)]  # type: ignore
+    decider.parse_rate = lambda rate: RateLimits(replace(one, count=min(one.count, 5)) for one in parse(rate))
 
 
 @breaks("a revoked session is found nowhere")

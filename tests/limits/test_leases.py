@@ -14,6 +14,7 @@ from leasing import LEASE, Process, count, limit
 from support import PATIENCE, PATIENT, eventually, in_child, in_threads, redis_of
 
 from govredis import BackendUnavailable, GovRedis, Limit
+from govredis.limits import RateLimiter
 from govredis.limits.backends.redis_backend import RedisLimitBackend
 from govredis.limits.leases import Leases
 from govredis.limits.rates import RateLimits
@@ -294,6 +295,23 @@ def _unspent(gov: GovRedis, rate: Limit) -> int:
         assert gov.limits.hit("k", rate)
         hits += 1
     return hits
+
+
+def test_wait_asks_again_after_each_lease(gov: GovRedis, process: Callable[[], Process], algorithm: Any) -> None:
+    """Another process may give back by then, long before anything ages out."""
+    one, rate, slept = process(), limit(9, algorithm), list[float]()
+    one.warm(rate)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        one.limiter.close()
+
+    waiting = RateLimiter(gov.internal.context, sleep=sleep, clock=lambda: 1000.0 + sum(slept))
+    assert sum(waiting.hit("k", rate).allowed for _ in range(4)) == 3
+    assert waiting.wait("k", rate, timeout=2 * LEASE)
+    assert slept == [LEASE]
+    assert not waiting.wait("k", limit(1, algorithm), timeout=LEASE / 2), "sooner than a lease it is not asked again"
+    waiting.close()
 
 
 class TestRefund:
