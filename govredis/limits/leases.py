@@ -52,12 +52,11 @@ class Batch:
         limit, remaining, full_at: of the result of each call that it admits.
         asking: until then, some thread asks for the next batch.
         measured, spent: how much was spent since then of the batches before this one: the demand.
-        returning: a part and how many units it has, from when it is given back until Redis was told.
     """
 
     __slots__ = (
-        "_left", "_spare", "asking", "backend", "end", "full_at", "granted", "key", "limit", "measured", "remaining",
-        "request", "returning", "spent", "units",
+        "_left", "_spare", "_unsent", "asking", "backend", "end", "full_at", "granted", "key", "limit", "measured",
+        "remaining", "request", "spent", "units",
     )  # fmt: skip
 
     def __init__(
@@ -83,10 +82,11 @@ class Batch:
         self.asking: float = 0.0
         self.measured: float = begun
         self.spent: int = 0
-        self.returning: tuple[Any, int] | None = None
         # Threads and signal handlers share it without a lock: each takes its units in one step of C code.
         self._left = itertools.repeat(True, self.granted - request[3])
         self._spare: deque[int] = deque()
+        #: The part, and its units, that was to be given back and could not be sent.
+        self._unsent: deque[tuple[Any, int]] = deque()
 
     def spend(self, cost: int) -> bool:
         """Take so many units; False where there are not as many."""
@@ -98,7 +98,7 @@ class Batch:
         return taken == cost
 
     def has_unspent(self) -> bool:
-        return self.returning is not None or operator.length_hint(self._left) > 0 or bool(self._spare)
+        return operator.length_hint(self._left) > 0 or bool(self._spare) or bool(self._unsent)
 
     def take_unspent(self) -> int:
         """Take all that is left. Returns how much it was."""
@@ -110,11 +110,20 @@ class Batch:
             return units
 
     def take_part(self) -> tuple[Any, int] | None:
-        """Take all that is left, to give it back; the same where it could not be sent before. None: nothing is left."""
-        if self.returning is None and self.units is not None and (left := self.take_unspent()):
-            self.granted -= left
-            self.returning = self.units.part(), left
-        return self.returning
+        """Take all that is left, for one thread to give it back. None: nothing is left."""
+        try:
+            return self._unsent.pop()
+        except IndexError:
+            pass
+        left = self.take_unspent()
+        if not left or self.units is None:
+            return None
+        self.granted -= left
+        return self.units.part(), left
+
+    def keep_part(self, part: tuple[Any, int]) -> None:
+        """It was not sent: the next `take_part` gives it once more."""
+        self._unsent.append(part)
 
 
 class Leases:
@@ -200,18 +209,20 @@ class Leases:
             wanted += _demand(last.spent + last.granted, now - last.measured, lease, limits)
         try:
             outcome, units = backend.lease(key, limits, cost, wanted, limits.lease_us, back)
+        except NotAsked:
+            if last is not None and back is not None:
+                last.keep_part(back)
+            raise
         except BaseException as error:
-            if not isinstance(error, NotAsked):
-                self._settle(last)
-                if isinstance(error, BackendUnavailable) or not isinstance(
-                    error, BackendError
-                ):  # it may have been done
-                    self._lose(wanted - cost + (0 if back is None else back[1]))
+            # A server that answered with an error has leased nothing. Any other may have done all of it.
+            if isinstance(error, BackendUnavailable) or not isinstance(error, BackendError):
+                self._lose(wanted - cost + (0 if back is None else back[1]))
             raise
         finally:
             if last is not None:
                 last.asking = 0.0
-        self._settle(last)
+        if last is not None:
+            self._ending.pop(last, None)
         if back is not None:
             self._forget(request[0], request[2])
         if outcome.admitted:
@@ -227,7 +238,7 @@ class Leases:
         for name in list(self._batches):
             if name[:2] == (identity, operation) and (batch := self._batches.pop(name, None)) is not None:
                 batch.take_unspent()
-                self._settle(batch)
+                self._ending.pop(batch, None)
 
     def close(self) -> None:
         """End the thread, waiting for it, and give back all that is unspent. The next `hit` takes a batch again."""
@@ -258,17 +269,11 @@ class Leases:
                 del self._batches[next(iter(self._batches))]
             if len(self._ending) > 2 * self._entries:  # there is no thread to give them back
                 oldest = next(iter(self._ending))
-                self._settle(oldest)
+                del self._ending[oldest]
                 self._lose(oldest.take_unspent())
         thread = self._thread
         if batch.units is not None and (thread is None or not thread.is_alive()):
             self._start()
-
-    def _settle(self, batch: Batch | None) -> None:
-        """Nothing of it is left to be given back."""
-        if batch is not None:
-            batch.returning = None
-            self._ending.pop(batch, None)
 
     def _start(self) -> None:
         with self._lock:
@@ -308,7 +313,7 @@ class Leases:
             else:
                 self._lose(units)
         for batch in batches:
-            self._settle(batch)
+            self._ending.pop(batch, None)
 
     def _lose(self, units: int) -> None:
         if units:
