@@ -99,7 +99,7 @@ local function add_to_newest(counter, cost)
 end
 
 -- Count `cost` more at a time. Buckets may lie ahead of it, where leases end or the clock was set back. If it was set back by
--- more than a window, the oldest bucket is taken, which is stricter. Returns whether that is the bucket's first.
+-- more than a window, the newest bucket is taken, which is stricter. Returns whether that is the bucket's first.
 local function add(counter, cost, at)
   local bucket, counts = math.floor(at / counter.width), counter.counts
   if #counts == 0 then
@@ -111,7 +111,7 @@ local function add(counter, cost, at)
     table.insert(counts, 1, '0')
   end
   local i = counter.newest - bucket + 1
-  if i > BUCKETS then i = #counts end
+  if i > BUCKETS then i = 1 end
   while #counts < i do counts[#counts + 1] = '0' end
   local before = counts[i]
   counts[i] = string.format('%d', before + cost)
