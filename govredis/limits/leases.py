@@ -85,7 +85,7 @@ class Batch:
         # Threads and signal handlers share it without a lock: each takes its units in one step of C code.
         self._left = itertools.repeat(True, self.granted - request[3])
         self._spare: deque[int] = deque()
-        #: The part, and its units, that was to be given back and could not be sent.
+        #: A part, and its units, whose return could not be sent.
         self._unsent: deque[tuple[Any, int]] = deque()
 
     def spend(self, cost: int) -> bool:
