@@ -62,17 +62,18 @@ class TestArguments:
 
 
 class TestTheThread:
-    def test_a_short_lease_goes_back_beside_a_long_one(self, gov: GovRedis, algorithm: Any) -> None:
+    def test_a_short_lease_goes_back_beside_a_long_one(
+        self, gov: GovRedis, process: Callable[[], Process], algorithm: Any
+    ) -> None:
         """The thread sleeps until the long one ends: that is no reason to keep the short one."""
-        long, short = Limit(1000, 3600, algorithm, lease=360), Limit(1000, 3600, algorithm, lease=0.05)
-        while not gov.limits._decider._leases.has_pending():
-            assert gov.limits.hit("long", long)
-        hits = 0
-        leases = gov.limits._decider._leases
-        while not any(batch.request[0] == "k" and batch.has_unspent() for batch in list(leases._ending)):
-            assert gov.limits.hit("k", short)
-            hits += 1
-        eventually(lambda: count(gov, short) == hits, what="the short lease's rest went back")
+        one, short, long = process(), limit(1000, algorithm), Limit(1000, 3600, algorithm, lease=360)
+        while not one.leases.has_pending():
+            assert one.limiter.hit("long", long)
+        assert one.hits(3, short) == 3
+        assert count(gov, short) == 8
+        one.now += LEASE
+        eventually(lambda: count(gov, short) == 3, what="the short lease's rest went back")
+        assert one.leases.has_pending()
 
     def test_without_a_thread_spent_batches_are_not_kept(
         self, process: Callable[[], Process], monkeypatch: pytest.MonkeyPatch
@@ -267,7 +268,7 @@ class TestClock:
         rate = Limit(1000, 3600, lease=0.05)
         leases = gov.limits._decider._leases
         monkeypatch.setattr(Leases, "_start", lambda leases: None)
-        eventually(lambda: gov.limits.hit("k", rate) and leases.has_pending())
+        eventually(lambda: [gov.limits.hit("k", rate) for _ in range(10)] and leases.has_pending())
         taken = time.clock_gettime(time.CLOCK_BOOTTIME)
         eventually(lambda: time.clock_gettime(time.CLOCK_BOOTTIME) > taken + 0.06)
         assert leases.spend(("k", rate, "default", 1)) is None

@@ -38,7 +38,7 @@ def test_postgres_over_16_connections(postgres_server: PostgresServer) -> None:
 def test_leases(gov: GovRedis, redis_server: RedisServer, algorithm: Any) -> None:
     """Which calls were admitted is known to the processes alone: they spend their batches from memory."""
     rate = [Limit(100, 0.5, algorithm, lease=0.05), Limit(300, 2, algorithm), Limit(1_000_000, 3600, algorithm)]
-    with Load([{"redis_url": redis_server.url}] * 4, rate, threads=2, pause=0.001, shift=30) as load:
+    with Load([{"redis_url": redis_server.url}] * 4, rate, threads=2, shift=30) as load:
         until_there(lambda: range(gov.limits.get_count("k", 3600)), 700)
         reports = load.stop()
     admitted = sorted(call for call in all_calls(reports) if call.allowed)
