@@ -15,10 +15,13 @@ $(READY): setup.cfg setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -U pip setuptools wheel
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' $(REQUIRE)
+	@# For the axe.min.js in it, which tests read. It is not installed, as it would need playwright, which is large.
+	$(BIN)/python -m pip download -q --disable-pip-version-check --no-deps -d $(VENV)/axe axe-playwright-python
 	@touch $@
 
-demo: $(READY)  ## start Redis, PostgreSQL, Celery and Flask, drive them, take Redis away, and say what held
-	@$(BIN)/govredis demo
+TOPOLOGY ?= server
+demo: $(READY)  ## start Redis, PostgreSQL, Celery and Flask, drive them, take Redis away, and say what held; TOPOLOGY=sentinel, cluster
+	@$(BIN)/govredis demo --topology $(TOPOLOGY)
 
 shop: $(READY)  ## the example of examples/shop: a Flask site with logins, limits, a cached table and a lock
 	@$(BIN)/python examples/run.py shop
@@ -34,8 +37,9 @@ test: $(READY)  ## the tests, on every redis-server found and on PostgreSQL
 
 SECONDS ?= 300
 SEED ?=
-chaos: $(READY)  ## everything under random faults for SECONDS=300, from SEED=... (several: 1,2,3), and what was promised checked
-	$(BIN)/python -m tests.chaos run --seconds $(SECONDS) $(if $(SEED),--seeds $(SEED)) $(CHAOS_ARGS)
+TOPOLOGY ?= server
+chaos: $(READY)  ## everything under random faults for SECONDS=300, from SEED=... (several: 1,2,3), on TOPOLOGY=server, cluster or sentinel, and what was promised checked
+	$(BIN)/python -m tests.chaos run --topology $(TOPOLOGY) --seconds $(SECONDS) $(if $(SEED),--seeds $(SEED)) $(CHAOS_ARGS)
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
@@ -68,8 +72,8 @@ bench: $(READY)  ## CPU, throughput, memory and outages, beside redis-py and the
 worker: $(READY)  ## a Celery worker with beat, on REDIS_URL, CELERY_BROKER_URL and GOVREDIS_DATABASE_URL
 	@$(BIN)/python -m tasks
 
-serve: $(READY)  ## the demo's servers, Celery worker and Flask site, left running with the URL printed
-	@$(BIN)/govredis demo --serve
+serve: $(READY)  ## the demo's servers, Celery worker and Flask site, left running, with the dashboard's URL printed
+	@$(BIN)/govredis demo --serve --topology $(TOPOLOGY)
 
 dist: $(READY)  ## wheel and sdist, in dist/
 	rm -rf build dist

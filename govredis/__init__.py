@@ -1,4 +1,4 @@
-"""Sessions, locks, rate limits, a metadata cache and health on Redis, for synchronous Python."""
+"""Sessions, locks, rate limits, a metadata cache, events and health on Redis, for synchronous Python."""
 
 from ._version import __version__
 from .api import (
@@ -6,6 +6,7 @@ from .api import (
     configure,
     get_agent_store,
     get_distributed_lock,
+    get_event_bus,
     get_health_monitor,
     get_metadata_cache,
     get_rate_limiter,
@@ -26,6 +27,7 @@ from .errors import (
     SessionChanged,
     SessionStoreUnavailable,
 )
+from .events import DeadEvent, Event, EventConsumer, EventListener
 from .health import HealthReport
 from .limits import Limit, RateLimitResult
 from .locks import HeldLock
@@ -43,11 +45,16 @@ __all__ = [
     "get_metadata_cache",
     "get_agent_store",
     "get_health_monitor",
+    "get_event_bus",
     # what they take and return
     "Limit",
     "RateLimitResult",
     "HeldLock",
     "SessionBinding",
+    "Event",
+    "EventListener",
+    "EventConsumer",
+    "DeadEvent",
     "HealthReport",
     # errors
     "GovRedisError",

@@ -17,27 +17,34 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from .client.commands import CONTAINERS, commands_in_script
-from .config import Config
+from .config import Config, address_of
 from .keys import Keys, check_namespace, sibling
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # of Python 3.11 and newer
 
 #: Each feature is a folder, except Celery's parked tasks.
-FEATURES = ("sessions", "locks", "limits", "metadata", "health", "celery")
+FEATURES = ("sessions", "locks", "limits", "metadata", "events", "health", "celery")
 
-#: Files of a feature's folder that another part of the deployment needs: "outbox" with PostgreSQL, "local" with
-#: GOVREDIS_LOCAL_CACHE, "celery" for tasks under limits.
+#: Files of a feature's folder that another part of the deployment needs: "outbox" and "relay" with PostgreSQL, "local"
+#: with GOVREDIS_LOCAL_CACHE, "shard" on a Cluster, "celery" for tasks under limits, "account" in any case.
 _PARTS = {
+    "events/relay.py": "relay",
+    "health/account.py": "account",
+    "health/account_redis.py": "account",
     "limits/parked.py": "celery",
     "metadata/local.py": "local",
+    "metadata/tracking.py": "local",
     "metadata/verify.py": "outbox",
+    "outbox/shard.py": "shard",
     "sessions/backends/row_cache.py": "outbox",
 }
+#: The part of the client that a Cluster needs.
+_CLUSTER = "client/cluster/"
 _COMMAND = re.compile(r"[A-Z]{2,}")
 _SCRIPT = re.compile(r"\w+\.lua")
 #: The names of a client in the sources.
-_CLIENTS = {"redis", "_redis", "client", "_client"}
+_CLIENTS = {"redis", "_redis", "client", "_client", "node", "_node"}
 
 
 class Named(NamedTuple):
@@ -60,10 +67,13 @@ class Rights(NamedTuple):
     patterns: frozenset[str]
 
     def rules(self) -> str:
-        """The rules of ACL SETUSER, for Redis 6.2 and newer. We use no channels."""
+        """The rules of ACL SETUSER, for Redis 6.2 and newer. We use no channels.
+
+        No rule begins with a minus: redis-cli --cluster takes such a word for an option of its own.
+        """
         patterns = " ".join(f"~{pattern}" for pattern in sorted(self.patterns))
         commands = " ".join(f"+{command}" for command in sorted(self.commands))
-        return f"resetkeys {patterns} resetchannels -@all {commands}"
+        return f"resetkeys {patterns} resetchannels nocommands {commands}"
 
 
 def rights(config: Config, features: Iterable[str] = FEATURES, namespaces: Iterable[str] = ("agent_meta",)) -> Rights:
@@ -75,23 +85,31 @@ def rights(config: Config, features: Iterable[str] = FEATURES, namespaces: Itera
     With PostgreSQL, "sessions" and "metadata" need each other's rights: the process that tells Redis of changes tells
     of both.
     """
-    parts = set(features)
+    address, parts = address_of(config), {*features, "account"}
     if config.database_url is not None and parts & {"sessions", "metadata"}:
-        parts |= {"sessions", "metadata", "outbox"}
+        parts |= {"sessions", "metadata", "outbox"} | ({"shard"} if address.nodes else set())
+    if config.database_url is not None and "events" in parts:
+        parts.add("relay")
     if config.local_cache and "metadata" in parts:
         parts.add("local")
     named = _of_client("") | Named(frozenset(), kinds=frozenset({"probe"}))
     for part in parts:
         named |= _of_part(part)
-    for method in named.calls:
+    for method in named.calls - (set() if config.confirm else {"run_confirmed"}):
         named |= _of_client(method)
     commands = set(named.commands)
     if named.scripts:
         commands.add("evalsha")
-    if _database(config.redis_url):
+    if _database(address.url):
         commands.add("select")
+    if address.sentinels is not None:
+        commands.add("role")
+    if address.nodes:
+        commands |= _of_cluster().commands
     keys, names = Keys(config.key_prefix), [check_namespace(name) for name in namespaces]
-    return Rights(frozenset(commands), frozenset().union(*(_patterns(keys, kind, names) for kind in named.kinds)))
+    tag = "x" if address.nodes else ""
+    patterns = (_patterns(keys, kind, names, tag) for kind in named.kinds)
+    return Rights(frozenset(commands), frozenset().union(*patterns))
 
 
 def _database(url: str) -> bool:
@@ -101,14 +119,17 @@ def _database(url: str) -> bool:
     return named not in ("", "0")
 
 
-def _patterns(keys: Keys, kind: str, namespaces: list[str]) -> set[str]:
+def _patterns(keys: Keys, kind: str, namespaces: list[str], tag: str) -> set[str]:
     made = getattr(keys, kind)
     declared = signature(made)
-    taken = [namespaces if name == "namespace" else ["x"] for name in declared.parameters]
+    given_for = {"namespace": namespaces, "tag": [tag]}
+    taken = [given_for.get(name, ["x"]) for name in declared.parameters]
     plain = [made(*given) for given in itertools.product(*taken)]
     if declared.return_annotation == "Tag":
         plain = [f"{{{key}}}" for key in plain]
         beside = [f"{key}:x" for key in plain]
+    elif declared.return_annotation == "Siblings":
+        plain, beside = [], [sibling(key, "x") for key in plain]
     else:
         beside = [sibling(key, "x") for key in plain if declared.return_annotation == "KeyAndSiblings"]
     return set(map(keys.pattern, [*plain, *beside]))
@@ -118,7 +139,7 @@ def _patterns(keys: Keys, kind: str, namespaces: list[str]) -> set[str]:
 _KINDS = {
     name
     for name, method in vars(Keys).items()
-    if callable(method) and signature(method).return_annotation in {"Key", "KeyAndSiblings", "Tag"}
+    if callable(method) and signature(method).return_annotation in {"Key", "KeyAndSiblings", "Siblings", "Tag"}
 }
 
 
@@ -127,7 +148,7 @@ _KINDS = {
 
 def sources() -> Iterator[tuple[str, str, str]]:
     """The sources of all features: the part, the path and the text of each."""
-    for feature in ("sessions", "locks", "limits", "outbox", "metadata", "health"):
+    for feature in ("sessions", "locks", "limits", "outbox", "metadata", "events", "health"):
         for path, file in _python_files(files(__package__) / feature, feature):
             yield _PARTS.get(path, feature), path, file.read_text(encoding="utf-8")
 
@@ -162,12 +183,14 @@ def _of_client(method: str) -> Named:
     """The commands that a method of the client sends, itself or by others; "": those of connecting and of probes."""
     methods: dict[str, list[ast.AST]] = {}
     rest = Named(frozenset())
-    for _, file in _python_files(files(__package__) / "client", "client"):
+    for path, file in _python_files(files(__package__) / "client", "client"):
+        if path.startswith(_CLUSTER):
+            continue
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name in {"RedisClient", "RoundTrips"}:
+            if isinstance(node, ast.ClassDef) and node.name in {"RedisNode", "RoundTrips"}:
                 for each in node.body:
                     methods.setdefault(getattr(each, "name", ""), []).append(each)
-            elif not isinstance(node, ast.ClassDef) or node.name != "Script":
+            elif not isinstance(node, ast.ClassDef) or node.name not in {"Script", "Primary"}:  # that asks Sentinels
                 rest |= look(node)
 
     def reach(name: str, seen: set[str]) -> None:
@@ -191,6 +214,16 @@ def _of_client(method: str) -> Named:
         for definition in methods[name]:
             rest |= Named(look(definition).commands)
     return rest
+
+
+@cache
+def _of_cluster() -> Named:
+    """The commands that only a client of a Cluster sends."""
+    named = Named(frozenset())
+    for path, file in _python_files(files(__package__) / "client", "client"):
+        if path.startswith(_CLUSTER):
+            named |= look(ast.parse(file.read_text(encoding="utf-8")))
+    return Named(named.commands)
 
 
 def look(tree: ast.AST) -> Named:

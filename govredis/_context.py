@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ._counters import Counters
-from .client import RedisClient
+from ._teller import Teller
+from .client import RedisClient, connect
 from .config import Config
 from .keys import Keys
 
@@ -21,6 +22,7 @@ class Context:
     Attributes:
         redis: None where Redis is disabled.
         postgres: None where no PostgreSQL is configured.
+        teller: tells Redis of what this process counts.
     """
 
     config: Config
@@ -28,6 +30,7 @@ class Context:
     redis: RedisClient | None
     postgres: Postgres | None
     counters: Counters
+    teller: Teller
 
     @classmethod
     def of(cls, config: Config, redis: RedisClient | None = None) -> Context:
@@ -41,5 +44,6 @@ class Context:
 
             postgres = Postgres(config)
         if redis is None and config.redis_enabled:
-            redis = RedisClient(config)
-        return cls(config, Keys(config.key_prefix), redis, postgres, Counters())
+            redis = connect(config)
+        counters = Counters()
+        return cls(config, Keys(config.key_prefix), redis, postgres, counters, Teller(redis, counters))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 
 from ._fork import notice_fork, renew_in_child
 from ._uncopied import Uncopied
@@ -15,12 +16,16 @@ class Counters(Uncopied):
     def __init__(self) -> None:
         self._values: defaultdict[str, int] = defaultdict(int)
         self._lock = threading.RLock()  # a signal handler may count too
+        #: Called after an addition, where somebody waits for one.
+        self.on_add: Callable[[], None] | None = None
         renew_in_child(self)
 
     def add(self, name: str, n: int = 1) -> None:
         notice_fork()
         with self._lock:
             self._values[name] += n
+        if (on_add := self.on_add) is not None:
+            on_add()
 
     def add_each(self, *names: str) -> None:
         """Add 1 to each."""
@@ -28,6 +33,8 @@ class Counters(Uncopied):
         with self._lock:
             for name in names:
                 self._values[name] += 1
+        if (on_add := self.on_add) is not None:
+            on_add()
 
     def get(self, name: str) -> int:
         notice_fork()

@@ -22,6 +22,8 @@ def make_daemon(name: str, run: Callable[..., Any], *args: Any) -> threading.Thr
 
 def start(thread: threading.Thread) -> bool:
     """Start it. Returns whether it could be started."""
+    if sys.is_finalizing():
+        return False  # a destructor at the interpreter's end: the thread would never run, and `start` wait for it
     _warn_of_fork()
     try:
         thread.start()
@@ -38,14 +40,19 @@ def start_daemon(name: str, run: Callable[..., Any], *args: Any) -> threading.Th
     return thread if start(thread) else None
 
 
-@functools.cache
-def _warn_of_fork() -> None:
-    """Warn once, in a uWSGI master that forks beside its threads: a worker hangs for ever where one had the GIL."""
+def forks_beside_threads() -> bool:
+    """Is this a uWSGI master that forks beside its threads? A worker hangs for ever where one had the GIL."""
     uwsgi: Any = sys.modules.get("uwsgi")  # uWSGI makes this module, in its own processes only
     options = getattr(uwsgi, "opt", None)
     if not isinstance(options, dict) or options.get("master") in _OFF:
-        return
-    if options.get("py-call-uwsgi-fork-hooks") in _OFF and getattr(uwsgi, "worker_id", lambda: None)() == 0:
+        return False
+    return options.get("py-call-uwsgi-fork-hooks") in _OFF and getattr(uwsgi, "worker_id", lambda: None)() == 0
+
+
+@functools.cache
+def _warn_of_fork() -> None:
+    """Warn once where `forks_beside_threads`."""
+    if forks_beside_threads():
         logger.warning(
             "govredis runs a thread in uWSGI's master, so workers may hang from their start: "
             "set py-call-uwsgi-fork-hooks = true, or lazy-apps = true"

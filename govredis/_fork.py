@@ -9,11 +9,13 @@ with `notice_fork()`, before it touches anything shared; so do the client and Po
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import sys
 import threading
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 from weakref import ref
 
 _MADV_WIPEONFORK = 18  # Linux 4.14; Python has no name for it
@@ -74,9 +76,17 @@ def renew_in_child(obj: ForkAware) -> None:
     _objects.add(ref(obj, _objects.discard))
 
 
-def _renew() -> None:
+#: The parent's threads, kept for ever. From Python 3.13 on, the end of such an object detaches the thread of its
+#: number. After a fork in C that may be a new thread of the child's: nobody could join that any more.
+_inherited: list[Any] = []
+
+
+def _renew(*, by_python: bool = False) -> None:
+    """Args: by_python: Python's own hooks have seen to its threads."""
     pid = os.getpid()
     with _mutexes.setdefault(pid, threading.RLock()):  # reentrant: a destructor or a signal handler may come here too
+        if not by_python and not _renewed_here[0] and sys.version_info >= (3, 13):
+            _inherited.extend(each for each in gc.get_objects() if issubclass(type(each), threading.Thread))
         for found in list(_objects):
             if _renewed_here[0]:
                 break
@@ -88,4 +98,4 @@ def _renew() -> None:
 
 
 # After a fork by Python the child's descriptors are closed at once, even if it never uses govredis.
-os.register_at_fork(after_in_child=notice_fork)
+os.register_at_fork(after_in_child=partial(_renew, by_python=True))

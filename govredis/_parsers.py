@@ -6,9 +6,8 @@ import os
 import re
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
-from . import _dsn, keys
+from . import _dsn, _redis_urls, keys
 from .errors import SHORTEST, TOO_LONG
 
 
@@ -65,35 +64,12 @@ def one_of(*choices: str) -> Callable[[Any], str]:
     return parse
 
 
-def _split(url: str) -> SplitResult | None:
-    """The parts of a URL; None for any other text. The error of urlsplit may quote a password, and ends here."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises ValueError when it is no port
-        (parts.hostname or "").encode("idna")  # and this when it is no host
-        url.encode()  # and this when it is not UTF-8, of an environment that may hold any bytes
-    except ValueError:
-        return None
-    # With an unescaped @ in a password, the rest of the password would pass for the host, and be shown.
-    return parts if parts.netloc.count("@") <= 1 else None
-
-
 def redis_url(value: Any) -> str:
-    wanted = (
-        "redis://[user:password@]host[:port][/db], rediss://... or unix:///path/to/socket[?db=0],"
-        " with @ : / ? # in a password written as %40 %3A %2F %3F %23"
-    )
-    if not isinstance(value, str):
-        raise BadValue(wanted)
-    parts = _split(value)
-    if parts is None:
-        raise BadValue(wanted)
-    if parts.scheme == "unix":
-        if not parts.path:
-            raise BadValue(wanted)
-    elif parts.scheme not in {"redis", "rediss"} or not parts.hostname or not re.fullmatch(r"(/\d*)?", parts.path):
-        raise BadValue(wanted)
-    return parts.scheme + value[len(parts.scheme) :]  # redis-py knows it in small letters only
+    found = _redis_urls.parse(value) if isinstance(value, str) else None
+    if found is None:
+        raise BadValue(_redis_urls.WANTED)
+    scheme, _, rest = value.partition(":")
+    return f"{scheme.lower()}:{rest}"  # redis-py knows it in small letters only
 
 
 def redis_url_or_none(value: Any) -> str | None:
@@ -156,17 +132,23 @@ def text_or_none(value: Any) -> str | None:
     return value
 
 
+def secret(value: Any) -> str | None:
+    return text_or_none(value)
+
+
 def credential_provider(value: Any) -> Any:
     if value is not None and not callable(getattr(value, "get_credentials", None)):
         raise BadValue("an object with a method get_credentials(), as redis-py's CredentialProvider has it, or None")
     return value
 
 
-def not_yet(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def refuse(value: Any) -> Any:
-        parsed = parse(value)
-        if parsed:
-            raise BadValue("left unset: this version of govredis connects to a standalone Redis only")
-        return parsed
+def sentinel_hosts(value: Any) -> str | None:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or _redis_urls.hosts_of(value, _redis_urls.SENTINEL_PORT) is None:
+        raise BadValue("host[:port][,host[:port]...], the addresses of Sentinels")
+    return value
 
-    return refuse
+
+def flag_or_none(value: Any) -> bool | None:
+    return None if value is None or value == "" else flag(value)

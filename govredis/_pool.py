@@ -68,6 +68,9 @@ class Pool(Generic[C]):
         self.idle: deque[C] = deque()
         self.live: WeakSet[C] = WeakSet()
         self._opening: WeakSet[_PoolSlot] = WeakSet()
+        #: Connections that were in use when the pool was retired from their server; None: it never was, which is
+        #: quicker to see at each return than an empty set.
+        self._retired: WeakSet[C] | None = None
         self._counting = threading.RLock()  # a signal handler may make calls of its own
         self._narrow: tuple[int, float] | None = None
         self._bells: deque[threading.Lock] = deque()
@@ -162,7 +165,13 @@ class Pool(Generic[C]):
 
     def give(self, connection: C) -> None:
         """Put back a connection whose whole reply was read."""
+        retired = self._retired
+        if retired is not None and connection in retired:
+            self.drop(connection)
+            return
         self.idle.append(connection)
+        if self._retired is not retired:  # between the two lines above
+            self.drop_idle()
         if self._bells:
             self._wake()
 
@@ -189,6 +198,12 @@ class Pool(Generic[C]):
             self._bells.popleft().release()
         except IndexError:
             pass
+
+    def retire(self) -> None:
+        """Another server takes the place of the pool's: connections that are in use are closed once they come back."""
+        with self._counting:  # a set that grows while it is read raises an error
+            self._retired = WeakSet(self.live)
+        self.drop_idle()
 
     def drop_idle(self) -> None:
         """Close all idle connections: their server went away."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from ._fork import notice_fork
 from ._uncopied import Uncopied
 from .breaker import CircuitBreaker, Rejected
-from .errors import BackendUnavailable
+from .errors import BackendError, BackendUnavailable
 
 log = logging.getLogger("govredis")
 
@@ -53,6 +53,10 @@ class Recoverable(Uncopied, ABC):
     def _probe(self) -> None:
         """Return when the server can be used again and has had its replays; raise otherwise."""
 
+    def _puts_off(self, error: BackendError) -> bool:
+        """May the server be used all the same, and the replay that has raised this come again later?"""
+        return False
+
     def _renew_replays(self) -> None:
         """For a forked child: none runs there."""
         self._replaying = threading.RLock()
@@ -76,8 +80,9 @@ class Recoverable(Uncopied, ABC):
                 for replay in list(self._replays):
                     try:
                         replay(self)
-                    except (BackendUnavailable, Rejected):
-                        raise
+                    except (BackendUnavailable, Rejected) as error:
+                        if not self._puts_off(error):
+                            raise
                     except Exception:
                         log.exception("a replay on %s failed", self.name)
             finally:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
 from typing import Any
 from urllib.parse import SplitResult, quote, quote_plus, unquote, unquote_plus, urlsplit
@@ -58,7 +58,8 @@ class Secrets:
     def of(cls, config: Config) -> Secrets:
         """The secrets of a Config, and of PGPASSWORD, which libpq reads."""
         of_libpq = os.environ.get("PGPASSWORD") if config.database_url is not None else None
-        return cls((config.redis_url, config.parking_url, config.database_url), (of_libpq,))
+        urls = config.redis_url, config.parking_url, config.database_url
+        return cls(urls, (of_libpq, config.sentinel_password))
 
     def hide(self, text: str) -> str:
         """`text` with *** in place of each password."""
@@ -101,6 +102,15 @@ def chain(error: BaseException, of: type[BaseException]) -> Iterator[BaseExcepti
     while isinstance(found, of):
         yield found
         found = found.__cause__ or found.__context__
+
+
+def passwords_in(options: Mapping[str, Any]) -> Iterator[str]:
+    """The passwords of a driver's options, and of options in them: Celery's sentinel_kwargs, say."""
+    for name, held in options.items():
+        if isinstance(held, Mapping):
+            yield from passwords_in(held)
+        elif isinstance(held, str) and "pass" in name:
+            yield held
 
 
 def _split(url: str) -> SplitResult:

@@ -19,11 +19,15 @@ from ._context import Context
 from ._counters import Counters
 from ._fork import notice_fork
 from ._uncopied import Uncopied
-from .client import RedisClient
+from .client import connect
 from .client.in_memory import InMemoryRedisClient
-from .config import Config
+from .config import Config, config_at
 from .errors import ConfigurationError
-from .health import HealthMonitor
+from .events import EventBus, StatusChanges
+from .health import HealthMonitor, HealthReport
+from .health.account import Account
+from .health.dashboard import Dashboard
+from .health.fleet import Fleet
 from .health.heartbeat import Heartbeat
 from .limits import RateLimiter
 from .limits.parked import Parked
@@ -44,19 +48,25 @@ class Internals:
     Attributes:
         freshness: what cached values stand under, where there are Redis and PostgreSQL.
         heartbeat: Celery's beat and its workers, as health sees them.
+        fleet: Celery's workers, beats and queues, as they tell of themselves.
         parked: Celery's tasks that wait for their limits, where Redis is enabled.
         caches: all that `cache` has made, and the parts that they share.
+        account: the sums over all processes.
+        dashboard: the page of all this for people.
     """
 
     context: Context
     freshness: FreshnessLease | None
     heartbeat: Heartbeat
+    fleet: Fleet
     parked: Parked | None
     caches: MetadataCaches
+    account: Account
+    dashboard: Dashboard
 
 
 class GovRedis(Uncopied):
-    """Sessions, locks, limits, metadata, agents and health over one Redis and, if configured, one PostgreSQL.
+    """Sessions, locks, limits, metadata, agents, events and health over one Redis and, if configured, one PostgreSQL.
 
     Connects on first use. Safe to share between threads, and to create before a fork; several may live side by side.
 
@@ -79,17 +89,13 @@ class GovRedis(Uncopied):
         keys, redis, postgres = context.keys, context.redis, context.postgres
         self._parking = redis
         if redis is not None and config.parking_url is not None:
-            self._parking = RedisClient(replace(config, redis_url=config.parking_url, credential_provider=None))
+            self._parking = connect(config_at(config, config.parking_url))
         freshness = None
         if redis is not None and postgres is not None:
             freshness = FreshnessLease(context, CachedValues(keys))
-        self.internal: Internals = Internals(
-            context,
-            freshness,
-            Heartbeat(context),
-            None if self._parking is None else Parked(keys, self._parking),
-            MetadataCaches(context, freshness),
-        )
+        heartbeat, fleet, account = Heartbeat(context), Fleet(context), Account(context, clock)
+        parked = None if self._parking is None else Parked(keys, self._parking)
+        caches = MetadataCaches(context, freshness)
 
         now = utc_now if clock is time else partial(_utc_of, clock)
         self.sessions: SessionCache = SessionCache(context, freshness=freshness, now=now)
@@ -97,16 +103,24 @@ class GovRedis(Uncopied):
         self.limits: RateLimiter = RateLimiter(
             context, sleep=clock.sleep, clock=_boottime.clock if clock is time else clock.monotonic
         )
-        self.metadata: MetadataCache = self.cache("agent_meta")
+        self.events: EventBus = EventBus(context)
+        changes = StatusChanges(context, self.events, "health.changed", usual="pass")
         self.health: HealthMonitor = HealthMonitor(
             context,
-            self.internal.heartbeat,
+            heartbeat,
+            fleet=fleet,
             freshness=freshness,
-            parked=self.internal.parked,
+            parked=parked,
             lock_folder=self.locks.check_folder,
             locks_held=self.locks.count_held,
+            namespaces=caches.namespaces,
+            account=account,
+            noted=lambda report: _note(changes, report),
             clock=clock.monotonic,
         )
+        dashboard = Dashboard(context, self.health, account, locks=self.locks.glance, denied=self.limits.most_denied)
+        self.internal: Internals = Internals(context, freshness, heartbeat, fleet, parked, caches, account, dashboard)
+        self.metadata: MetadataCache = self.cache("agent_meta")
 
     @classmethod
     def from_env(cls) -> GovRedis:
@@ -202,8 +216,9 @@ class GovRedis(Uncopied):
         notice_fork()
         internal, context = self.internal, self.internal.context
         self.limits.close()
-        parts = internal.caches, internal.freshness, context.redis, self._parking, context.postgres
-        for part in parts:
+        self.events.close()
+        features, servers = (internal.caches, internal.freshness), (context.redis, self._parking, context.postgres)
+        for part in (*features, context.teller, *servers):
             if part is not None:
                 part.close()
         if self._remove_folder is not None:
@@ -222,6 +237,11 @@ class GovRedis(Uncopied):
 def _remove(folder: str, pid: int) -> None:
     if os.getpid() == pid:  # a forked child leaves it to its parent
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _note(changes: StatusChanges, report: HealthReport) -> None:
+    """Without outputs, which name hosts."""
+    changes.note(report.status, {"checks": {c.name: c.status for c in report.checks if c.status != "pass"}})
 
 
 def _utc_of(clock: Clock) -> datetime:
@@ -277,3 +297,8 @@ def get_agent_store() -> AgentStore:
 def get_health_monitor() -> HealthMonitor:
     """`health` of the process-wide GovRedis."""
     return get_gov().health
+
+
+def get_event_bus() -> EventBus:
+    """`events` of the process-wide GovRedis."""
+    return get_gov().events

@@ -10,12 +10,13 @@ import logging
 import random
 import threading
 import time
-import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from ._daemon import start_daemon
 from ._fork import renew_in_child
 from ._latch import Latch
+from ._sole import Sole, nobody
 from .errors import BackendError, BackendUnavailable, NotAsked
 
 log: logging.Logger = logging.getLogger("govredis")
@@ -33,6 +34,8 @@ _OVERDUE = 0.5
 _REFUSALS_TO_OPEN = 2
 #: How long, at most, a caller waits for a probe that is about to close the breaker.
 _DRAIN = 0.25
+#: Seconds without another such answer after which a server that could not serve is taken for well again.
+_QUIET = 10.0
 
 
 class Rejected(BackendError):
@@ -46,14 +49,23 @@ class ReadOnly(BackendUnavailable):
     """A server answers and can be read, but does not write now."""
 
 
-class _Prober:
-    """The mark of the thread that probes. It ends with the thread's frame, wherever an exception strikes that."""
+@dataclass(slots=True)
+class OutageNote:
+    """A time in which this process could not use a server, in seconds since 1970; `ended` is None while it is open.
 
-    __slots__ = ("__weakref__",)
+    Attributes:
+        kind: "refused"; "hung": no answer within the timeout; "cannot write", "cannot serve": in the server's words.
+        slowest: seconds of the slowest call that got no answer.
+    """
 
+    began: float
+    kind: str
+    ended: float | None = None
+    slowest: float = 0.0
 
-def _nobody() -> _Prober | None:
-    return None
+    def is_over(self, now: float) -> bool:
+        """A server that says that it cannot serve does not say when it can: silence does."""
+        return self.ended is not None and (self.kind in {"refused", "hung"} or now - self.ended > _QUIET)
 
 
 class CircuitBreaker:
@@ -100,12 +112,19 @@ class CircuitBreaker:
         self.opened_at: float | None = None
         self.reason: str = ""
         self.times_opened: int = 0
+        #: The outage that goes on; None while the server is there, and where `trip` or `give_up` alone has opened.
+        self.outage: OutageNote | None = None
+        self._unable: OutageNote | None = None
+        #: Called with each outage when it begins and when it ends, without any lock held.
+        self.watchers: list[Callable[[OutageNote], None]] = []
         self._probe = probe
         self._clock = clock
         self._threads = threads
         self._again = False
         #: Open by `trip` alone.
         self._tripped = False
+        #: Its opening was not logged, nor will be its closing.
+        self._quiet = False
         #: Why it is open for good; "" while it is not.
         self._given_up = ""
         self._next_probe = 0.0
@@ -116,7 +135,7 @@ class CircuitBreaker:
 
     def _renew(self) -> None:
         self._lock = threading.RLock()  # a signal handler may make calls of its own
-        self._prober: Callable[[], _Prober | None] = _nobody
+        self._probing = Sole()
         self._stopped = Latch()
         self._drained = Latch()
         self._drained.set()
@@ -124,6 +143,9 @@ class CircuitBreaker:
 
     def renew_after_fork(self) -> None:
         self._renew()
+        self._unable = None
+        if self.outage is not None:
+            self.outage = replace(self.outage, slowest=0.0)  # the parent tells of its own
         if not self.closed:
             # The parent's thread is not here. The probe is due at once: the child's first caller runs it, and starts a
             # thread if the server is still away.
@@ -139,7 +161,7 @@ class CircuitBreaker:
             self.probe_now()
             if self.closed:
                 return
-        if self._tripped and self._thread not in (None, threading.current_thread()):
+        if self._tripped and self._thread is not threading.current_thread():
             self._drained.wait(_DRAIN)
             if self.closed:
                 return
@@ -153,15 +175,13 @@ class CircuitBreaker:
 
     def _probe_alone(self) -> bool:
         """Probe, unless another thread does. Returns whether this thread did."""
-        prober = _Prober()
-        with self._lock:
-            if self._prober() is not None:
-                return False
-            self._prober = weakref.ref(prober)
+        mark = self._probing.take()
+        if mark is None:
+            return False
         try:
             self._try_probe()
         finally:
-            self._prober = _nobody
+            self._probing.holder = nobody
         return True
 
     def succeeded(self) -> None:
@@ -170,8 +190,12 @@ class CircuitBreaker:
             with self._lock:
                 self.refusals = 0
 
-    def failed(self, period: int, reason: str, *, timed_out: bool) -> None:
-        """A call that began in `period` got no answer. Opens on a timeout at once, on a refusal the second time."""
+    def failed(self, period: int, reason: str, *, timed_out: bool, kind: str | None = None) -> None:
+        """A call that began in `period` got no answer. Opens on a timeout at once, on a refusal the second time.
+
+        Args:
+            kind: of outage; None: "hung" for a timeout, else "refused".
+        """
         with self._lock:
             if not self.closed or period != self.period:
                 return
@@ -181,24 +205,47 @@ class CircuitBreaker:
             relapsed = self._clock() - self._closed_at < _RELAPSE
             self._first_wait = min(_SLOWEST_PROBE, 2 * self._first_wait) if relapsed else _FIRST_PROBE
             self._open(reason, self._first_wait)
+            note = self.outage = OutageNote(time.time(), kind or ("hung" if timed_out else "refused"))
         self._opened(reason)
+        self._noted(note)
 
-    def trip(self, reason: str) -> None:
+    def note_slow(self, seconds: float) -> None:
+        """A call got no answer for so long."""
+        if (outage := self.outage) is not None and seconds > outage.slowest:
+            outage.slowest = seconds
+
+    def cannot_serve(self, kind: str) -> None:
+        """The server answered that it cannot serve now. That opens nothing, as other calls may work, and is noted."""
+        with self._lock:
+            if not self.closed:
+                return
+            now, note = time.time(), self._unable
+            if note is not None and note.kind == kind and not note.is_over(now):
+                note.ended = now
+                return
+            note = self._unable = OutageNote(now, kind, now)
+        self._noted(note)
+
+    def _noted(self, note: OutageNote) -> None:
+        for watch in self.watchers:
+            watch(note)
+
+    def trip(self, reason: str, *, quiet: bool = False) -> None:
         """Open now; if open already, close only after a whole new probe. Something was noted for it to do.
 
         While the server is not known to be away, callers that trip it again wait here for a moment. Otherwise they
-        would keep it open for as long as they come.
+        would keep it open for as long as they come. `quiet`: this caller does not wait, and nothing is logged.
         """
         with self._lock:
             self._again = True
             opened = self.closed
             if opened:
-                self._open(reason, 0.0 if self._threads else _FIRST_PROBE)
-                self._tripped = True
-                self._drained = Latch()
+                self._quiet = quiet
+                self._drained = Latch()  # first: other threads read these marks without the lock
+                self._open(reason, 0.0 if self._threads else _FIRST_PROBE, tripped=True)
         if opened:
             self._opened(reason)
-        elif threading.current_thread() is not self._thread:
+        elif not quiet and threading.current_thread() is not self._thread:
             self._drained.wait(_DRAIN)
 
     def give_up(self, why: str) -> None:
@@ -212,8 +259,10 @@ class CircuitBreaker:
         if first:
             log.warning("%s", why)
 
-    def _open(self, reason: str, wait: float) -> None:
-        self.closed = self._tripped = False
+    def _open(self, reason: str, wait: float, *, tripped: bool = False) -> None:
+        self._tripped = tripped
+        self._quiet = self._quiet and tripped
+        self.closed = False
         self.period += 1
         self.times_opened += 1
         self.opened_at = self._clock()
@@ -224,16 +273,20 @@ class CircuitBreaker:
     def _opened(self, reason: str) -> None:
         """The rest of opening, without the lock: a log handler may well use this breaker."""
         self._start_thread()
-        log.warning("%s is away (%s): fallbacks take over", self.name, reason)
+        if not self._quiet:
+            log.warning("%s is away (%s): fallbacks take over", self.name, reason)
 
     def _start_thread(self) -> None:
         if not self._threads:
+            self._drained.set()
             return
         with self._lock:
             if self.closed or self._thread is not None:
                 return
             self._stopped = Latch()  # after `close` too: its later users must not pay for the probes
             self._thread = start_daemon("govredis-probe", self._run)  # None: overdue callers probe
+            if self._thread is None:
+                self._drained.set()
 
     def _run(self) -> None:
         stopped = self._stopped
@@ -254,10 +307,18 @@ class CircuitBreaker:
         except Exception as error:  # noqa: BLE001 - any error says that the server cannot be used
             self._tripped = False
             self._drained.set()
+            began = None
             with self._lock:
+                if self.outage is None and not (self._given_up or self._stopped.is_set()):
+                    began = self.outage = OutageNote(time.time(), "refused")
                 self.reason = str(error)
                 self._wait = min(_SLOWEST_PROBE, max(_FIRST_PROBE, self._wait * 2))
                 self._next_probe = self._clock() + self._wait * _random.uniform(0.75, 1.0)
+            if began is not None:
+                self._noted(began)
+            if self._quiet:
+                self._quiet = False
+                log.warning("%s is away (%s): fallbacks take over", self.name, error)
             return
         with self._lock:
             if self.closed or self._given_up:
@@ -270,9 +331,15 @@ class CircuitBreaker:
             away = self._closed_at - (self.opened_at or 0.0)
             self.refusals = 0
             self.opened_at = None
+            ended, self.outage = self.outage, None
+            if ended is not None:
+                ended.ended = time.time()
             self.closed = True
         self._drained.set()
-        log.info("%s is back after %.1f s", self.name, away)
+        if not self._quiet:
+            log.info("%s is back after %.1f s", self.name, away)
+        if ended is not None:
+            self._noted(ended)
 
     def is_away(self) -> bool:
         """Has a call or a probe found the server away? Not so where `trip` or `give_up` alone has opened."""
@@ -282,6 +349,16 @@ class CircuitBreaker:
         """Seconds since the breaker opened; 0 while it is closed."""
         opened_at = self.opened_at
         return 0.0 if opened_at is None else self._clock() - opened_at
+
+    def retire(self) -> None:
+        """The server is not used any more. Its outage is over, and the probe ends, which is not waited for."""
+        self._stopped.set()
+        self._drained.set()
+        with self._lock:
+            ended, self.outage = self.outage, None
+        if ended is not None:
+            ended.ended = time.time()
+            self._noted(ended)
 
     def close(self) -> None:
         """End the probe thread, waiting for it. The breaker keeps its state."""

@@ -24,8 +24,15 @@ for _command in COMMANDS:
 
 @main.command()
 @click.option("--seconds", type=click.FloatRange(10, 600), default=24, show_default=True, help="Seconds of traffic.")
-@click.option("--serve", is_flag=True, help="Print the URL of the site, and leave everything running until Ctrl-C.")
-def demo(seconds: float, serve: bool) -> None:
+@click.option("--serve", is_flag=True, help="Print the dashboard's URL, and leave everything running until Ctrl-C.")
+@click.option(
+    "--topology",
+    type=click.Choice(["server", "sentinel", "cluster"]),
+    default="server",
+    show_default=True,
+    help="A server alone, a primary with Sentinels, or a Cluster.",
+)
+def demo(seconds: float, serve: bool, topology: str) -> None:
     """Show on real servers which promises hold.
 
     Starts them, a Celery worker and a site, sends traffic, takes Redis away, and reports which promises held.
@@ -33,6 +40,6 @@ def demo(seconds: float, serve: bool) -> None:
     from . import demo
 
     try:
-        sys.exit(demo.serve() if serve else demo.run(seconds))
+        sys.exit(demo.serve(topology) if serve else demo.run(seconds, topology))
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error}; the demo needs pip install 'govredis[all,testing]'") from None

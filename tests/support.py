@@ -13,16 +13,19 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import psycopg2
+import pytest
+from cluster_service import ClusterService, flush_node
 
 from govredis import Config, GovRedis
 from govredis._pool import Pool
-from govredis.client import RedisClient
-from govredis.testing.servers import PostgresServer, RedisServer
+from govredis.client import ClusterClient, RedisClient, RedisNode
+from govredis.outbox import NodeLease
+from govredis.testing.servers import PostgresServer, RedisSentinel, RedisServer
 
 T = TypeVar("T")
 
@@ -37,11 +40,43 @@ REDIS_AWAY = "redis://127.0.0.1:1/0"
 POSTGRES_AWAY = "postgresql://postgres:secret@127.0.0.1:1/postgres"
 
 
-def redis_of(gov: GovRedis) -> RedisClient:
-    """Its client of Redis."""
+def redis_of(gov: GovRedis) -> RedisNode:
+    """Its client of Redis, of one server. The test is skipped on a Cluster."""
+    client = gov.internal.context.redis
+    if isinstance(client, ClusterClient):
+        pytest.skip("asks for the client of one server")
+    assert isinstance(client, RedisNode), "this GovRedis has its Redis disabled"
+    return client
+
+
+def client_of(gov: GovRedis) -> RedisClient:
+    """Its client of Redis, be it one server or a Cluster."""
     client = gov.internal.context.redis
     assert client is not None, "this GovRedis has its Redis disabled"
     return client
+
+
+def lease_of(gov: GovRedis) -> NodeLease:
+    """Its freshness lease, of one server."""
+    freshness = gov.internal.freshness
+    assert freshness is not None, "this GovRedis has no Redis, or no PostgreSQL"
+    return freshness.of(redis_of(gov))
+
+
+_SENT_BY_SENTINELS = ("info", "ping", "publish", "subscribe", "replconf", "client|setname", "auth")
+#: Commands in Redis's statistics that Sentinels and replicas send of themselves.
+OF_SENTINELS = {f"cmdstat_{name}" for name in _SENT_BY_SENTINELS}
+
+
+class SentinelService:
+    """A primary that Sentinels name, in the place of a RedisServer: all but `url`, for govredis, is the primary's."""
+
+    def __init__(self, group: RedisSentinel, url: str) -> None:
+        self.primary = group.master
+        self.url = url
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.primary, name)
 
 
 def eventually(condition: Callable[[], T], within: float = PATIENCE, what: str = "the condition became true") -> T:
@@ -125,6 +160,14 @@ class Child:
         assert worked, value
         return value
 
+    def kill(self) -> None:
+        """kill -9. Nothing to do the second time. `result()` has no value then."""
+        if self._answer >= 0:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            os.close(self._answer)
+            self._answer = -1
+
 
 def in_child(work: Callable[[], Any]) -> Any:
     """Runs `work` in a forked child process, and returns its value."""
@@ -165,7 +208,7 @@ class WatchedSocket(socket.socket):
             raise
 
 
-def wait_at_most(client: RedisClient, seconds: float) -> None:
+def wait_at_most(client: RedisNode, seconds: float) -> None:
     """From now on the client waits so long for an answer.
 
     A client of a server that will hang gets a short timeout only then. Before that and after it, a stall of the machine
@@ -177,7 +220,7 @@ def wait_at_most(client: RedisClient, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def hung(server: RedisServer, client: RedisClient) -> Iterator[None]:
+def hung(server: RedisServer, client: RedisNode) -> Iterator[None]:
     """In the body the server hangs, and the client waits for a second."""
     patient = client._timeout
     wait_at_most(client, 1)
@@ -245,9 +288,9 @@ def _keep_password_cheaply(url: str) -> None:
 
 
 @contextlib.contextmanager
-def copied_postgres(stopped: PostgresServer) -> Iterator[PostgresServer]:
+def copied_postgres(stopped: PostgresServer, config: Iterable[str] = ()) -> Iterator[PostgresServer]:
     """A PostgreSQL server that begins with the data of one that is stopped: `initdb` takes over a second of CPU."""
-    with contextlib.closing(PostgresServer()) as server:
+    with contextlib.closing(PostgresServer(config=config)) as server:
         subprocess.run(["cp", "-a", f"{stopped.folder}/.", str(server.folder)], check=True)
         yield server.start()
 
@@ -255,7 +298,9 @@ def copied_postgres(stopped: PostgresServer) -> Iterator[PostgresServer]:
 #: All tables whose rows tests write. The outbox goes last: it takes note of deletions.
 TABLES = [
     *("govredis_limit_windows", "govredis_limit_counters", "govredis_agents", "govredis_health_snapshots"),
-    *("govredis_sessions", "govredis_session_agents", "govredis_outbox", "govredis_epochs"),
+    "govredis_health_hours",
+    *("govredis_sessions", "govredis_session_agents", "govredis_outbox", "govredis_epochs", "govredis_events"),
+    *("govredis_account", "govredis_outages"),
 ]
 
 
@@ -269,13 +314,6 @@ def empty(connection: Any) -> None:
         cursor.execute("; ".join(f"DELETE FROM {table}" for table in TABLES))
 
 
-def flush(server: RedisServer) -> None:
-    """Deletes all keys and scripts. A client of redis-py takes ten times as long to make as this."""
-    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as connection:
-        connection.sendall(b"FLUSHALL\r\nSCRIPT FLUSH\r\n")
-        reply = b""
-        while reply.count(b"\r\n") < 2:
-            received = connection.recv(1000)
-            assert received, f"it ended after {reply!r}"
-            reply += received
-    assert reply == b"+OK\r\n+OK\r\n", reply
+def flush(server: RedisServer | ClusterService) -> None:
+    """Deletes all keys and scripts."""
+    server.flush() if isinstance(server, ClusterService) else flush_node(server)

@@ -6,11 +6,14 @@ import ast
 import contextlib
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import psycopg2
 import pytest
 import redis as redis_py
 from click.testing import CliRunner
@@ -20,6 +23,7 @@ from support import eventually, redis_of
 import govredis
 from govredis import BackendError, BackendUnavailable, Config, GovRedis, LockLost
 from govredis._acl import _PARTS, FEATURES, Rights, look, rights, sources
+from govredis.breaker import OutageNote
 from govredis.cli import main
 from govredis.client.commands import commands_in_script
 from govredis.contrib.flask import FlaskGovRedis
@@ -134,11 +138,37 @@ def metadata(gov: GovRedis, admin: Any) -> None:
     cache.get("a")
 
 
+def events(gov: GovRedis, admin: Any) -> None:
+    listener = gov.events.listen("agent")
+    gov.events.publish("agent", 1)
+    assert listener.get(20)
+    with contextlib.suppress(ZeroDivisionError), gov.events.consume("g", "a", "agent") as first:
+        assert first.get(20)
+        raise ZeroDivisionError
+    with gov.events.consume("g", "a", "agent", deliveries=2) as again:
+        assert again.get(20)
+        assert again.get(0) is None
+    with contextlib.suppress(ZeroDivisionError), gov.events.consume("h", "a", "agent") as first:
+        assert first.get(20)
+        raise ZeroDivisionError
+    with gov.events.consume("h", "a", "agent", deliveries=1) as again:
+        assert again.get(0) is None
+    assert gov.events.dead("agent")
+    if gov.config.database_url is not None:
+        with contextlib.closing(psycopg2.connect(gov.config.database_url)) as connection, connection:
+            gov.events.publish("agent", 2, connection)
+        eventually(lambda: gov.events.deliver() or admin.acl_log() or listener.get(0))
+
+
 def health(gov: GovRedis, admin: Any) -> None:
     gov.internal.heartbeat.note_published(15, "celery")
+    for name in "a", "b":
+        gov.internal.fleet.note("worker", name, 15, {})
+    gov.internal.fleet.leave("worker", "a")
     gov.health.beat(15)
     report = gov.health.snapshot()
     assert (report.stored, report.status) == ("redis", "pass")
+    assert len(gov.health.history()) == 1
     # Under its own rights it may not see the keys of other features in Redis, and says so.
     unknown = {check.name for check in report.checks if check.output.startswith("unknown: ")}
     assert unknown == {"locks", "parked"}
@@ -165,6 +195,7 @@ SCENARIOS = {
     "locks": locks,
     "limits": limits,
     "metadata": metadata,
+    "events": events,
     "health": health,
     "celery": celery,
 }
@@ -174,6 +205,14 @@ def outage(gov: GovRedis) -> None:
     """Send the commands that the client sends by itself."""
     redis_of(gov)._probe()
     redis_of(gov)._measure()
+    account = gov.internal.account
+    note = OutageNote(time.time() - 1, "refused")
+    account._log._note("redis", note)
+    account.flush()
+    note.ended = time.time()
+    account.flush()
+    account.totals()
+    account.outages(datetime.now(timezone.utc), datetime.now(timezone.utc))
 
 
 _WORD = re.compile(r'"((?:[^"\\]|\\.)*)"')
@@ -212,11 +251,13 @@ class Recorder:
     def __exit__(self, *_: Any) -> None:
         self._admin.echo("over")
         self._thread.join()
+        if any(name.startswith("cmdstat_slowlog") for name in self._admin.info("commandstats")):
+            self.commands.add("slowlog|get")  # MONITOR does not show it
         for command in self._seen:
             name = command[0].lower()
             if name in {"auth", "hello"}:  # which no ACL forbids
                 continue
-            self.commands.add("|".join(command[:2]).lower() if name in {"client", "script"} else name)
+            self.commands.add("|".join(command[:2]).lower() if name in {"client", "script", "slowlog"} else name)
             if len(command) == 1:
                 continue
             try:
@@ -270,8 +311,24 @@ def test_each_feature_works_under_exactly_its_rights(
     with Recorder(mortal_redis, admin) as sent:
         SCENARIOS[feature](gov, admin)
         outage(gov)
-    assert set(refusals(admin)) == ({"scan", "smembers"} if feature == "health" else set())
+    # Nor is a change of the health published without the rights of "events".
+    not_of_health = {"zcount", f"{prefix}govredis:locks", "smembers", "xrevrange"}
+    assert set(refusals(admin)) == (not_of_health if feature == "health" else set())
     check_exactly(sent, granted, config)
+
+
+def test_with_postgresql_events_need_the_rights_of_their_relay(
+    under: Callable[..., GovRedis], mortal_redis: RedisServer, postgres_server: PostgresServer, admin: Any
+) -> None:
+    config = Config(database_url=postgres_server.url)
+    granted = rights(config, ["events"])
+    gov = under(config, granted)
+    with Recorder(mortal_redis, admin) as sent:
+        SCENARIOS["events"](gov, admin)
+    assert refusals(admin) == []
+    of_relay = granted.commands - rights(Config(), ["events"]).commands
+    assert of_relay
+    assert of_relay <= sent.commands
 
 
 @pytest.mark.parametrize("feature", ["sessions", "metadata"])
@@ -338,7 +395,7 @@ def test_without_any_one_of_its_rights_a_feature_is_refused(
 def test_every_source_that_names_a_command_is_of_a_feature() -> None:
     parts = {path: part for part, path, _ in sources()}
     assert _PARTS.items() <= parts.items(), "a file that is not there any more"
-    assert set(parts.values()) == {*FEATURES, "outbox", "local"}
+    assert set(parts.values()) == {*FEATURES, "outbox", "shard", "relay", "local", "account"}
     package = Path(govredis.__file__).parent
     elsewhere = ["client", "demo", "_commands", "testing"]  # the client's own are read, and the others need no ACL
     for path in package.rglob("*.py"):
@@ -427,12 +484,6 @@ def test_the_documentation_names_each_feature_and_shows_what_is_printed() -> Non
     )
     (printed,) = invoke("locks", GOVREDIS_KEY_PREFIX="app:")
     assert printed.startswith(shown)
-
-
-def test_doctor_refuses_a_feature_without_acl() -> None:
-    done = CliRunner().invoke(main, ["doctor", "--feature", "locks"])
-    assert done.exit_code == 2
-    assert "--feature and --namespace go with --acl" in done.output
 
 
 class TestRefusals:

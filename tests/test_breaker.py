@@ -10,7 +10,8 @@ import pytest
 from support import PATIENCE, eventually, in_child
 
 from govredis import breaker as breaker_module
-from govredis.breaker import CircuitBreaker, Rejected, _Prober
+from govredis._sole import SoleMark
+from govredis.breaker import CircuitBreaker, Rejected
 from govredis.errors import BackendUnavailable
 
 
@@ -286,6 +287,29 @@ def test_only_a_call_or_a_probe_finds_the_server_away(breaker: CircuitBreaker, p
     assert not breaker.is_away()
 
 
+def test_a_quiet_trip_is_logged_only_where_its_probe_fails(
+    breaker: CircuitBreaker, probe: Probe, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A Cluster's node that takes slots over is well: it only has its replays first."""
+    caplog.set_level(logging.INFO, "govredis")
+    probe.up = True
+    breaker.trip("it has slots of another", quiet=True)
+    clock.now += 10
+    breaker.check()
+    assert breaker.closed
+    assert caplog.records == []
+    probe.up = False
+    breaker.trip("it has slots of another", quiet=True)
+    clock.now += 10
+    with pytest.raises(BackendUnavailable):
+        breaker.check()
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    probe.up = True
+    clock.now += 10
+    breaker.check()
+    assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.INFO]
+
+
 def test_trip_during_a_probe_has_another_whole_probe_run(breaker: CircuitBreaker, probe: Probe, clock: Clock) -> None:
     fail(breaker, timed_out=True)
     probe.up = True
@@ -443,7 +467,7 @@ def test_callers_probe_where_threads_cannot_start(probe: Probe, clock: Clock, mo
 def test_the_open_path_costs_next_to_nothing(breaker: CircuitBreaker, probe: Probe) -> None:
     """No lock, no probe: it works while somebody holds the lock and probes."""
     fail(breaker, timed_out=True)
-    breaker._prober = _Prober
+    breaker._probing.holder = SoleMark
     with breaker._lock:
         for _ in range(1000):
             with pytest.raises(BackendUnavailable):
@@ -492,7 +516,7 @@ def test_a_child_forked_while_open_recovers_by_itself(threaded: CircuitBreaker, 
         probe.up = True
         eventually(lambda: threaded.closed)
 
-    threaded._prober = _Prober
+    threaded._probing.holder = SoleMark
     with threaded._lock:  # whatever the parent's threads were doing
         in_child(child)
     assert not threaded.closed

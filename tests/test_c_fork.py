@@ -19,11 +19,11 @@ import pytest
 from c_fork import CForkedChild, held_by_another_thread, in_c_child, mutexes
 from celery import Celery
 from flask import Flask
-from support import in_threads, redis_of
+from support import eventually, in_threads, redis_of
 
 from govredis import BackendUnavailable, GovRedis, LockLost, _fork
+from govredis.client import node as client_module
 from govredis.client import pack_command
-from govredis.client import redis_client as client_module
 from govredis.contrib.celery import exclusive, init_celery, rate_limited
 from govredis.contrib.flask import FlaskGovRedis
 from govredis.limits.parked import Arrival
@@ -91,6 +91,14 @@ def agents(gov: GovRedis, me: str) -> object:
     gov.agents.update_metadata(me, n=1)
     read = gov.metadata.get_or_load(me, gov.agents.get)
     return read is None or read["metadata"] != {"of": me, "n": 1} or not gov.agents.delete(me)
+
+
+def events(gov: GovRedis, me: str) -> object:
+    identity = gov.events.publish("agent", me)
+    heard = [e.id for e in gov.events.listen("agent", after="0", timeout=0) if e.payload == me]
+    with gov.events.consume(me, me, "agent", timeout=0) as consumer:
+        taken = [e.id for e in consumer if e.payload == me]
+    return not (heard == taken == [identity])
 
 
 def health(gov: GovRedis, me: str) -> object:
@@ -161,7 +169,9 @@ def counters(gov: GovRedis, me: str) -> object:
     return gov.counters.get(me) != 3 or gov.counters.read()[me] != 3
 
 
-OPERATIONS = [sessions, locks, limits, metadata, agents, health, postgres, client, parked, flask, celery, counters]
+OPERATIONS = [
+    *(sessions, locks, limits, metadata, agents, events, health, postgres, client, parked, flask, celery, counters),
+]
 
 
 @pytest.mark.parametrize("used", [True, False], ids=["used", "unused"])
@@ -272,6 +282,39 @@ def test_one_child_at_a_time_is_inside(make_gov: MakeGov, redis_server: RedisSer
 
 
 # -- what belongs to the parent
+
+
+class Ended:
+    """Has a thread that has ended, and that nobody joined: the child lets go of it, as it renews itself."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = threading.Thread(target=int, daemon=True)
+        self.thread.start()
+        eventually(lambda: self.thread is not None and not self.thread.is_alive())
+        _fork.renew_in_child(self)
+
+    def renew_after_fork(self) -> None:
+        self.thread = None
+
+
+def test_the_end_of_a_parents_thread_touches_no_thread_of_the_childs() -> None:
+    """The C library gives one of the child's first threads the number of the parent's."""
+    ended = Ended()
+
+    def work() -> bool:
+        go_on = threading.Event()
+        mine = [threading.Thread(target=go_on.wait) for _ in range(50)]
+        for thread in mine:
+            thread.start()
+        _fork.notice_fork()
+        assert ended.thread is None
+        go_on.set()
+        for thread in mine:
+            thread.join()
+        return True
+
+    gc.collect()  # threads that nobody has any more end here, not in the child
+    assert in_c_child(work) is True
 
 
 def test_the_parents_lock_is_not_the_childs(make_gov: MakeGov, redis_server: RedisServer, plain_redis: Any) -> None:
@@ -401,6 +444,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "MetadataCache.get_many": (["m"],),
     "AgentStore.get_many": (["a"],),
     "HealthMonitor.beat": (15,),
+    "EventBus.consume": ("g", "c", "a"),
     "Postgres.fetch": ("SELECT 1",),
     "Counters.add_each": ("a.b",),
     "HeldLock.on_lost": (print,),
@@ -438,9 +482,10 @@ def test_every_operation_notices_first(make_gov: MakeGov, monkeypatch: pytest.Mo
     local = make_gov(redis_enabled=False)
     gc.collect()  # what other tests have left notices, too, when it goes
     features = gov.sessions, gov.locks, gov.limits, gov.metadata, gov.agents, gov.health, gov.postgres, gov.counters
+    events = gov.events, gov.events.listen("a", after="0"), gov.events.consume("g", "c", "a")
     with local.locks.acquire("x") as held, monkeypatch.context() as patch:
         made = held, gov.locks.rwlock("x"), gov.locks.semaphore("x", slots=1), local.limits.hit("a", "1/hour")
-        operations = dict(public_operations(gov, *features, *made))
+        operations = dict(public_operations(gov, *features, *events, *made))
         assert operations.keys() >= {*ARGUMENTS, *NOTHING_SHARED}
         patch.setattr(_fork, "_renewed_here", [0])  # as a child finds it
 

@@ -1,4 +1,4 @@
-"""RedisClient on real Redis: up, refused, hung, restarted, interrupted, forked."""
+"""RedisNode on real Redis: up, refused, hung, restarted, interrupted, forked."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ import redis
 from support import PATIENCE, Background, Child, WatchedSocket, eventually, hung, in_child, in_threads
 
 from govredis import BackendError, BackendUnavailable, Config, ConfigurationError
-from govredis.client import RedisClient, Script, commands
-from govredis.client import redis_client as client_module
+from govredis.client import RedisNode, Script, commands
+from govredis.client import node as client_module
 from govredis.testing.servers import RedisServer
 
-MakeClient = Callable[..., RedisClient]
+MakeClient = Callable[..., RedisNode]
 
 #: A script of two reads and a write, with a name of its own per test: its SHA is unknown to the server.
 SOURCE = "redis.call('SET', KEYS[1], ARGV[1]) return redis.call('GET', KEYS[1])"
@@ -39,11 +39,11 @@ SOURCE = "redis.call('SET', KEYS[1], ARGV[1]) return redis.call('GET', KEYS[1])"
 
 @pytest.fixture
 def make_client() -> Iterator[MakeClient]:
-    made: list[RedisClient] = []
+    made: list[RedisNode] = []
 
-    def make(server: RedisServer, **settings: Any) -> RedisClient:
+    def make(server: RedisServer, **settings: Any) -> RedisNode:
         patient = {"socket_timeout": PATIENCE / 2, "connect_timeout": PATIENCE / 2}
-        client = RedisClient(Config(**{"redis_url": server.url, **patient, **settings}))
+        client = RedisNode(Config(**{"redis_url": server.url, **patient, **settings}))
         made.append(client)
         return client
 
@@ -53,7 +53,7 @@ def make_client() -> Iterator[MakeClient]:
 
 
 @pytest.fixture
-def client(redis_server: RedisServer, make_client: MakeClient) -> RedisClient:
+def client(redis_server: RedisServer, make_client: MakeClient) -> RedisNode:
     return make_client(redis_server)
 
 
@@ -74,7 +74,7 @@ def test_the_file_of_a_script_is_read_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert (again.source, again.sha) == (first.source, first.sha)
 
 
-def works(client: RedisClient) -> bool:
+def works(client: RedisNode) -> bool:
     try:
         return bool(client.call("PING") == b"PONG")
     except BackendUnavailable:
@@ -92,7 +92,7 @@ def connections(server: RedisServer) -> list[dict[str, str]]:
 # -- calls
 
 
-def test_replies_are_resp2_and_bytes(client: RedisClient) -> None:
+def test_replies_are_resp2_and_bytes(client: RedisNode) -> None:
     assert client.call("SET", "k", "é") == b"OK"
     assert client.call("GET", "k") == "é".encode()
     assert client.call("GET", "nothing") is None
@@ -102,7 +102,7 @@ def test_replies_are_resp2_and_bytes(client: RedisClient) -> None:
     assert client.call("CONFIG", "GET", "maxmemory") == [b"maxmemory", b"0"]  # RESP3 would make it a map
 
 
-def test_a_connection_costs_no_round_trips_of_its_own(redis_server: RedisServer, client: RedisClient) -> None:
+def test_a_connection_costs_no_round_trips_of_its_own(redis_server: RedisServer, client: RedisNode) -> None:
     before = redis_server.command("INFO", "stats")
     client.call("PING")
     client.call("PING")
@@ -118,7 +118,7 @@ def test_a_connection_costs_no_round_trips_of_its_own(redis_server: RedisServer,
     assert commands - overhead == 2
 
 
-def test_a_script_runs_and_comes_back_after_a_flush(redis_server: RedisServer, client: RedisClient) -> None:
+def test_a_script_runs_and_comes_back_after_a_flush(redis_server: RedisServer, client: RedisNode) -> None:
     ours = script()
     assert client.run(ours, ("k",), "one") == b"one"
     assert redis_server.command("SCRIPT", "EXISTS", ours.sha) in ([1], [True])
@@ -128,7 +128,7 @@ def test_a_script_runs_and_comes_back_after_a_flush(redis_server: RedisServer, c
     assert len(client._pool.live) == 1
 
 
-def test_scripts_in_a_pipeline_come_back_after_a_flush(redis_server: RedisServer, client: RedisClient) -> None:
+def test_scripts_in_a_pipeline_come_back_after_a_flush(redis_server: RedisServer, client: RedisNode) -> None:
     one, other = script(), script("return redis.call('INCRBY', KEYS[1], ARGV[1])")
     for n in range(1, 4):
         redis_server.command("SCRIPT", "FLUSH")
@@ -139,7 +139,7 @@ def test_scripts_in_a_pipeline_come_back_after_a_flush(redis_server: RedisServer
 
 
 def test_a_source_is_sent_once_for_all_calls_of_its_script(
-    redis_server: RedisServer, client: RedisClient, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, client: RedisNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, other = script(), script("return ARGV[1]")
     sent: list[bytes] = []
@@ -152,17 +152,17 @@ def test_a_source_is_sent_once_for_all_calls_of_its_script(
     assert sent[1].count(b"EVALSHA") == 8
 
 
-def test_a_script_that_was_not_named_is_an_error_and_not_a_private_one(client: RedisClient) -> None:
+def test_a_script_that_was_not_named_is_an_error_and_not_a_private_one(client: RedisNode) -> None:
     with pytest.raises(BackendError):
         client.pipeline([script("return 'never loaded'").call((), ())])
 
 
-def test_an_empty_pipeline_asks_nothing(client: RedisClient) -> None:
+def test_an_empty_pipeline_asks_nothing(client: RedisNode) -> None:
     assert client.pipeline([]) == []
     assert not client._pool.live
 
 
-def test_a_pipeline_reads_all_replies_before_it_raises(client: RedisClient) -> None:
+def test_a_pipeline_reads_all_replies_before_it_raises(client: RedisNode) -> None:
     client.call("SET", "text", "x")
     for _ in range(3):
         with pytest.raises(BackendError, match=r"WRONGTYPE"):
@@ -172,7 +172,7 @@ def test_a_pipeline_reads_all_replies_before_it_raises(client: RedisClient) -> N
     assert len(client._pool.live) == 1
 
 
-def test_in_a_pipeline_each_may_fail_alone(redis_server: RedisServer, client: RedisClient) -> None:
+def test_in_a_pipeline_each_may_fail_alone(redis_server: RedisServer, client: RedisNode) -> None:
     client.call("SET", "text", "x")
     one = script()
     for _ in range(2):
@@ -221,7 +221,7 @@ def test_unix_sockets_and_databases(redis_binary: str, make_client: MakeClient) 
 )
 def test_a_parameter_that_is_none_is_refused_before_anything_is_sent(url: str, problem: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"^REDIS_URL is .*{problem}") as caught:
-        RedisClient(Config(redis_url=url))
+        RedisNode(Config(redis_url=url))
     assert "hunter2" not in str(caught.value)
 
 
@@ -237,7 +237,7 @@ def test_timeouts_in_the_url_count_and_its_protocol_does_not(
 # -- error answers
 
 
-def test_an_error_answer_is_a_backend_error_and_the_connection_goes_on(client: RedisClient) -> None:
+def test_an_error_answer_is_a_backend_error_and_the_connection_goes_on(client: RedisNode) -> None:
     client.call("SET", "text", "x")
     for _ in range(5):
         with pytest.raises(BackendError, match=r"^Redis at 127.0.0.1:\d+ answered: WRONGTYPE ") as caught:
@@ -252,7 +252,7 @@ def test_an_error_answer_is_a_backend_error_and_the_connection_goes_on(client: R
     assert client.breaker.closed
 
 
-def refused_in_every_way(client: RedisClient, why: str) -> None:
+def refused_in_every_way(client: RedisNode, why: str) -> None:
     """A write is BackendUnavailable, alone, in a pipeline and in a script; reads work; the breaker stays closed."""
     writer = script("redis.call('SET', KEYS[1], ARGV[1])")
     for _ in range(3):
@@ -271,7 +271,7 @@ class Handle:
 
 
 @pytest.mark.parametrize("what", ["call", "script", "pipeline", "in a transaction", "second sending"])
-def test_an_error_keeps_nothing_of_those_who_called(redis_server: RedisServer, client: RedisClient, what: str) -> None:
+def test_an_error_keeps_nothing_of_those_who_called(redis_server: RedisServer, client: RedisNode, what: str) -> None:
     """A lock's handle, say: it is collected when its owner lets go of it, not when the collector next runs."""
     wrong = "INCR", "text"
     asked: dict[str, Callable[[], Any]] = {
@@ -425,7 +425,7 @@ def test_a_server_that_speaks_something_else(make_client: MakeClient) -> None:
                     peer.recv(1000)
                     peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
-        client = RedisClient(
+        client = RedisNode(
             Config(redis_url=f"redis://127.0.0.1:{listener.getsockname()[1]}/0", socket_timeout=PATIENCE)
         )
 
@@ -453,7 +453,7 @@ def test_a_full_pool(redis_server: RedisServer, make_client: MakeClient) -> None
 # -- dead connections
 
 
-def test_a_killed_connection_is_invisible_to_the_caller(redis_server: RedisServer, client: RedisClient) -> None:
+def test_a_killed_connection_is_invisible_to_the_caller(redis_server: RedisServer, client: RedisNode) -> None:
     def kill() -> None:
         redis_server.command("CLIENT", "KILL", "TYPE", "normal")
 
@@ -602,7 +602,7 @@ def test_one_warning_and_one_info_per_outage(
 class Outage:
     """A Redis that is away for a client that knows it."""
 
-    def __init__(self, server: RedisServer, client: RedisClient) -> None:
+    def __init__(self, server: RedisServer, client: RedisNode) -> None:
         self.server, self.client = server, client
         server.kill()
         eventually(lambda: not works(client) and not client.breaker.closed)
@@ -612,7 +612,7 @@ def test_replays_run_before_anybody_elses_command(mortal_redis: RedisServer, mak
     client = make_client(mortal_redis)
     entered, go = threading.Event(), threading.Event()
 
-    def replay(redis: RedisClient) -> None:
+    def replay(redis: RedisNode) -> None:
         redis.call("RPUSH", "order", "replay 1")
         entered.set()
         go.wait(20)
@@ -648,11 +648,11 @@ def test_replays_run_before_anybody_elses_command(mortal_redis: RedisServer, mak
     assert set(order[3:]) == {b"other"}
 
 
-def test_after_replay_soon_the_replays_come_first(redis_server: RedisServer, client: RedisClient) -> None:
+def test_after_replay_soon_the_replays_come_first(redis_server: RedisServer, client: RedisNode) -> None:
     """Others wait for them; Redis is not away."""
     pending = ["one"]
 
-    def replay(redis: RedisClient) -> None:
+    def replay(redis: RedisNode) -> None:
         while pending:
             redis.call("RPUSH", "told", pending[-1])
             pending.pop()
@@ -665,7 +665,7 @@ def test_after_replay_soon_the_replays_come_first(redis_server: RedisServer, cli
     assert client.breaker.times_opened == 1
 
 
-def test_while_the_replays_run_nobody_else_uses_redis(redis_server: RedisServer, client: RedisClient) -> None:
+def test_while_the_replays_run_nobody_else_uses_redis(redis_server: RedisServer, client: RedisNode) -> None:
     running, go_on = threading.Event(), threading.Event()
     client.on_recovery(lambda _: (running.set(), go_on.wait(20)))
     client.call("PING")
@@ -677,10 +677,10 @@ def test_while_the_replays_run_nobody_else_uses_redis(redis_server: RedisServer,
     eventually(lambda: works(client))
 
 
-def test_a_replay_that_finds_redis_unavailable_keeps_it_closed_to_all(client: RedisClient) -> None:
+def test_a_replay_that_finds_redis_unavailable_keeps_it_closed_to_all(client: RedisNode) -> None:
     runs: list[bool] = []
 
-    def replay(redis: RedisClient) -> None:
+    def replay(redis: RedisNode) -> None:
         runs.append(client.breaker.closed)
         if len(runs) < 3:
             raise BackendUnavailable("gone again")
@@ -693,11 +693,11 @@ def test_a_replay_that_finds_redis_unavailable_keeps_it_closed_to_all(client: Re
 
 
 def test_another_error_of_a_replay_is_logged_and_harms_nobody(
-    client: RedisClient, caplog: pytest.LogCaptureFixture
+    client: RedisNode, caplog: pytest.LogCaptureFixture
 ) -> None:
     ran = []
 
-    def broken(redis: RedisClient) -> None:
+    def broken(redis: RedisNode) -> None:
         redis.call("SET", "text", "x")
         redis.call("LPUSH", "text", 1)
 
@@ -823,7 +823,7 @@ def test_a_signal_at_any_point_gives_nobody_anothers_reply(redis_server: RedisSe
     assert client.breaker.closed
 
 
-def test_an_exception_between_send_and_read_costs_the_connection(client: RedisClient) -> None:
+def test_an_exception_between_send_and_read_costs_the_connection(client: RedisNode) -> None:
     client.call("SET", "k", "somebody's")
     connection = client._pool.idle[-1]
     read = connection.read_response
@@ -840,7 +840,7 @@ def test_an_exception_between_send_and_read_costs_the_connection(client: RedisCl
     assert client._pool.idle[-1] is not connection
 
 
-def test_an_exception_in_the_middle_of_a_pipelines_replies(client: RedisClient) -> None:
+def test_an_exception_in_the_middle_of_a_pipelines_replies(client: RedisNode) -> None:
     client.call("PING")
     connection = client._pool.idle[-1]
     read, replies = connection.read_response, itertools.count()
@@ -876,7 +876,7 @@ def test_fifty_threads_share_one_client(redis_server: RedisServer, make_client: 
     assert len(connections(redis_server)) <= 20
 
 
-def hammer(client: RedisClient, who: str, rounds: int = 200) -> None:
+def hammer(client: RedisNode, who: str, rounds: int = 200) -> None:
     ours = script("return ARGV[1]")
     for n in range(rounds):
         text = f"{who}:{n}".encode()
@@ -885,7 +885,7 @@ def hammer(client: RedisClient, who: str, rounds: int = 200) -> None:
         assert client.run(ours, (), text) == text
 
 
-def test_parent_and_children_work_on_after_a_fork(redis_server: RedisServer, client: RedisClient) -> None:
+def test_parent_and_children_work_on_after_a_fork(redis_server: RedisServer, client: RedisNode) -> None:
     in_threads(*[lambda: client.call("PING")] * 4)
     before = {c["id"] for c in connections(redis_server)}
     children = [Child(lambda n=n: hammer(client, f"child {n}")) for n in range(3)]  # type: ignore[misc]
@@ -899,7 +899,7 @@ def test_parent_and_children_work_on_after_a_fork(redis_server: RedisServer, cli
 
 @pytest.mark.parametrize("ending", ["exits", "closes", "collects"])
 def test_a_child_does_not_disturb_the_parents_sockets(
-    ending: str, redis_server: RedisServer, client: RedisClient
+    ending: str, redis_server: RedisServer, client: RedisNode
 ) -> None:
     client.call("PING")
     socket_before = client._pool.idle[-1]._sock
@@ -918,7 +918,7 @@ def test_a_child_does_not_disturb_the_parents_sockets(
     assert client._pool.idle[-1]._sock is socket_before
 
 
-def test_a_child_forked_by_multiprocessing_has_no_descriptor_of_its_parent(client: RedisClient) -> None:
+def test_a_child_forked_by_multiprocessing_has_no_descriptor_of_its_parent(client: RedisNode) -> None:
     used = client._pool.take(1)
     used.connect()
     client.call("PING")  # and an idle one
@@ -962,7 +962,7 @@ def descriptors() -> int:
 def test_close_gives_everything_back(redis_server: RedisServer, make_client: MakeClient) -> None:
     threads_before, before = set(threading.enumerate()), descriptors()
     for _ in range(20):
-        client = RedisClient(Config(redis_url=redis_server.url, socket_timeout=PATIENCE / 2))
+        client = RedisNode(Config(redis_url=redis_server.url, socket_timeout=PATIENCE / 2))
         in_threads(*[lambda c=client: c.call("PING")] * 3)  # type: ignore[misc]
         client.breaker.trip("a test")
         client.close()
@@ -972,7 +972,7 @@ def test_close_gives_everything_back(redis_server: RedisServer, make_client: Mak
     eventually(lambda: not connections(redis_server))
 
 
-def test_a_closed_client_reconnects_if_it_is_used_again(client: RedisClient) -> None:
+def test_a_closed_client_reconnects_if_it_is_used_again(client: RedisNode) -> None:
     client.call("PING")
     client.close()
     assert works(client)
@@ -982,7 +982,7 @@ def test_a_client_dropped_without_close_leaves_nothing(redis_server: RedisServer
     import gc
 
     for _ in range(5):
-        client = RedisClient(Config(redis_url=redis_server.url, socket_timeout=PATIENCE / 2))
+        client = RedisNode(Config(redis_url=redis_server.url, socket_timeout=PATIENCE / 2))
         client.call("PING")
         assert connections(redis_server)
         del client
@@ -990,7 +990,7 @@ def test_a_client_dropped_without_close_leaves_nothing(redis_server: RedisServer
     eventually(lambda: not connections(redis_server))
 
 
-def test_a_long_pipeline_goes_in_pieces(client: RedisClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_pipeline_goes_in_pieces(client: RedisNode, monkeypatch: pytest.MonkeyPatch) -> None:
     """One deadline is for one exchange, and must not have to do for any number of commands."""
     pieces = []
     round_trip = client._round_trip
@@ -1017,7 +1017,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> float:
     return 19.0
 
 
-def test_pop_returns_the_element_or_none(redis_server: RedisServer, client: RedisClient, at_once: float) -> None:
+def test_pop_returns_the_element_or_none(redis_server: RedisServer, client: RedisNode, at_once: float) -> None:
     assert client.pop("l", 0.25) is None
     client.call("RPUSH", "l", "a", "b")
     assert client.pop("l", at_once) == b"a"
@@ -1110,7 +1110,7 @@ def test_pop_from_a_server_that_hangs_or_is_gone(
 
 
 def test_an_idle_waiting_connection_that_was_killed_is_replaced(
-    redis_server: RedisServer, client: RedisClient, at_once: float
+    redis_server: RedisServer, client: RedisNode, at_once: float
 ) -> None:
     client.call("RPUSH", "l", 1, 2, 3)
     assert client.pop("l", at_once) == b"1"
@@ -1120,7 +1120,7 @@ def test_an_idle_waiting_connection_that_was_killed_is_replaced(
 
 
 def test_an_exception_while_it_waits_costs_the_connection(
-    redis_server: RedisServer, client: RedisClient, at_once: float
+    redis_server: RedisServer, client: RedisNode, at_once: float
 ) -> None:
     class Struck(BaseException):
         pass
@@ -1149,7 +1149,7 @@ def test_an_exception_while_it_waits_costs_the_connection(
     assert client.pop("l", at_once) == b"y"
 
 
-def test_a_child_forked_while_its_parent_waits(redis_server: RedisServer, client: RedisClient, at_once: float) -> None:
+def test_a_child_forked_while_its_parent_waits(redis_server: RedisServer, client: RedisNode, at_once: float) -> None:
     client.call("RPUSH", "l", "x")
     client.pop("l", at_once)
     used = client._waiting.take(1)
@@ -1198,8 +1198,8 @@ def test_a_process_that_closes_its_descriptors_connects_anew(redis_server: Redis
     code = (
         "import os, sys\n"
         "from govredis import Config\n"
-        "from govredis.client import RedisClient\n"
-        "client = RedisClient(Config(redis_url=sys.argv[1], socket_timeout=20, connect_timeout=20))\n"
+        "from govredis.client import RedisNode\n"
+        "client = RedisNode(Config(redis_url=sys.argv[1], socket_timeout=20, connect_timeout=20))\n"
         "client.call('SET', 'k', 'v')\n"
         "os.closerange(3, 256)\n"
         "print(client.call('GET', 'k'))\n"

@@ -1,4 +1,4 @@
-"""RedisClient at the address of a Redis Cluster's node, which answers for some keys and sends away for the others."""
+"""RedisNode at the address of a Redis Cluster's node, which answers for some keys and sends away for the others."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from govredis.client import Script
 from govredis.testing.servers import RedisCluster
 
 MOVED = (
-    r"is a node of a Redis Cluster \(it answered MOVED \d+ 127.0.0.1:\d+\): this version of govredis connects"
-    r" to a standalone Redis only; the URL must name one, and REDIS_CLUSTER must stay unset$"
+    r"is a node of a Redis Cluster \(it answered MOVED \d+ 127.0.0.1:\d+\): REDIS_CLUSTER must be 1, or the URL must"
+    r" begin with redis\+cluster:// or rediss\+cluster://$"
 )
 #: Some lie "here", on the node at the address, and some "there".
 KEYS = [f"k{n}" for n in range(20)]
@@ -48,7 +48,7 @@ def test_its_first_answer_that_says_so_ends_all(
     how: str, cluster: RedisCluster, here: str, there: str, make_gov: Callable[..., GovRedis],
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    client = redis_of(make_gov(redis_url=cluster.url))
+    client = redis_of(make_gov(redis_url=cluster.nodes[0].url))
     assert client is not None
     assert client.call("GET", here) is None, "nobody knows yet"
     ask: dict[str, Callable[[], Any]] = {
@@ -73,7 +73,7 @@ def test_its_first_answer_that_says_so_ends_all(
 def test_the_features_and_health_say_so(
     cluster: RedisCluster, there: str, make_gov: Callable[..., GovRedis], caplog: pytest.LogCaptureFixture
 ) -> None:
-    gov = make_gov(redis_url=cluster.url)
+    gov = make_gov(redis_url=cluster.nodes[0].url)
     with pytest.raises(BackendError, match=MOVED):
         redis_of(gov).call("GET", there)
     uses: list[Callable[[], Any]] = [
@@ -95,7 +95,7 @@ def test_the_features_and_health_say_so(
 def test_an_outage_meanwhile_and_a_probe_change_nothing(
     cluster: RedisCluster, there: str, make_gov: Callable[..., GovRedis], eventually: Callable[..., Any]
 ) -> None:
-    client = redis_of(make_gov(redis_url=cluster.url))
+    client = redis_of(make_gov(redis_url=cluster.nodes[0].url))
     assert client is not None
     client.breaker.trip("a test")
     client.on_recovery(lambda redis: redis.call("GET", there))

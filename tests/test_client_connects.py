@@ -1,4 +1,4 @@
-"""RedisClient: the number by which a caller sees that a connection is a new one."""
+"""RedisNode: the number by which a caller sees that a connection is a new one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from support import redis_of
 
 from govredis import GovRedis
-from govredis.client import RedisClient
+from govredis.client import RedisNode
 from govredis.testing.servers import RedisServer
 
 
 @pytest.fixture
-def client(redis_server: RedisServer, make_gov: Callable[..., GovRedis]) -> RedisClient:
+def client(redis_server: RedisServer, make_gov: Callable[..., GovRedis]) -> RedisNode:
     found = redis_of(make_gov(redis_url=redis_server.url))
     assert found is not None
     return found
@@ -23,7 +23,7 @@ def client(redis_server: RedisServer, make_gov: Callable[..., GovRedis]) -> Redi
 
 class TestConnects:
     def test_is_another_number_when_something_came_over_a_new_connection(
-        self, client: RedisClient, redis_server: RedisServer
+        self, client: RedisNode, redis_server: RedisServer
     ) -> None:
         seen = [client.connects]
         for command in (("PING",), ("PING",), None, ("PING",), ("GET", "a"), None, ("GET", "a")):
@@ -35,7 +35,7 @@ class TestConnects:
         changes = [one != other for one, other in itertools.pairwise(seen)]
         assert changes == [True, False, True, False, True]
 
-    def test_is_so_before_the_reply_is_read(self, client: RedisClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_is_so_before_the_reply_is_read(self, client: RedisNode, monkeypatch: pytest.MonkeyPatch) -> None:
         at_the_reply = []
         opened = client._open
 
@@ -49,7 +49,7 @@ class TestConnects:
         client.call("PING")
         assert at_the_reply[-1] != before
 
-    def test_a_connection_made_before_counts_when_it_connects(self, client: RedisClient) -> None:
+    def test_a_connection_made_before_counts_when_it_connects(self, client: RedisNode) -> None:
         """It reaches the server that is there then."""
         idle = client._pool.take(1)
         before = client.connects

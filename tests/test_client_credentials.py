@@ -9,7 +9,7 @@ import redis
 from support import eventually
 
 from govredis import BackendError, Config, GovRedis
-from govredis.client import RedisClient
+from govredis.client import RedisNode
 from govredis.testing.servers import RedisServer
 
 
@@ -38,7 +38,7 @@ def test_each_connect_asks_the_provider_for_the_token_of_the_hour(mortal_redis: 
     set_token(mortal_redis, "token-of-one-o-clock")
     tokens = Tokens("token-of-one-o-clock")
     config = Config(redis_url=mortal_redis.url, socket_timeout=10, connect_timeout=10, credential_provider=tokens)
-    client = RedisClient(config)
+    client = RedisNode(config)
     assert client.call("ACL", "WHOAMI") == b"app"
     assert client.call("ACL", "WHOAMI") == b"app"
     assert tokens.asked == 1
@@ -69,7 +69,7 @@ def test_a_provider_that_fails_is_an_outage(
 
 def test_the_timeout_in_the_url_is_that_of_the_calls(redis_server: RedisServer) -> None:
     """An answer after half a second: the setting's default is a fifth."""
-    client = RedisClient(Config(redis_url=f"{redis_server.url}?socket_timeout=60", connect_timeout=10))
+    client = RedisNode(Config(redis_url=f"{redis_server.url}?socket_timeout=60", connect_timeout=10))
     assert client.call("BLPOP", "nothing", "0.5") is None
     client.close()
 
@@ -83,7 +83,7 @@ def test_it_says_which_credentials_are_wrong(redis_binary: str) -> None:
             (server.url, long, "rejected our credentials: Authentication required."),
             (server.url.replace("//", "//:wrong@"), long, "invalid username-password pair or user is disabled"),
         ):
-            client = RedisClient(Config(redis_url=url, socket_timeout=10, connect_timeout=10))
+            client = RedisNode(Config(redis_url=url, socket_timeout=10, connect_timeout=10))
             with pytest.raises(BackendError) as caught:
                 client.call(*command)
             client.close()
@@ -91,7 +91,7 @@ def test_it_says_which_credentials_are_wrong(redis_binary: str) -> None:
 
 
 def test_it_says_that_redis_has_no_password(redis_server: RedisServer) -> None:
-    client = RedisClient(Config(redis_url=redis_server.url.replace("//", "//:any@"), connect_timeout=10))
+    client = RedisNode(Config(redis_url=redis_server.url.replace("//", "//:any@"), connect_timeout=10))
     with pytest.raises(BackendError, match="without any password configured for the default user, in answer to AUTH"):
         client.call("PING")
     client.close()

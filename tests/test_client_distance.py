@@ -1,4 +1,4 @@
-"""RedisClient far away from Redis: a round trip takes longer than its timeouts, and that is said."""
+"""RedisNode far away from Redis: a round trip takes longer than its timeouts, and that is said."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from delaying_proxy import DelayingProxy
 from support import PATIENCE, redis_of, wait_at_most
 
 from govredis import BackendUnavailable, GovRedis
-from govredis.client import RedisClient
-from govredis.client import redis_client as client_module
+from govredis.client import RedisNode
+from govredis.client import node as client_module
 from govredis.client.distance import Distance
 from govredis.testing.servers import RedisServer
 
@@ -40,7 +40,7 @@ def far(redis_server: RedisServer) -> Iterator[DelayingProxy]:
         yield proxy
 
 
-def works(client: RedisClient) -> bool:
+def works(client: RedisNode) -> bool:
     try:
         return bool(client.call("SET", "k", "v") == b"OK")
     except BackendUnavailable:
@@ -95,7 +95,7 @@ def test_doctor_says_so_at_once(far: DelayingProxy, tmp_path: Path) -> None:
         [sys.executable, "-c", code, "doctor"], capture_output=True, text=True, env={**os.environ, **variables}
     )
     assert done.returncode == 1, done.stderr
-    assert re.search(rf"^redis: .*{PROBLEM}", done.stdout), done.stdout
+    assert re.search(rf"^redis: .*{PROBLEM}", done.stdout, re.MULTILINE), done.stdout
 
 
 def test_a_server_that_hangs_is_not_far_away(

@@ -1,4 +1,4 @@
-"""RedisClient on a Redis that answers some of what it is asked: it takes no more clients, pauses writes, is a replica.
+"""RedisNode on a Redis that answers some of what it is asked: it takes no more clients, pauses writes, is a replica.
 
 An outage that is none opens nothing, and one that lasts is one: the breaker does not open again and again.
 """
@@ -15,7 +15,7 @@ from support import redis_of, wait_at_most
 
 from govredis import BackendUnavailable, GovRedis
 from govredis._pool import PoolExhausted
-from govredis.client import RedisClient
+from govredis.client import RedisNode
 from govredis.testing.servers import RedisServer
 
 MakeGov = Callable[..., GovRedis]
@@ -23,13 +23,13 @@ Eventually = Callable[..., Any]
 
 
 @pytest.fixture
-def client(make_gov: MakeGov, mortal_redis: RedisServer) -> RedisClient:
+def client(make_gov: MakeGov, mortal_redis: RedisServer) -> RedisNode:
     """A patient one, by which a stall of the machine is no outage: this Redis answers at once, if it does."""
     return redis_of(make_gov(redis_url=mortal_redis.url, socket_timeout=20, connect_timeout=20))
 
 
 @pytest.fixture
-def probes(client: RedisClient) -> list[bool]:
+def probes(client: RedisNode) -> list[bool]:
     """For each probe that has ended: whether it succeeded."""
     ended: list[bool] = []
     really = client.breaker._probe
@@ -46,7 +46,7 @@ def probes(client: RedisClient) -> list[bool]:
     return ended
 
 
-def works(client: RedisClient) -> bool:
+def works(client: RedisNode) -> bool:
     try:
         return bool(client.call("SET", "k", "v") == b"OK")
     except BackendUnavailable:
@@ -81,7 +81,7 @@ def places(mortal_redis: RedisServer) -> Any:
 
 
 def test_while_writes_are_paused_it_is_away_once(
-    client: RedisClient, mortal_redis: RedisServer, probes: list[bool], eventually: Eventually,
+    client: RedisNode, mortal_redis: RedisServer, probes: list[bool], eventually: Eventually,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     caplog.set_level(logging.INFO, "govredis")
@@ -100,7 +100,7 @@ def test_while_writes_are_paused_it_is_away_once(
     assert levels(caplog) == ["WARNING", "INFO"]
 
 
-def test_callers_wait_where_redis_takes_fewer_clients_than_we_would_like(client: RedisClient, places: Places) -> None:
+def test_callers_wait_where_redis_takes_fewer_clients_than_we_would_like(client: RedisNode, places: Places) -> None:
     places.set(3)  # two of them ours
     refused = 0
 
@@ -121,7 +121,7 @@ def test_callers_wait_where_redis_takes_fewer_clients_than_we_would_like(client:
 
 
 def test_a_redis_that_takes_none_of_us_is_away_once_and_back_with_the_first_place(
-    client: RedisClient, places: Places, probes: list[bool], eventually: Eventually, caplog: pytest.LogCaptureFixture
+    client: RedisNode, places: Places, probes: list[bool], eventually: Eventually, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "govredis")
     places.set(1)
@@ -139,7 +139,7 @@ def test_a_redis_that_takes_none_of_us_is_away_once_and_back_with_the_first_plac
 
 
 def test_the_place_that_the_probe_had_stays_ours(
-    client: RedisClient, places: Places, probes: list[bool], mortal_redis: RedisServer, eventually: Eventually
+    client: RedisNode, places: Places, probes: list[bool], mortal_redis: RedisServer, eventually: Eventually
 ) -> None:
     """Others wait for one as we do, and are as quick."""
     told: list[int] = []
@@ -161,7 +161,7 @@ def test_the_place_that_the_probe_had_stays_ours(
 
 
 def test_a_connection_of_those_that_wait_makes_room_for_a_call(
-    client: RedisClient, places: Places, mortal_redis: RedisServer
+    client: RedisNode, places: Places, mortal_redis: RedisServer
 ) -> None:
     mortal_redis.command("RPUSH", "l", "x")
     assert client.pop("l", 0.25) == b"x"
@@ -174,7 +174,7 @@ def test_a_connection_of_those_that_wait_makes_room_for_a_call(
     assert client.breaker.closed
 
 
-def test_a_place_more_is_used_within_a_second(client: RedisClient, places: Places, eventually: Eventually) -> None:
+def test_a_place_more_is_used_within_a_second(client: RedisNode, places: Places, eventually: Eventually) -> None:
     places.set(2)
     held = client._pool.take(1)
     client._open(held)
@@ -186,7 +186,7 @@ def test_a_place_more_is_used_within_a_second(client: RedisClient, places: Place
 
 
 def test_a_demoted_master_costs_one_call_however_many_connections_lead_there(
-    client: RedisClient, mortal_redis: RedisServer
+    client: RedisNode, mortal_redis: RedisServer
 ) -> None:
     """A proxy keeps such connections up when it leads new connections to the replica that was promoted."""
     held = [client._pool.take(1) for _ in range(5)]

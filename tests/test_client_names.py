@@ -1,4 +1,4 @@
-"""RedisClient at a host's name: name servers that hang, fail and come back. Only their answers are not real."""
+"""RedisNode at a host's name: name servers that hang, fail and come back. Only their answers are not real."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tls_proxy import TlsProxy
 
 from govredis import BackendUnavailable, GovRedis
 from govredis.breaker import Rejected
-from govredis.client import RedisClient
+from govredis.client import RedisNode
 from govredis.testing.servers import RedisServer
 
 NAME = "redis.test"
@@ -67,12 +67,12 @@ def name_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[NameServer]:
 
 
 @pytest.fixture
-def client(name_server: NameServer, redis_server: RedisServer, make_gov: Callable[..., GovRedis]) -> RedisClient:
+def client(name_server: NameServer, redis_server: RedisServer, make_gov: Callable[..., GovRedis]) -> RedisNode:
     url = redis_server.url.replace("127.0.0.1", NAME)
     return redis_of(make_gov(redis_url=url))
 
 
-def hang(client: RedisClient, name_server: NameServer) -> None:
+def hang(client: RedisNode, name_server: NameServer) -> None:
     """From now on the name server hangs, and the client waits for it for a moment.
 
     Before that and after it, the client waits for long: a stall of the machine must not be an outage.
@@ -81,18 +81,18 @@ def hang(client: RedisClient, name_server: NameServer) -> None:
     name_server.answers.clear()
 
 
-def answer(client: RedisClient, name_server: NameServer) -> None:
+def answer(client: RedisNode, name_server: NameServer) -> None:
     client._options["socket_connect_timeout"] = SOON
     name_server.answers.set()
 
 
-def refused(client: RedisClient) -> str:
+def refused(client: RedisNode) -> str:
     with pytest.raises(BackendUnavailable) as caught:
         client.call("PING")
     return str(caught.value)
 
 
-def test_a_name_server_that_hangs_opens_the_breaker_at_once(client: RedisClient, name_server: NameServer) -> None:
+def test_a_name_server_that_hangs_opens_the_breaker_at_once(client: RedisNode, name_server: NameServer) -> None:
     hang(client, name_server)
     why = f"^{client.name} is away: no name server has told where {NAME} is, within 0.2 s$"
     for _ in range(3):
@@ -104,7 +104,7 @@ def test_a_name_server_that_hangs_opens_the_breaker_at_once(client: RedisClient,
 
 
 def test_a_name_server_that_hangs_costs_one_thread(
-    client: RedisClient, name_server: NameServer, eventually: Callable[..., Any]
+    client: RedisNode, name_server: NameServer, eventually: Callable[..., Any]
 ) -> None:
     hang(client, name_server)
     probes = []
@@ -120,7 +120,7 @@ def test_a_name_server_that_hangs_costs_one_thread(
 
 
 def test_it_is_back_with_its_name_server(
-    client: RedisClient, name_server: NameServer, eventually: Callable[..., Any]
+    client: RedisNode, name_server: NameServer, eventually: Callable[..., Any]
 ) -> None:
     assert client.call("PING") == b"PONG"
     assert name_server.asked_by.pop() is not threading.current_thread()
@@ -133,7 +133,7 @@ def test_it_is_back_with_its_name_server(
     assert name_server.hanging == 0
 
 
-def test_each_connection_asks_anew(client: RedisClient, name_server: NameServer) -> None:
+def test_each_connection_asks_anew(client: RedisNode, name_server: NameServer) -> None:
     """A name leads elsewhere after a failover."""
     for count in (1, 2, 3):
         assert client.call("PING") == b"PONG"
@@ -144,7 +144,7 @@ def test_each_connection_asks_anew(client: RedisClient, name_server: NameServer)
 
 @pytest.mark.parametrize("other", ["127.0.0.2", "::1"])
 def test_the_first_of_several_addresses_that_answers_is_used(
-    client: RedisClient, name_server: NameServer, other: str
+    client: RedisNode, name_server: NameServer, other: str
 ) -> None:
     name_server.addresses = [other, "127.0.0.1"]  # the server listens at the second only
     assert client.call("PING") == b"PONG"
@@ -176,7 +176,7 @@ def test_without_a_name_nobody_is_asked(
 
 
 def test_the_caller_asks_where_no_thread_can_start(
-    client: RedisClient, name_server: NameServer, monkeypatch: pytest.MonkeyPatch
+    client: RedisNode, name_server: NameServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -211,7 +211,7 @@ import {library}.monkey as monkey
 monkey.patch_all() if "{library}" == "gevent" else monkey.monkey_patch()
 import socket, threading, time
 from govredis import BackendUnavailable, Config
-from govredis.client import RedisClient
+from govredis.client import RedisNode
 
 really, answers = socket.getaddrinfo, threading.Event()
 
@@ -222,7 +222,7 @@ def getaddrinfo(host, *rest, **options):
     return really("127.0.0.1", *rest, **options)
 
 socket.getaddrinfo = getaddrinfo
-client = RedisClient(Config(redis_url="redis://{name}:{port}/0", connect_timeout=0.2, socket_timeout=60))
+client = RedisNode(Config(redis_url="redis://{name}:{port}/0", connect_timeout=0.2, socket_timeout=60))
 others = []
 threading.Thread(target=lambda: [others.append(time.sleep(0.01)) for _ in range(5)], daemon=True).start()
 try:
@@ -250,7 +250,7 @@ def test_it_is_waited_for_by_one_greenlet_alone(library: str, redis_server: Redi
     ], done.stderr
 
 
-def test_a_child_does_not_wait_for_its_parents_lookup(client: RedisClient, name_server: NameServer) -> None:
+def test_a_child_does_not_wait_for_its_parents_lookup(client: RedisNode, name_server: NameServer) -> None:
     hang(client, name_server)
     refused(client)
 
@@ -263,7 +263,7 @@ def test_a_child_does_not_wait_for_its_parents_lookup(client: RedisClient, name_
     assert in_child(ping) == b"PONG"
 
 
-def test_an_exception_anywhere_leaves_nobody_waiting(client: RedisClient, name_server: NameServer) -> None:
+def test_an_exception_anywhere_leaves_nobody_waiting(client: RedisNode, name_server: NameServer) -> None:
     resolver = client._options["resolver"]
 
     def works() -> None:

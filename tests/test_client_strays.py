@@ -1,4 +1,4 @@
-"""RedisClient behind a proxy that sends what nobody has asked for: nobody takes it for the reply to something else."""
+"""RedisNode behind a proxy that sends what nobody has asked for: nobody takes it for the reply to something else."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tls_proxy import TlsProxy
 
 from govredis import BackendError, BackendUnavailable, GovRedis
 from govredis._pool import PoolExhausted
-from govredis.client import RedisClient, pack_command
-from govredis.client import redis_client as client_module
+from govredis.client import RedisNode, pack_command
+from govredis.client import node as client_module
 from govredis.client.wire import take_over
-from govredis.metadata import local
+from govredis.metadata import tracking
 from govredis.testing.servers import RedisServer
 
 MakeGov = Callable[..., GovRedis]
@@ -78,7 +78,7 @@ def proxy(redis_server: RedisServer) -> Iterator[StrayingProxy]:
 
 
 @pytest.fixture
-def client(proxy: StrayingProxy, make_gov: MakeGov) -> RedisClient:
+def client(proxy: StrayingProxy, make_gov: MakeGov) -> RedisNode:
     found = redis_of(make_gov(redis_url=proxy.url))
     assert found is not None
     return found
@@ -106,7 +106,7 @@ def test_every_thread_gets_its_own_sessions(proxy: StrayingProxy, make_gov: Make
 
 
 def test_a_stray_reply_on_an_idle_connection_costs_it(
-    proxy: StrayingProxy, client: RedisClient, caplog: pytest.LogCaptureFixture
+    proxy: StrayingProxy, client: RedisNode, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         for times in (1, 2):
@@ -123,7 +123,7 @@ def test_a_stray_reply_on_an_idle_connection_costs_it(
     ]
 
 
-def test_a_reply_that_comes_twice_is_asked_for_once_more(proxy: StrayingProxy, client: RedisClient) -> None:
+def test_a_reply_that_comes_twice_is_asked_for_once_more(proxy: StrayingProxy, client: RedisNode) -> None:
     client.call("SET", "k", "mine")
     for command, reply, size in ((("GET", "k"), b"mine", 10), (("EXISTS", "k"), 1, 4)):
         client.call("PING")
@@ -132,7 +132,7 @@ def test_a_reply_that_comes_twice_is_asked_for_once_more(proxy: StrayingProxy, c
         assert client.resends() == before + 1
 
 
-def test_an_error_that_comes_twice_is_asked_for_once_more_too(proxy: StrayingProxy, client: RedisClient) -> None:
+def test_an_error_that_comes_twice_is_asked_for_once_more_too(proxy: StrayingProxy, client: RedisNode) -> None:
     client.call("PING")
     proxy.before = b"-ERR of somebody else\r\n"
     assert client.call("ECHO", "x") == b"x"
@@ -142,7 +142,7 @@ def test_an_error_that_comes_twice_is_asked_for_once_more_too(proxy: StrayingPro
     assert client.strays == 2
 
 
-def test_a_server_that_always_says_more_is_away(proxy: StrayingProxy, client: RedisClient) -> None:
+def test_a_server_that_always_says_more_is_away(proxy: StrayingProxy, client: RedisNode) -> None:
     proxy.nth = 1
     with pytest.raises(BackendUnavailable, match="more replies than it was asked for"):
         client.call("PING")
@@ -153,7 +153,7 @@ def test_a_server_that_always_says_more_is_away(proxy: StrayingProxy, client: Re
 class TestSeveralReplies:
     @pytest.mark.parametrize("doubled", [7, 14])
     def test_a_stray_reply_in_the_midst_shifts_no_other(
-        self, proxy: StrayingProxy, client: RedisClient, doubled: int
+        self, proxy: StrayingProxy, client: RedisNode, doubled: int
     ) -> None:
         """`$1 a` is of 7 bytes: the first comes twice, or the first two."""
         client.call("PING")
@@ -175,7 +175,7 @@ class TestWaitingCalls:
         """An element that comes late, on a machine that is busy or stalls, is gone."""
         monkeypatch.setattr(client_module, "LONGEST_POP", 60.0)
 
-    def test_pop(self, proxy: StrayingProxy, client: RedisClient) -> None:
+    def test_pop(self, proxy: StrayingProxy, client: RedisNode) -> None:
         client.call("RPUSH", "l", "a", "b", "c")
         assert client.pop("l", 59) == b"a"
         (idle,) = client._waiting.idle
@@ -184,7 +184,7 @@ class TestWaitingCalls:
         assert client.pop("l", 59) == b"b"
         assert client.strays >= 1
 
-    def test_a_reply_that_is_taken_later(self, proxy: StrayingProxy, client: RedisClient) -> None:
+    def test_a_reply_that_is_taken_later(self, proxy: StrayingProxy, client: RedisNode) -> None:
         client.pop("none", 0.01)
         client.call("RPUSH", "l", "a")
         client.pop("l", 59)
@@ -209,7 +209,7 @@ def test_a_greeting_that_says_too_much(proxy: StrayingProxy, make_gov: MakeGov) 
 
 
 def test_a_stray_reply_before_the_reply_itself_is_found_out_by_the_next_call(
-    proxy: StrayingProxy, client: RedisClient
+    proxy: StrayingProxy, client: RedisNode
 ) -> None:
     """The limit: nothing tells it from the reply. It is one wrong answer, and no more."""
     client.call("SET", "k", "mine")
@@ -231,7 +231,7 @@ def test_a_stray_reply_before_the_reply_itself_is_found_out_by_the_next_call(
 
 
 def test_a_full_pool_after_something_was_sent_says_that_it_was(
-    proxy: StrayingProxy, client: RedisClient, monkeypatch: pytest.MonkeyPatch
+    proxy: StrayingProxy, client: RedisNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client.call("PING")
     proxy.cut_next(b"INCR")
@@ -285,7 +285,7 @@ def fionread(connection: Any) -> bool:
 
 
 def test_a_server_that_turns_us_away_at_once_is_heard(
-    client: RedisClient, proxy: StrayingProxy, monkeypatch: pytest.MonkeyPatch
+    client: RedisNode, proxy: StrayingProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = client._connect()
     connect = made.connect
@@ -307,17 +307,20 @@ def test_the_tracking_connection_of_the_local_tier_ends(
     proxy: StrayingProxy, make_gov: MakeGov, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An answer taken for that to a later question would make values valid for longer than they are."""
-    heard, hear, ended = threading.Event(), local._Tracking.heard, threading.Event()
+    heard, ended = threading.Event(), threading.Event()
+    answered, failed = tracking.Tracking._answered, tracking.Tracking._failed
 
-    def note(self: Any, *what: Any) -> None:
-        try:
-            hear(self, *what)
-        except BackendUnavailable:
-            ended.set()
-            raise
+    def note_answer(self: Any, *what: Any) -> None:
+        answered(self, *what)
         heard.set()
 
-    monkeypatch.setattr(local._Tracking, "heard", note)
+    def note_end(self: Any, tier: Any, error: Exception) -> float:
+        if isinstance(error, BackendUnavailable):
+            ended.set()
+        return failed(self, tier, error)
+
+    monkeypatch.setattr(tracking.Tracking, "_answered", note_answer)
+    monkeypatch.setattr(tracking.Tracking, "_failed", note_end)
     gov = make_gov(redis_url=proxy.url, local_cache=True)
     gov.metadata.get_or_load("a", lambda _: {"x": 1})
     assert heard.wait(20)

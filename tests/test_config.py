@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from govredis import Config, ConfigurationError
 from govredis._redact import redact
-from govredis.config import variables
+from govredis._redis_urls import Sentinels
+from govredis.config import address_of, variables
 
 # variable: field, default, {given: parsed}, [bad], what the message says it may hold
 SETTINGS: dict[str, tuple[str, Any, dict[Any, Any], list[Any], str]] = {
@@ -30,6 +33,11 @@ SETTINGS: dict[str, tuple[str, Any, dict[Any, Any], list[Any], str]] = {
                 "redis://[::1]:6379/0",
                 "unix:///run/redis.sock?db=2",
                 "redis://:pw@h/",
+                "redis+sentinel://a/mymaster",
+                "redis+sentinel://u:p%40@a:1,[::1]:2,c/the%20service/3?sentinel_username=s&sentinel_password=pw",
+                "rediss+sentinel://a,b/m?ssl_ca_certs=/ca.pem",
+                "redis+cluster://a",
+                "rediss+cluster://u:p%40@a:1,[::1]:2,c/0?ssl_ca_certs=/ca.pem",
             )
         }
         | {"REDIS://H:1": "redis://H:1", "Rediss://h": "rediss://h", "UNIX:///Run/r": "unix:///Run/r"},
@@ -43,6 +51,17 @@ SETTINGS: dict[str, tuple[str, Any, dict[Any, Any], list[Any], str]] = {
             "redis://[::1/0",
             "redis://a..b/0",
             "unix://",
+            "redis+sentinel://a",
+            "redis+sentinel:///mymaster",
+            "redis+sentinel://a,/mymaster",
+            "redis+sentinel://a:99999/mymaster",
+            "redis+sentinel://a/mymaster/db",
+            "redis+sentinel://a/mymaster/0/1",
+            "redis+cluster://",
+            "redis+cluster://a,",
+            "redis+cluster://a/1",
+            "redis+cluster://a:99999",
+            "redis://a:1,b:2/0",
             b"redis://h",
             7,
         ],
@@ -133,6 +152,7 @@ SETTINGS: dict[str, tuple[str, Any, dict[Any, Any], list[Any], str]] = {
         ["0", 0, -1, "soon", "nan", True],
         "a number of seconds, at least 0.001 and less than 1e9, or left unset",
     ),
+    "GOVREDIS_CONFIRM": ("confirm", False, {"0": False, "on": True}, ["2", "maybe", 2], "1 or 0"),
     "GOVREDIS_LOCK_FOLDER": (
         "lock_folder",
         None,
@@ -140,9 +160,18 @@ SETTINGS: dict[str, tuple[str, Any, dict[Any, Any], list[Any], str]] = {
         ["locks", "./locks", 5],
         "an absolute path",
     ),
-    "REDIS_SENTINEL_HOSTS": ("sentinel_hosts", None, {}, ["a:26379,b:26379"], "left unset"),
-    "REDIS_SENTINEL_MASTER": ("sentinel_master", None, {}, ["mymaster"], "left unset"),
-    "REDIS_CLUSTER": ("cluster", False, {"0": False, False: False}, ["1", True, "many"], ""),
+    "REDIS_SENTINEL_HOSTS": (
+        "sentinel_hosts",
+        None,
+        {text: text for text in ("a", "a:26379,b:26380", "10.0.0.1:1, [::1]:2")},
+        ["a,", "a:b", "a:99999", "redis://a", "u@a", 26379],
+        "host[:port][,host[:port]...]",
+    ),
+    "REDIS_SENTINEL_MASTER": ("sentinel_master", None, {"other": "other"}, [7, b"mymaster"], "a str"),
+    "REDIS_SENTINEL_USERNAME": ("sentinel_username", None, {"watcher": "watcher"}, [7], "a str"),
+    "REDIS_SENTINEL_TLS": ("sentinel_tls", None, {"0": False, "yes": True, False: False}, ["2", "maybe"], "1 or 0"),
+    "REDIS_SENTINEL_PASSWORD": ("sentinel_password", None, {"pw": "pw"}, [], "a str"),
+    "REDIS_CLUSTER": ("cluster", False, {"0": False, "1": True, True: True}, ["2", "many"], "1 or 0"),
 }
 SECONDS = {
     "REDIS_SESSION_TTL": ("session_ttl", 3600.0),
@@ -157,6 +186,7 @@ COUNTS = {
     "GOVREDIS_REDIS_CONNECTIONS": ("redis_connections", 128),
     "GOVREDIS_POSTGRES_CONNECTIONS": ("postgres_connections", 10),
     "GOVREDIS_METADATA_MAX_BYTES": ("metadata_max_bytes", 1_000_000),
+    "GOVREDIS_EVENTS_KEPT": ("events_kept", 100_000),
     "GOVREDIS_LOCAL_ENTRIES": ("local_entries", 10_000),
 }
 for _variable, (_field, _number) in SECONDS.items():
@@ -178,6 +208,8 @@ for _variable, (_field, _whole) in COUNTS.items():
 
 #: The settings that a setting needs beside it.
 BESIDE = {"GOVREDIS_LIMIT_MIRROR": {"GOVREDIS_DATABASE_URL": "postgresql://h/d"}}
+for _name in ("MASTER", "USERNAME", "PASSWORD", "TLS"):
+    BESIDE[f"REDIS_SENTINEL_{_name}"] = {"REDIS_SENTINEL_HOSTS": "a"}
 GOOD = [(variable, given) for variable, setting in SETTINGS.items() for given in setting[2]]
 BAD = [(variable, given) for variable, setting in SETTINGS.items() for given in setting[3]]
 
@@ -552,3 +584,102 @@ def test_a_bad_environment_ends_a_program_with_one_clear_line() -> None:
     assert done.returncode == 1
     assert "REDIS_URL is 'redis://u:***@h:port'; it must be redis://" in done.stderr.splitlines()[-1]
     assert "hunter2" not in done.stderr
+
+
+def test_a_url_and_settings_of_sentinels_mean_the_same() -> None:
+    url = "rediss+sentinel://u:p%40w@a:1,[::1],b/other/3?ssl_cert_reqs=none&sentinel_username=s&sentinel_password=q"
+    in_url = address_of(Config(redis_url=url))
+    assert in_url.sentinels == Sentinels((("a", 1), ("::1", 26379), ("b", 26379)), "other", "s", "q")
+    settings = Config(
+        redis_url="rediss://u:p%40w@nobody/3?ssl_cert_reqs=none",
+        sentinel_hosts="a:1, [::1] ,b",
+        sentinel_master="other",
+        sentinel_username="s",
+        sentinel_password="q",
+    )
+    assert address_of(settings).sentinels == in_url.sentinels
+    for address in in_url, address_of(settings):
+        parts = urlsplit(address.url)
+        assert (parts.scheme, parts.username, parts.password, parts.path, parts.query) == (
+            "rediss", "u", "p%40w", "/3", "ssl_cert_reqs=none",
+        )  # fmt: skip
+    assert address_of(Config(sentinel_hosts="a")).sentinels == Sentinels((("a", 26379),), "mymaster")
+    assert address_of(Config()) == ("redis://localhost:6379/0", None, ())
+
+
+def test_a_url_and_the_setting_of_a_cluster_mean_the_same() -> None:
+    in_url = address_of(Config(redis_url="rediss+cluster://u:p%40w@a:1,[::1],b/0?ssl_cert_reqs=none"))
+    assert in_url.nodes == (("a", 1), ("::1", 6379), ("b", 6379))
+    setting = address_of(Config(redis_url="rediss://u:p%40w@a:1/0?ssl_cert_reqs=none", cluster=True))
+    assert setting.nodes == (("a", 1),)
+    assert setting.sentinels is in_url.sentinels is None
+    for address in in_url, setting:
+        parts = urlsplit(address.url)
+        assert (parts.scheme, parts.username, parts.password, parts.path, parts.query) == (
+            "rediss", "u", "p%40w", "/0", "ssl_cert_reqs=none",
+        )  # fmt: skip
+    assert address_of(Config(redis_url="redis+cluster://a", cluster=True)).nodes == (("a", 6379),)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"redis_url": "redis+sentinel://b/m"}, "REDIS_CLUSTER is 1; Sentinels must be left out beside a Cluster"),
+        ({"sentinel_hosts": "b"}, "REDIS_CLUSTER is 1; Sentinels must be left out"),
+        ({"redis_url": "unix:///r"}, "REDIS_CLUSTER is 1; REDIS_URL must not be a unix socket"),
+        ({"redis_url": "redis://a/1"}, "REDIS_CLUSTER is 1; the database in REDIS_URL must be 0"),
+        ({"redis_url": "redis://a?db=1"}, "the database in REDIS_URL must be 0: a Cluster has no other"),
+        (
+            {"cluster": False, "redis_url": "redis+cluster://a", "sentinel_hosts": "b"},
+            "REDIS_URL names nodes of a Cluster; Sentinels must be left out",
+        ),
+    ],
+)
+def test_settings_that_a_cluster_contradicts(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        Config(**{"cluster": True, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sentinel_hosts": "a", "redis_url": "redis+sentinel://b/m"}, "names Sentinels; REDIS_SENTINEL_HOSTS must be"),
+        (
+            {"sentinel_hosts": "a", "redis_url": "unix:///r"},
+            "is a unix socket; REDIS_SENTINEL_HOSTS must be left unset",
+        ),
+        ({"sentinel_master": "m"}, "REDIS_SENTINEL_MASTER is set; it must be left unset where no Sentinels are named"),
+        ({"sentinel_tls": False}, "REDIS_SENTINEL_TLS is set; it must be left unset where no Sentinels are named"),
+        ({"sentinel_password": "hunter2"}, "REDIS_SENTINEL_PASSWORD is set; it must be left unset"),
+        ({"sentinel_master": "n", "redis_url": "redis+sentinel://b/m"}, "REDIS_SENTINEL_MASTER and REDIS_URL differ"),
+        (
+            {"sentinel_password": "hunter2", "redis_url": "redis+sentinel://b/m?sentinel_password=hunter3"},
+            "REDIS_SENTINEL_PASSWORD and REDIS_URL differ; they must be the same, or one of them left out",
+        ),
+    ],
+)
+def test_settings_of_sentinels_that_contradict_each_other(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        Config(**settings)
+    assert "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize("hosts", ["a;b", "a b", "a:0", "a:1;b:2"])
+def test_hosts_of_sentinels_that_are_none_are_refused(hosts: str) -> None:
+    """Celery's URLs have a semicolon there. A port 0 was taken for the default."""
+    with pytest.raises(ConfigurationError, match=r"it must be host\[:port\]\[,host"):
+        Config(sentinel_hosts=hosts)
+    with pytest.raises(ConfigurationError, match="must be redis://"):
+        Config(redis_url=f"redis+sentinel://{hosts}/m")
+
+
+def test_no_password_of_a_sentinel_is_shown() -> None:
+    shown = repr(Config(sentinel_hosts="a", sentinel_password="hunter2", sentinel_username="u"))
+    assert "hunter2" not in shown
+    assert "sentinel_password=" in shown
+    url = "redis+sentinel://u:hunter2@a:1,b:2/m/0?sentinel_password=hunter3"
+    assert "hunter" not in repr(Config(redis_url=url))
+    for bad in (7234567, b"hunter2"):
+        with pytest.raises(ConfigurationError) as caught:
+            Config(sentinel_hosts="a", sentinel_password=bad)  # type: ignore[arg-type]
+        assert str(caught.value) == "sentinel_password is ***; it must be a str"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ def modules() -> dict[str, set[str]]:
 
 
 (COMPOSE,) = map(yaml.safe_load, blocks_of("howto/compose.md", "yaml"))
-(MANIFESTS,) = (list(yaml.safe_load_all(block)) for block in blocks_of("howto/kubernetes.md", "yaml"))
+MANIFESTS, LIVENESS = (list(yaml.safe_load_all(block)) for block in blocks_of("howto/kubernetes.md", "yaml"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = [name for name, service in SERVICES.items() if "build" in service]
 
@@ -68,6 +70,23 @@ def test_a_command_names_an_application_of_the_tutorial(command: list[str]) -> N
         assert "app" in modules()[words[1]]
     else:
         assert command == ["govredis", "migrate"]
+
+
+def test_the_probe_of_a_liveness_file_fails_where_it_is_old_or_missing(tmp_path: Path) -> None:
+    probe = LIVENESS[0]["livenessProbe"]
+    program, option, line = probe["exec"]["command"]
+    file = tmp_path / "alive"
+    assert str(line).count("/tmp/alive") == 1
+
+    def passes() -> bool:
+        done = subprocess.run([program, option, line.replace("/tmp/alive", str(file))], capture_output=True, timeout=60)
+        return done.returncode == 0
+
+    assert not passes()
+    file.touch()
+    assert passes()
+    os.utime(file, (file.stat().st_mtime - 300,) * 2)
+    assert not passes()
 
 
 @pytest.mark.parametrize("name", SERVICES)

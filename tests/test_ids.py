@@ -134,6 +134,11 @@ def locked(gov: GovRedis, i: Any) -> Any:
     return gov.locks.locked("{i}")(lambda i: [each.name for each in gov.locks.held()])(i)
 
 
+def published(gov: GovRedis, i: Any) -> Any:
+    gov.events.publish("thing", None, entity=i)
+    return [event.entity for event in gov.events.listen("thing", after="0", timeout=0)]
+
+
 #: For each public method that takes an id: the call that comes before, and the call with the id.
 TAKE_IDS: dict[str, tuple[Use, Use]] = {
     "SessionCache.bind": (nothing, lambda g, i: binding(g.sessions.bind(i, i))),
@@ -150,6 +155,7 @@ TAKE_IDS: dict[str, tuple[Use, Use]] = {
     "DistributedLock.acquire": (nothing, holder),
     "DistributedLock.holder": (nothing, holder),
     "DistributedLock.is_locked": (nothing, holder),
+    "DistributedLock.look": (nothing, holder),
     "DistributedLock.force_release": (nothing, holder),
     "DistributedLock.try_acquire": (nothing, lambda g, i: g.locks.try_acquire(i).release()),  # type: ignore[union-attr]
     "DistributedLock.acquire_many": (nothing, several),
@@ -178,6 +184,7 @@ TAKE_IDS: dict[str, tuple[Use, Use]] = {
     "MetadataCache.invalidate": (cached, lambda g, i: (g.metadata.invalidate(i), g.metadata.get(i))),
     "MetadataCache.invalidate_committed": (cached, pending),
     "AfterCommit.invalidate": (cached, committed),
+    "EventBus.publish": (nothing, published),
     "AgentStore.create": (nothing, lambda g, i: g.agents.create(i)["agent_id"]),
     "AgentStore.get": (created, lambda g, i: g.agents.get(i)["agent_id"]),  # type: ignore[index]
     "AgentStore.get_many": (created, lambda g, i: list(g.agents.get_many([i]))),
@@ -187,18 +194,26 @@ TAKE_IDS: dict[str, tuple[Use, Use]] = {
 }
 #: Those that take none. A template says itself what it makes of arguments: `cached` keeps 1 and "1" apart.
 TAKE_NONE = {
-    *("DistributedLock.check_folder", "DistributedLock.held", "DistributedLock.count_held", "RateLimiter.most_denied"),
+    *(
+        "DistributedLock.check_folder",
+        "DistributedLock.held",
+        "DistributedLock.count_held",
+        "DistributedLock.glance",
+        "RateLimiter.most_denied",
+    ),
     "MetadataCache.cached",
     *("MetadataCache.after_commit", "MetadataCache.invalidate_all", "MetadataCache.stats", "MetadataCache.reload"),
     *(f"{kind}.purge" for kind in ("SessionCache", "RateLimiter", "HealthMonitor")),
     *("SessionCache.verify", "RateLimiter.close", "GovRedis.cache", "GovRedis.close", "GovRedis.from_env"),
     "GovRedis.in_memory",
-    *(f"HealthMonitor.{name}" for name in ("check", "snapshot", "beat")),
+    *(f"HealthMonitor.{name}" for name in ("check", "snapshot", "history", "count_keys", "beat")),
+    *(f"EventBus.{name}" for name in ("listen", "consume", "dead", "deliver", "close")),
+    *(f"{kind}.{name}" for kind in ("EventListener", "EventConsumer") for name in ("get", "close")),
     *(f"HeldLock.{name}" for name in ("extend", "on_lost", "raise_if_lost", "release", "remaining")),
     *(f"HeldLocks.{name}" for name in ("raise_if_lost", "release", "remaining", "get", "items", "keys", "values")),
     *("ReadWriteLock.read", "ReadWriteLock.write", "Semaphore.acquire", "RateLimitResult.refund"),
     *(f"FlaskGovRedis.{name}" for name in ("init_app", "current_agent", "rate_limited")),
-    *(f"FlaskGovRedis.{name}" for name in ("default_limit", "exempt")),
+    *(f"FlaskGovRedis.{name}" for name in ("default_limit", "exempt", "events")),
     *(f"FlaskGovRedis.{name}" for name in ("login", "logout", "login_required")),  # tests/contrib/flask
     "FlaskGovRedis.use_for_flask_session",
 }
@@ -219,16 +234,17 @@ def test_the_tables_have_every_public_method(gov: GovRedis, postgres_server: Pos
     connection = psycopg2.connect(postgres_server.url)
     after = gov.metadata.after_commit(connection)
     with held, many:
-        features = gov.sessions, gov.locks, gov.limits, gov.metadata, gov.agents, gov.health
+        features = gov.sessions, gov.locks, gov.limits, gov.metadata, gov.agents, gov.events, gov.health
+        readers = gov.events.listen("a"), gov.events.consume("g", "c", "a")
         made = held, many, gov.locks.rwlock("a"), gov.locks.semaphore("a", slots=1), gov.limits.hit("a", "1/hour")
-        found = public_methods(gov, *features, *made, after, FlaskGovRedis())
+        found = public_methods(gov, *features, *readers, *made, after, FlaskGovRedis())
     connection.close()
     assert found == TAKE_IDS.keys() | TAKE_NONE
     assert not TAKE_IDS.keys() & TAKE_NONE
 
 
 def test_every_parameter_that_takes_an_id_says_so(gov: GovRedis) -> None:
-    for obj in gov.sessions, gov.locks, gov.limits, gov.metadata, gov.agents:
+    for obj in gov.sessions, gov.locks, gov.limits, gov.metadata, gov.agents, gov.events:
         for name in public_methods(obj) & TAKE_IDS.keys() - {"DistributedLock.locked", "RateLimiter.hit_many"}:
             signature = inspect.signature(getattr(obj, name.split(".")[1]))
             assert any(re.search(r"\bId\b", str(p.annotation)) for p in signature.parameters.values()), name
@@ -269,7 +285,8 @@ def test_anything_else_is_refused_before_anything_is_sent(make_gov: Callable[...
     """Nobody could be asked: any other error would say so."""
     gov = make_gov(redis_url="redis://127.0.0.1:1", database_url="postgresql://127.0.0.1:1/x")
     # A template says what it makes of an argument, and a transaction begins on a connection: below.
-    for name in TAKE_IDS.keys() - {"DistributedLock.locked", "AfterCommit.invalidate"}:
+    without = {"EventBus.publish"} if bad is None else set()  # an event may be about nothing
+    for name in TAKE_IDS.keys() - {"DistributedLock.locked", "AfterCommit.invalidate"} - without:
         with pytest.raises(ValueError, match=WANTED):
             pytest.fail(f"{name} of {bad!r} is {TAKE_IDS[name][1](gov, bad)!r}")
 

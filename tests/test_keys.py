@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from redis.cluster import key_slot
 
+from govredis.health.counter_names import COUNTERS
 from govredis.keys import Keys, check_id, check_name, check_namespace, sibling
 
 BAD_IDS = {
@@ -48,6 +49,16 @@ def test_the_patterns() -> None:
     assert keys.rate_limit("kg_store", "agent-1") == "rate_limit:kg_store:agent-1"
     assert keys.cached("agent_meta", "a1") == "agent_meta:a1"
     assert keys.health_history() == "govredis:health"
+    assert keys.events("agent.updated") == keys.events("agent") == "events:agent"
+    assert keys.held_locks() == "govredis:locks"
+
+
+def test_a_tag_puts_a_key_of_ours_into_its_slot() -> None:
+    keys = Keys("app*:")
+    assert keys.held_locks("7") == "app*:govredis:locks:{7}"
+    assert key_slot(keys.held_locks("7").encode()) == key_slot(b"7")
+    assert keys.pattern(keys.held_locks("7")) == "app\\*:govredis:locks:{*}"
+    assert keys.pattern(keys.held_locks()) == "app\\*:govredis:locks"
 
 
 def test_the_prefix_comes_before_every_key() -> None:
@@ -103,10 +114,21 @@ def test_operations_and_namespaces_also_refuse_a_colon(bad: str) -> None:
         check_name(bad, "what")
 
 
-@pytest.mark.parametrize("reserved", ["session", "agent_sessions", "lock", "rate_limit", "events", "govredis"])
-def test_a_namespace_that_is_another_key_kind_is_refused(reserved: str) -> None:
+@pytest.mark.parametrize(
+    "reserved",
+    ["session", "agent_sessions", "lock", "rate_limit", "events", "govredis", "sessions", "limits", "health"],
+)
+def test_a_namespace_that_is_another_key_kind_or_a_feature_is_refused(reserved: str) -> None:
     with pytest.raises(ValueError, match=f"^namespace is '{reserved}'; it must be none of .*session"):
         check_namespace(reserved)
+
+
+def test_no_counters_of_a_cache_are_a_features() -> None:
+    for names in COUNTERS:
+        word = names.partition(".")[0]
+        if word != "{cache}":
+            with pytest.raises(ValueError, match=r"^namespace is"):
+                check_namespace(word)
 
 
 def test_no_reserved_namespace_was_forgotten() -> None:

@@ -23,7 +23,7 @@ ROOT = Path(govredis.__file__).parents[1]
 PACKAGE = {
     str(path.relative_to(ROOT))
     for path in (ROOT / "govredis").rglob("*")
-    if path.suffix in {".py", ".lua", ".sql", ".html", ".typed"}
+    if path.suffix in {".py", ".lua", ".sql", ".html", ".css", ".js", ".typed"}
 }
 
 

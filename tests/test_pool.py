@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -236,3 +237,42 @@ def test_renewed_after_a_fork(server: Server) -> None:
         assert in_child(lambda: (pool.renew(), pool.take(0) is not held, held.closed)) == (None, True, False)
     with pytest.raises(BackendUnavailable):
         pool.take(0)
+
+
+def test_a_connection_that_is_made_while_the_pool_is_retired_does_not_disturb(server: Server) -> None:
+    """A set that grows while it is read raises RuntimeError, and nothing would be retired."""
+    pool, once = server.pool(10), [True]
+
+    class Hooked(Connection):
+        def __hash__(self) -> int:
+            if retiring.is_set() and once:
+                once.clear()
+                taking.start()
+                taking.join(0.2)  # which waits until the pool is retired
+            return id(self)
+
+    retiring = threading.Event()
+    taking = threading.Thread(target=pool.take, args=(1,))
+    pool._connect = lambda _: Hooked(0)
+    used = [pool.take(1) for _ in range(3)]
+    retiring.set()
+    pool.retire()
+    taking.join()
+    for connection in used:
+        pool.give(connection)
+    assert all(connection.closed for connection in used)
+
+
+def test_a_connection_that_comes_back_just_when_the_pool_is_retired_is_not_kept(server: Server) -> None:
+    pool = server.pool(10)
+
+    class Idle(deque[Connection]):
+        def append(self, connection: Connection) -> None:
+            pool.retire()
+            super().append(connection)
+
+    connection = pool.take(1)
+    pool.idle = Idle()
+    pool.give(connection)
+    assert connection.closed
+    assert not pool.idle

@@ -19,7 +19,7 @@ from quoting_server import _Server
 from support import redis_of, wait_at_most
 
 from govredis import BackendError, BackendUnavailable, Config, GovRedis, Limit
-from govredis.client import RedisClient
+from govredis.client import RedisNode
 from govredis.testing.servers import PostgresServer, RedisServer
 
 MakeGov = Callable[..., GovRedis]
@@ -222,7 +222,7 @@ class TestTwemproxy:
         ],
     )
     def test_a_command_that_it_does_not_take_is_an_error_and_no_outage(
-        self, names: str, ask: Callable[[RedisClient], Any], gov: GovRedis, caplog: pytest.LogCaptureFixture
+        self, names: str, ask: Callable[[RedisNode], Any], gov: GovRedis, caplog: pytest.LogCaptureFixture
     ) -> None:
         redis = redis_of(gov)
         assert redis is not None
@@ -353,7 +353,7 @@ class _Answering(_Server):
 @pytest.mark.parametrize("line", [b"-no upstream host", b"-upstream failure", b"-ERR Host is down"])
 def test_a_proxys_error_for_an_absent_redis_is_an_outage(line: bytes) -> None:
     with _Answering(line) as server:
-        redis = RedisClient(Config(redis_url=f"redis://127.0.0.1:{server.port}/0", socket_timeout=10))
+        redis = RedisNode(Config(redis_url=f"redis://127.0.0.1:{server.port}/0", socket_timeout=10))
         with pytest.raises(BackendUnavailable, match="the proxy before it says: "):
             redis.call("GET", "k")
         assert not redis.breaker.closed
@@ -362,7 +362,7 @@ def test_a_proxys_error_for_an_absent_redis_is_an_outage(line: bytes) -> None:
 
 def test_an_error_that_quotes_such_words_is_no_outage() -> None:
     with _Answering(b"-ERR unknown command 'Connection refused'") as server:
-        redis = RedisClient(Config(redis_url=f"redis://127.0.0.1:{server.port}/0", socket_timeout=10))
+        redis = RedisNode(Config(redis_url=f"redis://127.0.0.1:{server.port}/0", socket_timeout=10))
         with pytest.raises(BackendError, match="unknown command") as caught:
             redis.call("GET", "k")
         assert not isinstance(caught.value, BackendUnavailable)
@@ -391,7 +391,7 @@ class _Ending(_Server):
 
 def test_a_server_that_a_command_has_ended_is_away() -> None:
     with _Ending() as server:
-        redis = RedisClient(Config(redis_url=f"redis://127.0.0.1:{server.port}/0", socket_timeout=10))
+        redis = RedisNode(Config(redis_url=f"redis://127.0.0.1:{server.port}/0", socket_timeout=10))
         with pytest.raises(BackendUnavailable, match="is away"):
             redis.call("GET", "k")
         assert server.asked == 2
@@ -401,7 +401,7 @@ def test_a_server_that_a_command_has_ended_is_away() -> None:
 def test_a_command_whose_replies_are_lost_by_accident_is_not_refused_by_a_proxy(mortal_redis: RedisServer) -> None:
     """Three times in a row; at the fourth it is, where PING was answered each time."""
     with CuttingProxy(mortal_redis.port) as proxy:
-        redis = RedisClient(Config(redis_url=proxy.url, socket_timeout=10))
+        redis = RedisNode(Config(redis_url=proxy.url, socket_timeout=10))
         redis.call("PING")
         proxy.cut_next(b"GET", times=3)
         assert redis.call("GET", "k") is None
@@ -416,7 +416,7 @@ def test_a_command_whose_replies_are_lost_by_accident_is_not_refused_by_a_proxy(
 @pytest.mark.parametrize("greeting", ["SELECT", "HELLO"])
 def test_a_greeting_whose_reply_is_lost_by_accident_is_an_outage(greeting: str, mortal_redis: RedisServer) -> None:
     with CuttingProxy(mortal_redis.port) as proxy:
-        redis = RedisClient(Config(redis_url=proxy.url.removesuffix("0") + "1", socket_timeout=10))
+        redis = RedisNode(Config(redis_url=proxy.url.removesuffix("0") + "1", socket_timeout=10))
         proxy.cut_next(greeting.encode())
         with pytest.raises(BackendUnavailable, match=f"In answer to {greeting}"):
             redis.push_stream() if greeting == "HELLO" else redis.call("GET", "k")

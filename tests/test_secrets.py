@@ -21,7 +21,7 @@ from quoting_server import QuotingPostgres, QuotingRedis, as_redis_does
 from support import REDIS_AWAY, redis_of
 
 from govredis import BackendError, Config, GovRedis
-from govredis._secrets import Secrets
+from govredis._secrets import Secrets, passwords_in
 from govredis.contrib.flask import FlaskGovRedis
 
 pytestmark = pytest.mark.one_redis
@@ -89,9 +89,9 @@ def outputs(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[GovRedis], s
         report = gov.health.check()
         said += [repr(report), json.dumps(report.as_dict()), json.dumps(report.as_dict(), ensure_ascii=False)]
         app = Flask("app")
-        app.config.update(TESTING=True, GOVREDIS_HEALTH_DETAILS=True)
+        app.config.update(TESTING=True, GOVREDIS_HEALTH_DETAILS=True, GOVREDIS_DASHBOARD=lambda: True)
         FlaskGovRedis(app, gov)
-        said.append(app.test_client().get("/govredis/health").text)
+        said += [app.test_client().get(f"/govredis/{page}").text for page in ("health", "dashboard")]
         return "\n".join([*said, caplog.text])
 
     yield of
@@ -301,3 +301,12 @@ class TestSecrets:
 
     def test_a_url_that_is_none_hides_by_form(self) -> None:
         assert Secrets(["amqp://[u:pw@h"]).hide("amqp://u:pw@h") == "amqp://u:***@h"
+
+
+def test_passwords_of_options_are_found_in_options_of_theirs() -> None:
+    options = {
+        "master_name": "m",
+        "password": "outer-pw",
+        "sentinel_kwargs": {"password": "inner-pw", "socket_timeout": 1},
+    }
+    assert Secrets(passwords=passwords_in(options)).hide("m outer-pw inner-pw") == "m *** ***"

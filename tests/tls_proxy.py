@@ -21,7 +21,8 @@ class TlsProxy:
         self._port = port
         self._context = context
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.netloc = f"localhost:{self._listener.getsockname()[1]}"
+        self.port: int = self._listener.getsockname()[1]
+        self.netloc = f"localhost:{self.port}"
         self._ends: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 

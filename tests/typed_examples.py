@@ -15,6 +15,7 @@ from govredis import GovRedis, HealthReport, HeldLock, RateLimitResult, SessionB
 from govredis.contrib.celery import exclusive
 from govredis.contrib.celery import rate_limited as limited_task
 from govredis.contrib.flask import FlaskGovRedis
+from govredis.health import HistoryPoint
 from govredis.metadata import AgentRecord
 
 gov = GovRedis.from_env()
@@ -189,6 +190,7 @@ assert_type(gov.limits.hit("a", "20/hour"), RateLimitResult)
 assert_type(gov.locks.try_acquire("a"), HeldLock | None)
 assert_type(gov.sessions.get("a"), SessionBinding | None)
 assert_type(gov.health.check(), HealthReport)
+assert_type(gov.health.history(points=10), list[HistoryPoint])
 with gov.locks.acquire("a") as held:
     assert_type(held, HeldLock)
 with GovRedis.in_memory() as opened:

@@ -1,9 +1,11 @@
-"""The parts that every command needs: its GovRedis, and its way of printing."""
+"""The parts that every command needs: its GovRedis, and the codes that it exits with."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
 
 import click
 
@@ -11,6 +13,15 @@ from ..api import GovRedis
 from ..errors import BackendError, ConfigurationError, printable
 
 _GOV = "govredis.gov"
+
+#: Exit codes, beside 0. They are the same for all commands, and docs/cli.md has them.
+NO, USAGE, FAILED = 1, 2, 3
+
+
+class CommandFailed(click.ClickException):
+    """The command could not ask, or could not do it: a server is away or refuses, or a setting is wrong."""
+
+    exit_code = FAILED
 
 
 def work_on(gov: GovRedis) -> None:
@@ -28,18 +39,22 @@ def invoked_gov() -> Iterator[GovRedis]:
         else:
             with GovRedis.from_env() as gov:
                 yield gov
-    except (ConfigurationError, BackendError, ValueError) as error:
-        raise click.ClickException(printable(str(error), "\n")) from error
+    except (ConfigurationError, BackendError) as error:
+        raise CommandFailed(printable(str(error), "\n")) from error
+    except ValueError as error:  # of an argument: an id that is refused, say
+        raise click.UsageError(printable(str(error), "\n")) from error
 
 
-def say(line: str) -> None:
-    """Print a line, made safe for a terminal: other people's text may be part of it."""
-    click.echo(printable(line))
+@contextlib.contextmanager
+def until_interrupted(watches: bool = True) -> Iterator[None]:
+    """For a command that goes on until Ctrl-C: that is its end, and no error. Any other command is aborted by it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not watches:
+            raise
 
 
-def print_table(title: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows of cells below their title, each column as wide as it must be."""
-    lines = [title, *([printable(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        say("  ".join(map(str.ljust, line, widths)).rstrip())
+def answer_no() -> NoReturn:
+    """Exit as a command does whose answer is no: nothing is there, or it is bad."""
+    sys.exit(NO)

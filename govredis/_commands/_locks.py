@@ -2,42 +2,63 @@
 
 from __future__ import annotations
 
-import sys
+import time
 from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
 
 import click
 
+from ..errors import LockUnavailable, printable
 from ..locks import LockHolder
-from ._invocation import invoked_gov, print_table, say
+from ._invocation import answer_no, invoked_gov
+from ._output import json_option, print_json, print_table, say
 
 
 @click.group(invoke_without_command=True)
-def locks() -> None:
+@json_option
+def locks(as_json: bool) -> None:
     """Show the locks that are held, and release one.
 
-    Shows locks of every kind, an async service's too. Looks at all keys of the database.
+    Shows locks of every kind, an async service's too. Looks at all keys of the database. A line on stderr names the
+    nodes of a Cluster that do not answer.
     """
     if click.get_current_context().invoked_subcommand is None:
         with invoked_gov() as gov:
             held = gov.locks.held()
-        if held:
+        if as_json:
+            print_json([_data(holder) for holder in held])
+        elif held:
             _print_holders(held)
         else:
-            say("no locks are held")
+            say("no locks are found" if held.unanswered else "no locks are held")
+        if held.unanswered:
+            missing = f"locks are missing: no answer from {', '.join(held.unanswered)}"
+            click.echo(printable(missing), err=True)  # stdout is a program's, with --json
 
 
 @locks.command()
 @click.argument("name")
-def show(name: str) -> None:
-    """Show the holder of the lock NAME. Exits with 1 if nobody holds it."""
+@json_option
+def show(name: str, as_json: bool) -> None:
+    """Show the holder of the lock NAME. Exits with 1 if nobody holds it.
+
+    While Redis is away, the lock files tell of this host's processes. Exits with 3 if none of them holds it.
+    """
     with invoked_gov() as gov:
-        holder = gov.locks.holder(name)
-    if holder is None:
+        holder, away = gov.locks.look(name)
+        if holder is None and away is not None:
+            raise LockUnavailable(f"no process of this host holds {name}, and others cannot be asked: {away}")
+    if as_json:
+        print_json(None if holder is None else _data(holder))
+    elif holder is None:
         say(f"{name} is not locked")
-        sys.exit(1)
-    _print_holders([holder])
-    if holder.degraded:
-        say("Redis is away: this is read from the lock file, and holds for this host alone")
+    else:
+        _print_holders([holder])
+        if holder.degraded:
+            say("Redis is away: this is read from the lock file, and holds for this host alone")
+    if holder is None:
+        answer_no()
 
 
 @locks.command()
@@ -51,12 +72,17 @@ def release(name: str) -> None:
         released = gov.locks.force_release(name)
     say(f"{name} is released" if released else f"{name} is not locked")
     if not released:
-        sys.exit(1)
+        answer_no()
+
+
+def _data(holder: LockHolder) -> dict[str, Any]:
+    return {**asdict(holder), "since": holder.since}
 
 
 def _print_holders(holders: Iterable[LockHolder]) -> None:
     rows = []
     for h in holders:
         ends = "never" if h.remaining is None else f"{h.remaining:.1f} s"
-        rows.append((h.name, h.kind, "-" if h.token is None else str(h.token), ends, h.owner))
-    print_table(("NAME", "KIND", "TOKEN", "ENDS IN", "OWNER"), rows)
+        held = "-" if h.since is None else f"{max(0.0, time.time() - h.since.timestamp()):.1f} s"
+        rows.append((h.name, h.kind, "-" if h.token is None else str(h.token), held, ends, h.owner))
+    print_table(("NAME", "KIND", "TOKEN", "HELD FOR", "ENDS IN", "OWNER"), rows)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
 import click
 
+from ..metadata.verify import AgentParity
 from ..metadata.verify import verify as verify_agents
 from ..outbox import Outbox
-from ._invocation import invoked_gov, print_table, say
+from ._invocation import answer_no, invoked_gov
+from ._output import json_option, print_json, print_table, say
 
 
 @click.group()
@@ -44,11 +43,16 @@ def unwatch(table: str) -> None:
 
 
 @outbox.command()
-def status() -> None:
+@json_option
+def status(as_json: bool) -> None:
     """Show the watched tables, and how far Redis is behind."""
     with invoked_gov() as gov:
         watched = Outbox(gov.postgres).watched()
         lag = None if gov.internal.freshness is None else gov.internal.freshness.state().lag
+    if as_json:
+        tables = [each._asdict() for each in watched]
+        print_json({"watched": tables, "behind": None if lag is None else lag._asdict()})
+        return
     print_table(("TABLE", "COLUMN", "NAMESPACE"), [(w.table, w.column, w.namespace) for w in watched])
     if lag is None:
         say("no cached values are in use on this Redis, so it is not told of changes")
@@ -68,14 +72,21 @@ def metadata(context: click.Context, namespace: str) -> None:
 
 @metadata.command()
 @click.argument("identity", metavar="ID")
+@json_option
 @click.pass_obj
-def get(namespace: str, identity: str) -> None:
-    """Print the cached value of ID as JSON. Exits with 1 if there is none that may be used now."""
+def get(namespace: str, identity: str, as_json: bool) -> None:
+    """Print the cached value of ID, which is JSON. Exits with 1 if there is none that may be used now.
+
+    With --json, null stands for no value.
+    """
     with invoked_gov() as gov:
         value = gov.cache(namespace).get(identity)
-    click.echo(f"{identity} is not cached" if value is None else json.dumps(value, indent=2))
+    if value is None and not as_json:
+        say(f"{identity} is not cached")
+    else:
+        print_json(value)
     if value is None:
-        sys.exit(1)
+        answer_no()
 
 
 @metadata.command()
@@ -90,8 +101,9 @@ def invalidate(namespace: str, identity: str) -> None:
 
 @metadata.command()
 @click.option("--samples", type=click.IntRange(1), default=1000, show_default=True, help="Cached agents, at most.")
+@json_option
 @click.pass_obj
-def verify(namespace: str, samples: int) -> None:
+def verify(namespace: str, samples: int, as_json: bool) -> None:
     """Compare cached agents with PostgreSQL. Exits with 1 if any stays behind for too long.
 
     Those that are behind are compared again after GOVREDIS_METADATA_STALENESS, the longest that they may be behind.
@@ -108,9 +120,16 @@ def verify(namespace: str, samples: int) -> None:
             samples=samples,
             staleness=gov.config.metadata_staleness,
         )
+    if as_json:
+        print_json(found._asdict())
+    else:
+        _print_parity(found)
+    if found.stale:
+        answer_no()
+
+
+def _print_parity(found: AgentParity) -> None:
     rate = len(found.stale) / found.compared if found.compared else 0.0
     say(f"{found.compared} compared, {found.behind} behind, {len(found.stale)} of them for too long: {rate:.2%}")
     for identity in found.stale:
         say(identity)
-    if found.stale:
-        sys.exit(1)

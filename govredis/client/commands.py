@@ -33,7 +33,7 @@ def unpack_commands(packed: bytes) -> list[list[bytes]]:
 
 
 #: Commands whose second word is part of the name, for an ACL too.
-CONTAINERS = {"CLIENT", "SCRIPT"}
+CONTAINERS = {"CLIENT", "CLUSTER", "SCRIPT", "SLOWLOG"}
 _IN_SCRIPT = re.compile(r"redis\.p?call\(\s*['\"](\w+)['\"]")
 #: The source of each script that this process has made, by its digest.
 SOURCES: dict[str, str] = {}
@@ -70,6 +70,11 @@ class Script:
     def call(self, keys: Sequence[str], args: Sequence[Arg]) -> Command:
         """The EVALSHA command."""
         return ("EVALSHA", self.sha, str(len(keys)), *keys, *args)
+
+
+def with_source(command: Command) -> Command:
+    """A script's command, with EVAL and the source in place of EVALSHA and the digest."""
+    return ("EVAL", SOURCES[str(command[1])], *command[2:])
 
 
 def with_sources(packed: Sequence[bytes], scripts: Sequence[Script], *, always: bool) -> list[bytes]:

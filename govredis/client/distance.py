@@ -23,7 +23,7 @@ class Distance:
 
     def __init__(self, name: str, timeouts: Mapping[str, float], measure: Callable[[], float]) -> None:
         self._name = name
-        self._timeouts = timeouts
+        self.timeouts: Mapping[str, float] = timeouts
         self._measure = measure
         #: The settings that are too short, and the time of a round trip; "" while no such setting is known.
         self.problem: str = ""
@@ -41,7 +41,7 @@ class Distance:
             seconds = self._measure()
         except Exception:  # noqa: BLE001 - Redis is away altogether, as the breaker says
             return
-        short = [f"{name} ({timeout:g} s)" for name, timeout in self._timeouts.items() if timeout <= seconds]
+        short = [f"{name} ({timeout:g} s)" for name, timeout in self.timeouts.items() if timeout <= seconds]
         if not short:
             return
         self.problem = (

@@ -49,6 +49,18 @@ def greet(connection: Any) -> None:
         del connection.send_command
 
 
+def greet_primary(connection: Any) -> None:
+    """`greet`, and refuse a server that says it is a replica. An ACL may forbid the question: then it is believed."""
+    greet(connection)
+    try:
+        connection.send_command("ROLE")
+        role, *_ = connection.read_response()
+    except redis.exceptions.NoPermissionError:
+        return
+    if role != b"master":
+        raise redis.ConnectionError("it is a replica, or becomes one")
+
+
 def _unquote(error: BaseException, asked: str) -> None:
     said = str(error)
     if TOO_MANY in said:

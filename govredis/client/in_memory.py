@@ -1,6 +1,6 @@
-"""InMemoryRedisClient: the RedisClient of `GovRedis.in_memory()`, over a fakeredis of its own in place of a server.
+"""InMemoryRedisClient: the RedisNode of `GovRedis.in_memory()`, over a fakeredis of its own in place of a server.
 
-Scripts, pipelines, errors, the breaker and the replays are those of RedisClient. The connections alone differ.
+Scripts, pipelines, errors, the breaker and the replays are those of RedisNode. The connections alone differ.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +18,9 @@ from .._clock import Clock
 from ..breaker import CircuitBreaker
 from ..config import Config
 from ..errors import ConfigurationError
+from .commands import Arg, Command, Script
+from .node import RedisNode
 from .push import PushStream
-from .redis_client import RedisClient
 
 _HOST = "in-memory"
 _AWAY = "it was made unreachable by a test"
@@ -31,7 +32,7 @@ _MOMENT = 1e-6
 _PROBES = 10
 
 
-class InMemoryRedisClient(RedisClient):
+class InMemoryRedisClient(RedisNode):
     """For this process alone: a forked child goes on with a copy of the data.
 
     The breaker has no thread, and none is needed: `come_back` probes. Waiting for a list's element is `clock.sleep`.
@@ -42,6 +43,8 @@ class InMemoryRedisClient(RedisClient):
 
     Raises ConfigurationError where fakeredis, or its Lua, is not installed.
     """
+
+    in_process: bool = True
 
     def __init__(self, config: Config, clock: Clock) -> None:
         try:
@@ -70,6 +73,9 @@ class InMemoryRedisClient(RedisClient):
         connection.connect()
         self.connects: int = next(self._connects)
 
+    def run_confirmed(self, script: Script, keys: Sequence[str], *args: Arg) -> tuple[Any, bool]:
+        return self.run(script, keys, *args), True  # it has no failover
+
     def pop(self, key: str, seconds: float) -> Any:
         deadline = self._clock.monotonic() + seconds
         while True:
@@ -78,6 +84,15 @@ class InMemoryRedisClient(RedisClient):
             if element is not None or left <= 0:
                 return element
             # A clock that is set by hand is moved by this call, so nobody comes meanwhile.
+            self._clock.sleep(min(left, _LOOK) if self._clock is time else left)
+
+    def block(self, command: Command, seconds: float) -> Any:
+        deadline = self._clock.monotonic() + seconds
+        while True:
+            found = self.call(*command)
+            left = deadline - self._clock.monotonic()
+            if found or left <= 0:
+                return found
             self._clock.sleep(min(left, _LOOK) if self._clock is time else left)
 
     def push_stream(self) -> PushStream:

@@ -12,17 +12,18 @@ from .._secrets import Secrets
 from ..breaker import CircuitBreaker, Rejected
 from ..errors import BackendError, BackendUnavailable, NotTaken
 from .rights import error_of_text
-from .wire import NoCredentials
+from .wire import NoCredentials, SentinelMistake
 
 # Answers of a server that is up but cannot serve now. Redis 6.2 wraps the errors of a script's commands in
 # "ERR Error running script ... -READONLY ..."; 7.0 and newer pass them through.
 _CANNOT_SERVE_NOW = re.compile(
     r"(?:^|[\s@:-])(LOADING|READONLY|MISCONF|OOM|CLUSTERDOWN|MASTERDOWN|TRYAGAIN|NOREPLICAS|BUSY|UNBLOCKED) "
 )
+_CANNOT_WRITE = {"READONLY", "MISCONF", "OOM", "NOREPLICAS"}
 # redis-py takes the first word off the errors that it knows.
+_CANNOT_WRITE_CLASSES = (redis.exceptions.ReadOnlyError, redis.exceptions.OutOfMemoryError)
 _CANNOT_SERVE_CLASSES = (
-    redis.exceptions.ReadOnlyError,
-    redis.exceptions.OutOfMemoryError,
+    *_CANNOT_WRITE_CLASSES,
     redis.exceptions.ClusterDownError,  # MasterDownError is one
     redis.exceptions.TryAgainError,
 )
@@ -81,9 +82,13 @@ class RedisErrorMapping:
         if _UNAUTHENTICATED.search(text):
             return Rejected(f"{self._name} rejected our credentials: Authentication required.")
         if _PROXY_ALONE.fullmatch(text):
-            self._breaker.failed(self._breaker.period, text, timed_out=True)  # the probe will hear it too
+            # The probe will hear it too.
+            self._breaker.failed(self._breaker.period, text, timed_out=True, kind="refused")
             return BackendUnavailable(f"{self._name} is away: the proxy before it says: {text}")
-        if isinstance(error, _CANNOT_SERVE_CLASSES) or _CANNOT_SERVE_NOW.search(text):
+        found = _CANNOT_SERVE_NOW.search(text)
+        if found or isinstance(error, _CANNOT_SERVE_CLASSES):
+            writes = isinstance(error, _CANNOT_WRITE_CLASSES) or (found is not None and found[1] in _CANNOT_WRITE)
+            self._breaker.cannot_serve("cannot write" if writes else "cannot serve")
             return BackendUnavailable(f"{self._name} cannot serve: {text}")
         if _UNKNOWN.match(text):
             return NotTaken(f"{self._name} answered: {text}")
@@ -92,23 +97,31 @@ class RedisErrorMapping:
     def _of_cluster(self, word: str, text: str) -> BackendError:
         """The keys of this node would work, for as long as they stay there. That is no way to start."""
         why = (
-            f"{self._name} is a node of a Redis Cluster (it answered {word} {text}): this version of govredis connects"
-            " to a standalone Redis only; the URL must name one, and REDIS_CLUSTER must stay unset"
+            f"{self._name} is a node of a Redis Cluster (it answered {word} {text}): REDIS_CLUSTER must be 1, or the"
+            " URL must begin with redis+cluster:// or rediss+cluster://"
         )
         self._breaker.give_up(why)
         return Rejected(why)
 
-    def of_connection(self, error: redis.RedisError, period: int) -> BackendError:
-        """The error of a call that got no answer, or an answer that ended its connection. Tells the breaker."""
+    def of_connection(self, error: redis.RedisError, period: int | None) -> BackendError:
+        """The error of a call that got no answer, or an answer that ended its connection.
+
+        Args:
+            period: of the breaker, which is told; None: it is not.
+        """
         text = self.said(error)
         if isinstance(error, REJECTED):
             return Rejected(f"{self._name} rejected our credentials: {text}")
+        if isinstance(error, SentinelMistake):
+            return Rejected(f"{self._name}: {text}")
         if isinstance(error, redis.InvalidResponse):
             return BackendError(f"{self._name} does not speak Redis: {text}")
         if self._is_tls_mistake(error):
             return Rejected(f"{self._name} cannot be trusted, or does not trust us: {text}")
-        timed_out = isinstance(error, redis.TimeoutError) or answered(error)
-        self._breaker.failed(period, text, timed_out=timed_out)
+        if period is not None:
+            timed_out = isinstance(error, redis.TimeoutError) or answered(error)
+            kind = "hung" if isinstance(error, redis.TimeoutError) else "refused"
+            self._breaker.failed(period, text, timed_out=timed_out, kind=kind)
         return BackendUnavailable(f"{self._name} is away: {text}")
 
     def _is_tls_mistake(self, error: redis.RedisError) -> bool:

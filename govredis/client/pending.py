@@ -10,7 +10,7 @@ from .._fork import notice_fork
 from ..errors import BackendUnavailable
 
 if TYPE_CHECKING:
-    from .redis_client import RedisClient
+    from .node import RedisNode
 
 
 class Pending:
@@ -21,7 +21,7 @@ class Pending:
 
     __slots__ = ("_client", "_connection", "_period")
 
-    def __init__(self, client: RedisClient, connection: Any, period: int) -> None:
+    def __init__(self, client: RedisNode, connection: Any, period: int) -> None:
         self._client = client
         self._connection = connection
         self._period = period

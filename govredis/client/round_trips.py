@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import redis
 from redis.connection import Connection, SSLConnection
 
 from .._fork import notice_fork
+from .._histogram import Histogram
 from .._pool import SLICE, Pool, PoolExhausted
 from .._recovery import Recoverable
 from .._secrets import Secrets
@@ -21,6 +23,7 @@ from ..keys import Keys
 from .commands import names_of, pack_command
 from .mapping import NoScript, RedisErrorMapping, answered, is_too_many
 from .options import address, connection_options, wrong_url
+from .redirects import NotServedHere
 from .wire import Closed, ClosedGreeting, take_over
 
 log: logging.Logger = logging.getLogger("govredis")
@@ -31,17 +34,23 @@ PING = pack_command(("PING",))
 _CLOSED_AGAIN = 2
 
 
+#: Answers that say something of the server, and not of one command.
+_OF_ALL = (BackendUnavailable, NoScript, Rejected)
+
+
 class RoundTrips(Recoverable):
-    """The part of RedisClient that deals with connections; see there."""
+    """The part of RedisNode that deals with connections; see there."""
 
     def __init__(self, config: Config) -> None:
         self._secrets = Secrets.of(config)
-        self._options = connection_options(config)
+        self._options = self._new_options(config)
         self._timeout: float = self._options["socket_timeout"]
+        #: Its number.
+        self.database: int = int(self._options.get("db") or 0)
         #: Seconds to wait for a connection: longer than the users of all others need to find out that Redis hangs.
         self._for_place: float = self._options["socket_connect_timeout"] + self._timeout + 2 * SLICE
         self._connection_class: type[Any] = self._options.pop("connection_class", Connection)
-        super().__init__(f"Redis at {address(self._options)}")
+        super().__init__(self._new_name())
         try:
             self._connect()
         except (TypeError, ValueError, redis.RedisError) as error:
@@ -49,9 +58,11 @@ class RoundTrips(Recoverable):
         self._pool = self._new_pool(config)
         # A pool of its own: callers that wait must not keep the others from working.
         self._waiting = self._new_pool(config)
+        # Callers of `block` wait for longer, and may be many.
+        self._blocking = self._new_pool(config)
         tls = issubclass(self._connection_class, SSLConnection)
         self._pattern = Keys(config.key_prefix).pattern
-        self._errors = RedisErrorMapping(self.name, self._secrets, self.breaker, self._pattern, tls=tls)
+        self._errors = self._new_errors(tls=tls)
         self._of_thread = threading.local()
         #: The number of replies that nobody had asked for.
         self.strays: int = 0
@@ -59,6 +70,17 @@ class RoundTrips(Recoverable):
         #: replaced is reached over new connections only.
         self.connects: int = 0
         self._connects = itertools.count(1)
+        #: How long round trips took, without those that wait on purpose.
+        self.latency: Histogram = Histogram()
+
+    def _new_options(self, config: Config) -> dict[str, Any]:
+        return connection_options(config)
+
+    def _new_name(self) -> str:
+        return f"Redis at {address(self._options)}"
+
+    def _new_errors(self, *, tls: bool) -> RedisErrorMapping:
+        return RedisErrorMapping(self.name, self._secrets, self.breaker, self._pattern, tls=tls)
 
     def _new_pool(self, config: Config) -> Pool[Any]:
         return Pool(
@@ -69,33 +91,50 @@ class RoundTrips(Recoverable):
             self._check,
         )
 
+    @property
+    def _pools(self) -> tuple[Pool[Any], ...]:
+        return self._pool, self._waiting, self._blocking
+
     def _round_trip(
-        self, packed: bytes, replies: int = 0, wait: tuple[float, float] | None = None, each: bool = False
+        self,
+        packed: bytes,
+        replies: int = 0,
+        wait: tuple[float, float] | None = None,
+        each: bool = False,
+        pool: Pool[Any] | None = None,
     ) -> Any:
         notice_fork()
         breaker = self.breaker
         if not breaker.closed:
             self._check()
         period = breaker.period
+        began = perf_counter()
         if wait is None:
             pool, for_place, patience = self._pool, self._for_place, None
         else:
-            pool, (for_place, patience) = self._waiting, wait
+            pool, (for_place, patience) = pool or self._waiting, wait
         connection = pool.take(for_place)
         pooled = connection._sock is not None
         if pooled and connection.unread():
             connection = self._another(pool, connection, for_place)
             pooled = connection._sock is not None
         try:
-            return self._exchange(pool, connection, packed, replies, patience, each)
+            reply = self._exchange(pool, connection, packed, replies, patience, each)
+            if wait is None:
+                self.latency.add(perf_counter() - began)
+            return reply
         except redis.RedisError as error:
             failed = error
         try:
-            return self._once_more(_Asked(period, pool, for_place, packed, replies, patience, each), failed, pooled)
+            return self._once_more(Asked(period, pool, for_place, packed, replies, patience, each), failed, pooled)
         finally:
             del failed  # see wire.py
+            if wait is None:
+                took = perf_counter() - began
+                self.latency.add(took)
+                self.breaker.note_slow(took)
 
-    def _once_more(self, asked: _Asked, failed: redis.RedisError, pooled: bool) -> Any:
+    def _once_more(self, asked: Asked, failed: redis.RedisError, pooled: bool) -> Any:
         """The reply of another attempt, where that may help and does no harm; else raises the error in our words."""
         pool, sent_before, has_waited = asked.pool, False, False
         try:
@@ -133,7 +172,7 @@ class RoundTrips(Recoverable):
         finally:
             del failed  # see wire.py
 
-    def _after_ping(self, asked: _Asked) -> Any:
+    def _after_ping(self, asked: Asked) -> Any:
         """The reply, where the last connection was closed by accident.
 
         A proxy such as twemproxy closes the connection at a command that it does not know. However often that happens,
@@ -195,7 +234,7 @@ class RoundTrips(Recoverable):
         """Redis takes no more connections: can we do with the open ones?"""
         if pool.narrow():
             return True
-        connection = self._waiting.let_go() if pool is self._pool else None
+        connection = (self._waiting.let_go() or self._blocking.let_go()) if pool is self._pool else None
         if connection is None:
             return False
         connection._sock.settimeout(self._timeout)
@@ -204,7 +243,7 @@ class RoundTrips(Recoverable):
 
     def _failed(self, error: redis.RedisError, period: int) -> BackendError:
         """No answer, in our words. Where Redis takes no more connections, the open ones go on: no outage."""
-        if is_too_many(error) and (self._pool.live or self._waiting.live):
+        if is_too_many(error) and (self._pool.live or self._waiting.live or self._blocking.live):
             return PoolExhausted(f"{self.name} takes no more connections of this process: {self._errors.said(error)}")
         return self._errors.of_connection(error, period)
 
@@ -268,8 +307,7 @@ class RoundTrips(Recoverable):
         if refusal is not None:
             # The whole reply was read. But this connection, and the idle ones, lead to a replica until we connect anew.
             if isinstance(refusal, redis.exceptions.ReadOnlyError) or "READONLY" in str(refusal):
-                pool.drop(connection)
-                pool.drop_idle()
+                self._demoted(pool, connection)
             else:
                 pool.give(connection)
             self.breaker.succeeded()
@@ -282,6 +320,11 @@ class RoundTrips(Recoverable):
             self.breaker.succeeded()
         return reply
 
+    def _demoted(self, pool: Pool[Any] | _Unpooled, connection: Any) -> None:
+        """The server of this connection writes no more: it was made a replica, say."""
+        pool.drop(connection)
+        pool.drop_idle()
+
     def _read_many(self, connection: Any, count: int, each: bool, packed: bytes) -> list[Any]:
         replies = []
         first_error: redis.ResponseError | None = None
@@ -292,7 +335,8 @@ class RoundTrips(Recoverable):
                 # The rest must be read before the connection may go back.
                 mine = self._errors.of_reply(error, packed)
                 replies.append(mine)
-                if not each or isinstance(mine, BackendUnavailable | NoScript | Rejected):
+                is_alone = each and (isinstance(mine, NotServedHere) or not isinstance(mine, _OF_ALL))
+                if not is_alone:
                     first_error = first_error or error
         if first_error is not None:
             try:
@@ -311,7 +355,7 @@ class RoundTrips(Recoverable):
             raise error.__context__ from None  # redis-py 6.4's constructor hides a signal's exception
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
     """The arguments of a round trip, for another attempt."""
 
     period: int

@@ -36,6 +36,10 @@ class NoCredentials(redis.ConnectionError):
     """The application's own provider of them has failed."""
 
 
+class SentinelMistake(redis.ConnectionError):
+    """Sentinels refuse us, or do not know the service. Waiting mends neither."""
+
+
 def take_over(connection: Any) -> None:
     """Give a connection, once it has connected, the checks of each use, and faster ways to send and receive.
 
@@ -131,7 +135,7 @@ def _unread_tls(sock: Any) -> Callable[[], bool]:
         sock.settimeout(0)
         try:
             sock.recv(1)
-        except ssl.SSLWantReadError:
+        except (ssl.SSLWantReadError, TimeoutError):  # eventlet's socket raises the latter
             return False
         except OSError:
             pass

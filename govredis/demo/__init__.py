@@ -9,10 +9,18 @@ import time
 from collections.abc import Callable
 
 SECONDS = 24.0
+_SERVED = """The dashboard: {url}govredis/dashboard
+
+A site, a Celery worker with beat, Redis, a broker and PostgreSQL run, and some visitors come.
+
+  {url}    has calls to try
+  kill -STOP {redis}; sleep 20; kill -CONT {redis}    is an outage of Redis to look at
+
+Ctrl-C ends all of it."""
 
 
-def run(seconds: float = SECONDS) -> int:
-    """Tell it, with `seconds` of traffic. Returns the exit code.
+def run(seconds: float = SECONDS, topology: str = "server") -> int:
+    """Tell it, with `seconds` of traffic. `topology`: "server", "sentinel" or "cluster". Returns the exit code.
 
     0: everything held. 1: something did not, or a worker ended early; it is printed. 2: a server could not be started.
     130: interrupted. Nothing is left behind, whichever it is.
@@ -26,7 +34,7 @@ def run(seconds: float = SECONDS) -> int:
 
     def story() -> int:
         try:
-            told = tell(seconds, screen)
+            told = tell(seconds, topology, screen)
         finally:
             screen.ends()
         return print_report(told, screen.console)
@@ -34,24 +42,25 @@ def run(seconds: float = SECONDS) -> int:
     return _saying_errors(story)
 
 
-def serve() -> int:
-    """Start the same servers, Celery worker and site, print the site's URL, and leave them running until Ctrl-C.
+def serve(topology: str = "server") -> int:
+    """Start the same servers, Celery worker and site, print the dashboard's URL, and leave them running until Ctrl-C.
+
+    Some visitors come, so that there is something to see.
 
     Returns the exit code, as `run`; 0 after Ctrl-C.
     """
     from ..api import GovRedis
     from ..config import Config
     from .board import AGENTS
-    from .site import HELP
     from .stage import stage
+    from .visitors import visited
 
     def open_site() -> int:
-        with stage() as on:
-            with GovRedis(Config(**on.config)) as gov:
-                for number in range(AGENTS):
-                    gov.agents.create(f"agent-{number}", {"name": f"Agent {number}"})
-            print(HELP.format(url=on.url), "\nCtrl-C ends all of it.", sep="", flush=True)
-            with contextlib.suppress(KeyboardInterrupt):
+        with stage(topology) as on, GovRedis(Config(**on.config)) as gov:
+            for number in range(AGENTS):
+                gov.agents.create(f"agent-{number}", {"name": f"Agent {number}"})
+            print(_SERVED.format(url=on.url, redis=on.redis.primary.pid), flush=True)
+            with contextlib.suppress(KeyboardInterrupt), visited(gov):
                 while True:
                     on.processes.check()
                     time.sleep(0.5)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
+from urllib.parse import urlsplit
 
 import redis.asyncio
 
@@ -38,15 +39,13 @@ class AsyncService:
     """All four features.
 
     Args:
-        url: of Redis.
+        url: of Redis: redis://, redis+sentinel:// without a password, redis+cluster:// or rediss+cluster://.
         clock: seconds since 1970, by this service's own clock.
         timeout: seconds that it waits for Redis.
     """
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.time, timeout: float = 5.0) -> None:
-        self.redis: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
-            url, decode_responses=True, socket_timeout=timeout, socket_connect_timeout=timeout
-        )
+        self.redis: Any = _client(url, timeout)
         self.sessions: Sessions = Sessions(self.redis, clock)
         self.locks: Locks = Locks(self.redis)
         self.limits: Limits = Limits(self.redis, clock)
@@ -56,10 +55,27 @@ class AsyncService:
         await self.redis.aclose()
 
 
+def _client(url: str, timeout: float) -> Any:
+    """By redis-py: of a server, of the primary that Sentinels name, or of a Cluster."""
+    options: Any = {"decode_responses": True, "socket_timeout": timeout, "socket_connect_timeout": timeout}
+    parts = urlsplit(url)
+    scheme, _, topology = parts.scheme.partition("+")
+    if not topology:
+        return redis.asyncio.Redis.from_url(url, **options)
+    user, at, addresses = parts.netloc.rpartition("@")
+    hosts = [(host, int(port)) for host, _, port in (each.partition(":") for each in addresses.split(","))]
+    if topology == "sentinel":
+        sentinel: Any = redis.asyncio.sentinel.Sentinel
+        return sentinel(hosts, **options).master_for(parts.path.strip("/"), **options)
+    nodes = [redis.asyncio.cluster.ClusterNode(host, port) for host, port in hosts]
+    one = f"{scheme}://{user}{at}{addresses.partition(',')[0]}?{parts.query}"
+    return redis.asyncio.RedisCluster.from_url(one, startup_nodes=nodes, **options)
+
+
 class Sessions:
     """`session:{id}`: a JSON object with members of its own, TTL a day or none, extended by a plain EXPIRE."""
 
-    def __init__(self, client: redis.asyncio.Redis, clock: Callable[[], float]) -> None:
+    def __init__(self, client: Any, clock: Callable[[], float]) -> None:
         self._redis = client
         self._clock = clock
 
@@ -104,7 +120,7 @@ class Sessions:
 class Locks:
     """`lock:{resource}`: an owner's text, set if nothing is there, deleted by its owner, or by force."""
 
-    def __init__(self, client: redis.asyncio.Redis) -> None:
+    def __init__(self, client: Any) -> None:
         self._redis = client
         self._release = client.register_script(_RELEASE)
 
@@ -128,7 +144,7 @@ class Locks:
 class Limits:
     """`rate_limit:{op}:{id}`: a sorted set scored in seconds, pruned by the caller's window at each check."""
 
-    def __init__(self, client: redis.asyncio.Redis, clock: Callable[[], float]) -> None:
+    def __init__(self, client: Any, clock: Callable[[], float]) -> None:
         self._redis = client
         self._clock = clock
         self._numbers = itertools.count()
@@ -156,7 +172,7 @@ class Limits:
 class Metadata:
     """`agent_meta:{id}`: the plain JSON of a dataclass, read back as `Agent(**json)`."""
 
-    def __init__(self, client: redis.asyncio.Redis) -> None:
+    def __init__(self, client: Any) -> None:
         self._redis = client
 
     async def get(self, agent_id: str) -> Agent | None:

@@ -74,7 +74,7 @@ class AsyncWorker:
         while self.board.phase != STOP:
             try:
                 await step()
-            except (redis.RedisError, OSError):
+            except (redis.RedisError, redis.exceptions.RedisClusterException, OSError):
                 self.tally["calls of theirs that failed"] += 1
                 await asyncio.sleep(0.05)
             except Exception as error:  # noqa: BLE001 - a record that is none of its own, say

@@ -100,7 +100,7 @@ class Run:
         counter: what the files say that was counted up under locks.
         discoveries: those that their tasks have stored.
         invalidated: by number of the agent, the last version whose invalidation was published, and has run.
-        snapshots: of the health, kept in PostgreSQL while Redis was away.
+        snapshots: of the health, kept in PostgreSQL while Redis was away; None where replicas took over.
     """
 
     phases: list[Phase]
@@ -109,7 +109,7 @@ class Run:
     counter: int
     discoveries: list[Discovery]
     invalidated: list[int]
-    snapshots: int
+    snapshots: int | None
     servers: str = ""
 
     def __post_init__(self) -> None:
@@ -177,7 +177,7 @@ class Run:
             found += [f'{phase.name}: nobody could "{name}"' for name in OPERATIONS if name not in served]
             if not phase.outage and (missing := len(self.workers) - len(self.in_use_after(number))):
                 found.append(f"{phase.name}: {missing} workers did not use Redis")
-        if any(phase.outage for phase in self.phases) and not self.snapshots:
+        if any(phase.outage for phase in self.phases) and self.snapshots == 0:
             found.append("no health snapshot was taken while Redis was away")
         if not self.published or not self.updates or not self.tally["requests refused"]:
             found.append("the site accepted no discovery, or no update, or its limit was never met")

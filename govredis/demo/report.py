@@ -158,7 +158,8 @@ def _notes(run: Run) -> Table:
         "reads older than an update made while Redis was away, before it was told": tally["invalidations owed"],
         "LockLost: locks gone with Redis's data, their holders told": tally["locks lost"],
     }
-    return _counts("May happen, by promise", ((f"{count:,}", what) for what, count in rows.items()))
+    known = {what: count for what, count in rows.items() if count is not None}
+    return _counts("May happen, by promise", ((f"{count:,}", what) for what, count in known.items()))
 
 
 def _time(seconds: float | None) -> str:

@@ -24,7 +24,11 @@ DEGRADED = "X-Degraded"
 IN_POSTGRES = "X-Limited-In-Postgres"
 #: The limit of each agent's requests to see who it is.
 LIMIT = Limit(10, 1.0)
-HELP = """govredis demo: a site, a Celery worker with beat, Redis, a broker and PostgreSQL. Try
+HELP = """govredis demo: a site, a Celery worker with beat, Redis, a broker and PostgreSQL.
+
+  {url}govredis/dashboard
+
+Try
 
   curl {url}govredis/health
   curl -X POST {url}login -H 'Content-Type: application/json' -d '{{"agent": "agent-1"}}'
@@ -39,6 +43,8 @@ HELP = """govredis demo: a site, a Celery worker with beat, Redis, a broker and 
 def make_site(gov: GovRedis, background: Celery) -> Flask:
     site = Flask("govredis.demo")
     site.config["GOVREDIS_HEALTH_DETAILS"] = True  # it listens on this host only
+    # A name of another site may lead here, and its page would read this one.
+    site.config["GOVREDIS_DASHBOARD"] = lambda: request.host.rpartition(":")[0] in {"127.0.0.1", "localhost"}
     ext = FlaskGovRedis(site, gov)
 
     @site.before_request

@@ -14,13 +14,14 @@ from ..testing.servers import PostgresServer, RedisServer
 from . import background, traffic
 from .board import STARTING, Board
 from .processes import Processes
+from .topologies import TOPOLOGIES, DemoRedis
 
 
 @dataclass
 class Stage:
     """`redis` may be taken away; `broker` is another one. `config`: the settings of a GovRedis on it."""
 
-    redis: RedisServer
+    redis: DemoRedis
     broker: RedisServer
     board: Board
     folder: Path
@@ -31,15 +32,15 @@ class Stage:
 
 
 @contextlib.contextmanager
-def stage() -> Iterator[Stage]:
-    """All of it, until the end of the `with`. Raises ServerError, ProcessError."""
+def stage(topology: str) -> Iterator[Stage]:
+    """All of it, until the end of the `with`: with one of TOPOLOGIES. Raises ServerError, ProcessError."""
     with contextlib.ExitStack() as ends:
-        redis = ends.enter_context(RedisServer())
+        redis = ends.enter_context(TOPOLOGIES[topology]())
         # Messages are not a cache: a broker keeps what it was given.
         broker = ends.enter_context(RedisServer(persistent=True))
         postgres = ends.enter_context(PostgresServer())
-        # Inside Redis's temporary folder, which its keeper removes even if this process is killed.
-        folder = redis.folder / "demo"
+        # Inside the broker's temporary folder, which its keeper removes even if this process is killed.
+        folder = broker.folder / "demo"
         folder.mkdir()
         board = Board(folder / "board")
         board.phase, board.epoch = STARTING, 1
@@ -54,7 +55,7 @@ def stage() -> Iterator[Stage]:
             gov.postgres.migrate()
             gov.postgres.fetch(traffic.TABLE)
             gov.postgres.fetch(background.TABLE)
-            versions = f"Redis {redis.command('INFO', 'server')['redis_version']}, PostgreSQL " + str(
+            versions = f"Redis {redis.primary.command('INFO', 'server')['redis_version']}, PostgreSQL " + str(
                 gov.postgres.fetch("SHOW server_version")[0][0]
             )
         processes = ends.enter_context(Processes(folder))

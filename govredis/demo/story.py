@@ -12,14 +12,6 @@ from .board import AGENTS, CLIENTS, JOBS, SERVICE, STOP, WEB, WORKERS
 from .measure import Discovery, Findings, Phase, Run
 from .stage import Stage, stage
 
-#: Name, share of the time, whether Redis is away.
-PHASES = (
-    ("healthy", 5.0, False),
-    ("killed (-9)", 6.5, True),
-    ("back, empty", 4.5, False),
-    ("hung (SIGSTOP)", 4.5, True),
-    ("awake again", 3.5, False),
-)
 _PATIENCE = 60.0  # seconds for the tasks that are left, and for work that a stall of the machine has held up
 
 
@@ -31,10 +23,10 @@ class Listener(Protocol):
     def goes_on(self, done: float, calls: int) -> None: ...
 
 
-def tell(seconds: float, listener: Listener) -> Run:
-    """Have it all happen, with `seconds` of traffic. Raises ServerError, ProcessError."""
+def tell(seconds: float, topology: str, listener: Listener) -> Run:
+    """Have it all happen, with `seconds` of traffic and one of TOPOLOGIES. Raises ServerError, ProcessError."""
     listener.begins("starting Redis, PostgreSQL and workers")
-    with stage() as on:
+    with stage(topology) as on:
         redis, board, processes = on.redis, on.board, on.processes
         for name in ("counter", "counter-alone", "counter-beside"):
             (on.folder / name).write_text("0")
@@ -44,23 +36,25 @@ def tell(seconds: float, listener: Listener) -> Run:
             processes.start(name, module, number=number, config=on.config, folder=str(on.folder))
         processes.until(lambda: all(board.ready), "the workers' start")
 
-        total = sum(share for _, share, _ in PHASES)
+        total = sum(share for _, share, _ in redis.phases)
         phases: list[Phase] = []
         done = 0.0
-        for number, (name, share, outage) in enumerate(PHASES):
-            listener.begins(f"Redis is {name}")
+        for number, (name, share, outage) in enumerate(redis.phases):
+            listener.begins(f"Redis: {name}")
             began = perf_counter()
             if number == 1:
                 redis.kill()
-                board.dead, board.epoch = True, 2
+                # A failover may lose the last moments: the primary acknowledges before a replica has it.
+                board.dead, board.epoch = redis.is_alone, 2
             elif number == 2:
                 board.dead = False
-                redis.restart("empty")
+                redis.restart()
                 began = perf_counter()
             elif number == 3:
-                redis.pause()
+                redis.hang()
+                board.epoch += not redis.is_alone
             elif number == 4:
-                redis.resume()
+                redis.go_on()
                 began = perf_counter()
             if phases:
                 phases[-1].ended = began
@@ -85,7 +79,8 @@ def tell(seconds: float, listener: Listener) -> Run:
             snapshots = gov.postgres.fetch("SELECT count(*) FROM @schema@.govredis_health_snapshots")[0][0]
         counter = sum(int((on.folder / name).read_text()) for name in ("counter", "counter-beside"))
         promised = [max(row[agent] for row in board.promised[WEB:]) for agent in range(AGENTS)]
-        return Run(phases, found, service, counter, discoveries, promised, snapshots, on.versions)
+        outages = snapshots if redis.is_alone else None
+        return Run(phases, found, service, counter, discoveries, promised, outages, on.versions)
 
 
 def _settle(on: Stage) -> None:

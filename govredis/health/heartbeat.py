@@ -11,10 +11,11 @@ from typing import Any
 from .._context import Context
 from ..client import Command
 from ..errors import BackendError, BackendUnavailable, ConfigurationError, check_ttl, printable
+from . import deadlines
 from .report import Check
 
 #: So many heartbeats in a row that did not come, or that no worker ran, are worth a warning.
-MISSED = 3
+MISSED = 2
 _SHOWN = 80
 
 
@@ -43,11 +44,13 @@ class Heartbeat:
     """Notes heartbeats in Redis, and in PostgreSQL too, so that a Redis that loses its data hides no dead beat.
 
     Without PostgreSQL, each process remembers the last heartbeat that it has seen. After a loss of data it may warn
-    wrongly until the next heartbeat, if it has not looked for three intervals.
+    wrongly until the next heartbeat, if it has not looked for two intervals.
 
     Args:
         clock: seconds, monotonic.
     """
+
+    name = "beat"
 
     def __init__(self, context: Context, clock: Callable[[], float] = time.monotonic) -> None:
         self._key, self._unread = context.keys.heartbeat(), context.keys.unread_heartbeats()
@@ -71,10 +74,15 @@ class Heartbeat:
         if self._redis is not None:
             heartbeat: Command = ("SET", self._key, f"{every:g}", "PX", _kept_ms(every))
             try:
-                self._redis.pipeline((heartbeat, ("DEL", self._unread)))
-                noted = True
-            except BackendUnavailable:
-                self._counters.add("health.degraded.heartbeats")
+                replies = self._redis.pipeline((heartbeat, ("DEL", self._unread)), each=True)
+            except BackendUnavailable as error:
+                replies = [error]
+            noted = not isinstance(replies[0], BackendError)
+            for reply in replies:
+                if isinstance(reply, BackendUnavailable):
+                    self._counters.add("health.degraded.heartbeats")
+                elif isinstance(reply, BackendError):
+                    raise reply
         if self._postgres is not None:
             try:
                 self._postgres.fetch(
@@ -108,12 +116,11 @@ class Heartbeat:
             return 0
         return int(unread)
 
-    def check(self, replies: Sequence[Any], *, timeout: float | None) -> list[Check]:
+    def check(self, replies: Sequence[Any]) -> list[Check]:
         """The check "beat"; [] if there never was a heartbeat.
 
         Args:
             replies: to `commands`; [] where Redis is away.
-            timeout: seconds for PostgreSQL; None: it is away.
         """
         seen, unread = None, None
         if replies:
@@ -132,7 +139,7 @@ class Heartbeat:
             if seen is not None:
                 self._seen_at = self._clock() - seen.age, seen.every
         if seen is None:
-            seen = self._remembered(timeout, here=bool(replies))
+            seen = self._remembered(here=bool(replies))
         if unread is not None and unread.count >= MISSED and not unread.published.missed:
             output = (
                 f"beat is alive, and no worker has run the last {unread.count} heartbeats, which went to the queue"
@@ -150,19 +157,19 @@ class Heartbeat:
             ]
         return [Check("beat", "pass", "", data)]
 
-    def _remembered(self, timeout: float | None, *, here: bool) -> _LastHeartbeat | None:
+    def _remembered(self, *, here: bool) -> _LastHeartbeat | None:
         """The last heartbeat that PostgreSQL knows, or this process, which remembers while Redis can be asked."""
         found = []
         if here and self._seen_at is not None:
             at, every = self._seen_at
             found.append(_LastHeartbeat(self._clock() - at, every))
-        if self._postgres is not None and timeout is not None:
+        if self._postgres is not None:
             try:
                 rows = self._postgres.fetch(
                     "SELECT (report->>'every')::float8, extract(epoch FROM clock_timestamp() - at)::float8"
                     " FROM @schema@.govredis_health_snapshots WHERE key = %s ORDER BY at DESC LIMIT 1",
                     (self._key,),
-                    timeout=timeout,
+                    timeout=deadlines.POSTGRES,
                 )
                 found += [_LastHeartbeat(age, every) for every, age in rows]
             except (BackendError, ConfigurationError):

@@ -8,7 +8,8 @@ from typing import Any
 
 from .._context import Context
 from .._fork import notice_fork
-from ..errors import BackendError
+from .._pool import PoolExhausted
+from ..errors import BackendError, BackendUnavailable
 from ..keys import Id, Keys, id_text
 from .backends.backend import LimitBackend, Mode, Outcome
 from .backends.chain import LimitBackendChain, NoLimitBackend
@@ -43,6 +44,7 @@ class Decider:
         config = context.config
         self._keys = context.keys
         self._counters = context.counters
+        self._teller = context.teller
         self._clock = clock
         self.backends: LimitBackendChain = LimitBackendChain(context, clock)
         self.denied_counts: DeniedCounts = DeniedCounts(context)
@@ -88,20 +90,24 @@ class Decider:
                 if results[n] is None and (denial := self._denials.find(request)) is not None:
                     results[n] = self._repeated(denial, request, "hit")
             sent = self._denials.sent()
-        unknown = [n for n, result in enumerate(results) if result is None]
 
-        def ask(backend: LimitBackend) -> list[RateLimitResult]:
-            outcomes = backend.hit_many([(*checked[n], requests[n][3]) for n in unknown])
-            return [
-                self._refused(*checked[n], requests[n])
-                if isinstance(outcome, BackendError)
-                else self._result(outcome, backend, checked[n][1], requests[n], "hit", sent)
-                for n, outcome in zip(unknown, outcomes, strict=True)
-            ]
+        def ask(backend: LimitBackend) -> None:
+            unknown = [n for n, result in enumerate(results) if result is None]
+            away: list[BackendUnavailable] = []
+            for n, outcome in zip(
+                unknown, backend.hit_many([(*checked[n], requests[n][3]) for n in unknown]), strict=True
+            ):
+                if isinstance(outcome, BackendUnavailable):
+                    away.append(outcome)  # a part of the backend is: the next one decides this hit
+                elif isinstance(outcome, BackendError):
+                    results[n] = self._refused(*checked[n], requests[n])
+                else:
+                    results[n] = self._result(outcome, backend, checked[n][1], requests[n], "hit", sent)
+            if away:
+                raise next((error for error in away if isinstance(error, PoolExhausted)), away[0])
 
-        if unknown:
-            for n, decided in zip(unknown, self.backends.first_reachable(ask), strict=True):
-                results[n] = decided
+        if None in results:
+            self.backends.first_reachable(ask)
         return [result for result in results if result is not None]
 
     def hit_or_reserve(
@@ -146,7 +152,7 @@ class Decider:
 
     def close(self) -> None:
         """See RateLimiter.close."""
-        self.denied_counts.close()
+        self._teller.close()
         self._leases.close()
         if self.replication is not None:
             self.replication.close()
@@ -171,7 +177,7 @@ class Decider:
         if self.replication is not None and not limit.counted:
             self.replication.note(name, *self.check(request), request[3])
         if batch.units is not None:
-            result._taken = self._give_back, (batch.backend, request, batch.units.part())  # type: ignore[misc]
+            result._taken = self.refund, (batch.backend, request, batch.units.part())  # type: ignore[misc]
         return result
 
     def _refused(self, key: str, limits: Sequence[Limit], request: HitRequest) -> RateLimitResult:
@@ -213,13 +219,14 @@ class Decider:
                 self.replication.note(backend.name, self._keys.rate_limit(operation, identity), limits, cost)
             if mode == "hit" and outcome.entries is not None:
                 taken = backend, request, outcome.entries
-                result._taken = self._give_back, taken  # type: ignore[misc]  # mypy does not see the slot of the base
+                result._taken = self.refund, taken  # type: ignore[misc]  # mypy does not see the slot of the base
         elif sent is not None and backend.on_server:  # this process decides as cheaply as it remembers
             assert self._denials is not None
             self._denials.remember(request, result, sent)
         return result
 
-    def _give_back(self, backend: LimitBackend, request: HitRequest, entries: Any) -> bool:
+    def refund(self, backend: LimitBackend, request: HitRequest, entries: Any) -> bool:
+        """See RateLimitResult.refund."""
         notice_fork()
         identity, _, operation, cost = request
         try:

@@ -132,9 +132,9 @@ class RateLimiter(Uncopied):
             operation, cost: for tuples without them.
 
         Leases are spent, and none is taken. Returns the results in the order of `hits`. While Redis is away, the
-        fallback decides each. Where a server goes
-        away in the middle, the hits that it had admitted by then count there too. A hit whose key holds something else
-        is refused: its `backend` is "none", and it is counted as limits.errors.
+        fallback decides each. While a node of a Redis Cluster is, the fallback decides the hits of its identities.
+        Where a server goes away in the middle, the hits that it had admitted by then count there too. A hit whose key
+        holds something else is refused: its `backend` is "none", and it is counted as limits.errors.
         Raises ValueError before anything is sent; PoolExhausted.
         """
         notice_fork()

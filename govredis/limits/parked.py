@@ -175,7 +175,7 @@ class ParkingLot:
 
     def postpone(self, entry: bytes, seconds: float) -> None:
         """Make a taken message due in so many seconds."""
-        due_us = _microseconds(self._redis.call("TIME")) + round(seconds * 1_000_000)
+        due_us = self._now() + round(seconds * 1_000_000)
         self._redis.call("ZADD", self._entries, "XX", str(due_us + due_us % 2), entry)
 
     def remove(self, entry: bytes) -> None:
@@ -197,14 +197,14 @@ class ParkingLot:
 
     def set_aside(self) -> list[SetAside]:
         """The messages that are set aside, in the order in which they are tried again."""
-        found, time = self._redis.pipeline((("HGETALL", self._aside), ("TIME",)))
+        found, now = self._redis.call("HGETALL", self._aside), self._now()
         held = dict(zip(found[::2], found[1::2], strict=True))
         if not held:
             return []
         scores, messages = self._redis.pipeline(
             (("ZMSCORE", self._entries, *held), ("HMGET", self._messages, *held)),
         )
-        now, aside = _microseconds(time), []
+        aside = []
         for (entry, text), score, message in zip(held.items(), scores, messages, strict=True):
             if score is not None and message is not None:
                 tries, _, why = text.decode(errors="replace").partition(" ")
@@ -218,10 +218,10 @@ class ParkingLot:
 
     def first(self, count: int) -> list[tuple[float, bytes]]:
         """The messages that are due first, each after the seconds until then: less than 0 if overdue, 0 if flushed."""
-        found, time = self._redis.pipeline((("ZRANGE", self._entries, "0", str(count - 1), "WITHSCORES"), ("TIME",)))
+        found = self._redis.call("ZRANGE", self._entries, "0", str(count - 1), "WITHSCORES")
         if not found:
             return []
-        now = _microseconds(time)
+        now = self._now()
         messages = self._redis.call("HMGET", self._messages, *found[::2])
         dues = [_seconds_until(score, now) for score in found[1::2]]
         return [(due, message) for due, message in zip(dues, messages, strict=True) if message is not None]
@@ -242,6 +242,11 @@ class ParkingLot:
             self._redis.pipeline(commands)
             flushed += len(found)
 
+    def _now(self) -> int:
+        """Microseconds, by the clock of the node that has the lot: entries are due by that one."""
+        seconds, microseconds = self._redis.at(self._entries).call("TIME")
+        return int(seconds) * 1_000_000 + int(microseconds)
+
     def _ticket(self, run: str) -> str:
         return sibling(self._key, f"ticket:{self.broker}:{run}")
 
@@ -250,7 +255,3 @@ def _seconds_until(score: bytes, now: int) -> float:
     """0 for a flushed message. Another client's score may be infinite."""
     due = float(score)
     return (due - now) / 1_000_000 if due >= _FLUSHED else 0.0
-
-
-def _microseconds(time: list[bytes]) -> int:
-    return int(time[0]) * 1_000_000 + int(time[1])

@@ -18,7 +18,7 @@ from .._fork import renew_in_child
 from .._latch import Latch
 from .._pool import PoolExhausted
 from ..breaker import CircuitBreaker, Rejected
-from ..client import RedisClient
+from ..client import RedisClient, RedisNode
 from ..errors import BackendUnavailable, GovRedisError
 from .backends.backend import Admission, ServerLimitBackend
 from .rates import Limit
@@ -48,6 +48,8 @@ class Replication:
     late by the time that telling took. So a replica ends no earlier than the entry that it replicates, and hardly
     later.
 
+    Each node of a Redis Cluster is told of its own keys. A node that is away keeps no other from being told.
+
     Some admissions are lost: those of sliding window counters, of the last interval of a killed process, and the
     oldest beyond 20,000 that wait. So are those that a server refused, or that PostgreSQL did not answer, for it may
     have recorded them. A process that ends by itself tells its last interval, if the server answers within a second.
@@ -55,8 +57,8 @@ class Replication:
     `.redis` say how many admissions each was told; `limits.mirror_lost.postgres` and `.redis`, how many it was not.
 
     Args:
-        redis: says when it is back.
-        to_redis, to_postgres: told unless their breaker is open.
+        redis: says when a node of it is back.
+        to_redis, to_postgres: told unless the breaker is open, a node's or PostgreSQL's.
         interval: seconds.
         clock: seconds, monotonic.
     """
@@ -74,12 +76,14 @@ class Replication:
     ) -> None:
         self._interval = interval
         self._clock = clock
-        self._to_redis = _PendingAdmissions(to_redis, redis.breaker, counters, clock, again=True)
-        self._to_postgres = _PendingAdmissions(to_postgres, postgres_breaker, counters, clock, again=False)
+        self._redis = redis
+        self._postgres_breaker = postgres_breaker
+        self._to_redis = _PendingAdmissions(to_redis, counters, clock, again=True)
+        self._to_postgres = _PendingAdmissions(to_postgres, counters, clock, again=False)
         self.renew_after_fork()
         renew_in_child(self)
         write_at_exit(self)
-        redis.on_recovery(lambda _: self._to_redis.tell())
+        redis.on_recovery(self._to_redis.tell)
 
     @classmethod
     def of(
@@ -123,8 +127,10 @@ class Replication:
 
     def tell(self) -> None:
         """Tell each server in reach what is pending for it, now."""
-        for pending in (self._to_redis, self._to_postgres):
-            pending.tell_if_reachable()
+        if self._to_redis:
+            for node in self._redis.nodes():
+                self._to_redis.tell_if_reachable(node.breaker, node)
+        self._to_postgres.tell_if_reachable(self._postgres_breaker)
 
     def close(self) -> None:
         """End the thread, waiting for it, and tell what is pending. `note` starts it again."""
@@ -178,14 +184,12 @@ class _PendingAdmissions:
     def __init__(
         self,
         backend: ServerLimitBackend,
-        breaker: CircuitBreaker,
         counters: Counters,
         clock: Callable[[], float],
         *,
         again: bool,
     ) -> None:
         self._backend = backend
-        self._breaker = breaker
         self._counters = counters
         self._clock = clock
         self._again = again
@@ -217,31 +221,39 @@ class _PendingAdmissions:
                 if admission.key != key:
                     self._waiting.append(admission)
 
-    def tell_if_reachable(self) -> None:
-        """`tell`, unless the server is known to be away. Raises nothing."""
+    def tell_if_reachable(self, breaker: CircuitBreaker, node: RedisNode | None = None) -> None:
+        """`tell`, unless the server is known to be away, by its breaker. Raises nothing."""
         try:
-            self._breaker.check()
-            self.tell()
+            breaker.check()
+            self.tell(node)
         except (BackendUnavailable, Rejected):
             pass  # counted by `tell`, and said by the breaker
 
-    def tell(self) -> None:
-        """Tell all that wait and could still count. Raises BackendUnavailable, Rejected."""
+    def tell(self, node: RedisNode | None = None) -> None:
+        """Tell all that wait and could still count: of a node's keys, where one is given.
+
+        Raises BackendUnavailable, Rejected.
+        """
         with self._telling:
             self._on_its_way = True
             try:
-                self._tell()
+                self._tell(node)
             finally:
                 self._on_its_way = False
 
-    def _tell(self) -> None:
+    def _tell(self, node: RedisNode | None) -> None:
         taken = [self._waiting.popleft() for _ in range(len(self._waiting))]
         now = self._clock()
         admissions = [admission for admission in taken if admission.age_us(now) < admission.longest_us]
+        if node is not None:
+            others = [admission for admission in admissions if not node.covers(admission.key)]
+            if others:
+                self._put_back(others)
+                admissions = [admission for admission in admissions if node.covers(admission.key)]
         if not admissions:
             return
         try:
-            refused, reason = self._backend.replicate(admissions, now)
+            refused, reason = self._backend.replicate(admissions, now, node)
         except BaseException as error:
             answered = isinstance(error, GovRedisError) and not isinstance(error, BackendUnavailable | Rejected)
             if isinstance(error, PoolExhausted) or (self._again and not answered):  # the former was not even sent

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from .._boottime import clock
 from .._pool import PoolExhausted
-from ..client import LONGEST_POP, Pending
+from ..client import LONGEST_POP, NotServedHere, Pending
 from ..errors import BackendError, BackendUnavailable, LockTimeout, LockUnavailable, NotAsked, NotTaken
-from .backends.redis_backend import CONFIRM, RedisLockBackend
+from .backends.redis_backend import CONFIRM, RedisLockBackend, UnconfirmedGrant
 from .host_lock.base import HostLock
 from .host_lock.record import LockRecord
 from .resource import Resource
@@ -151,9 +151,12 @@ class Acquisition:
     def _take_over(self, token: int) -> Grant | None:
         """Go in with the lock that was handed over, while Redis makes it a lease: its reply is not waited for.
 
-        None where that fails; the next try then asks for all of it, as after a lost reply.
+        None where that fails; the next try then asks for all of it, as after a lost reply. Where a replica has to
+        confirm the grant, this asks for all of it, too.
         """
         assert self._redis is not None
+        if self._backend.confirm:
+            return self._try_redis(True)
         now = clock()
         # It was handed over after the last request, so Redis keeps it until then at least.
         handed_until = self._asked + CONFIRM
@@ -161,7 +164,8 @@ class Acquisition:
             return None  # this process was stopped
         self._token = token
         try:
-            self._confirming = confirming = self._redis.send(self._confirmation)
+            node = self._redis.at(self._resource.key)
+            self._confirming = confirming = node.send(self._confirmation)
         except BackendUnavailable:
             return None
         until = now + self._ttl
@@ -169,7 +173,7 @@ class Acquisition:
             self._settle()
             return None
 
-        breaker = self._redis.breaker
+        breaker = node.breaker
 
         def confirm() -> float | None:
             if not breaker.closed:
@@ -196,7 +200,7 @@ class Acquisition:
         try:
             granted, token = self._backend.acquire(self._resource, self.owner, self._ttl, self._floor, waits, dead)
         except BackendUnavailable as error:
-            self.known = before or not isinstance(error, NotAsked)
+            self.known = before or not isinstance(error, NotAsked | NotServedHere)
             return self._without_redis(error)
         self._away_since = self._unanswered = None
         if not granted:
@@ -222,8 +226,11 @@ class Acquisition:
         self._unanswered = error
         if isinstance(error, PoolExhausted):
             return None  # Redis is there, and may have granted the lock to others
+        if isinstance(error, NotServedHere | UnconfirmedGrant):
+            self._away_since = None  # so it is here, and grants locks to others at any moment
+            return None
         if self._away_since is None:
-            self._away_since = clock() - self._redis.breaker.away_for()
+            self._away_since = clock() - self._redis.away_for(self._resource.key)
         if not self._grace_is_over():
             return None
         return self._fall_back(error)

@@ -13,27 +13,26 @@ from .._fork import notice_fork
 from .._pool import PoolExhausted
 from .._templates import check_key, name_of_calls, refuse_unless_plain
 from .._uncopied import Uncopied
-from ..client import RedisClient
+from ..client import NotServedHere, RedisClient
 from ..errors import BackendUnavailable, LockTimeout, LockUnavailable, check_timeout, refuse
-from ..keys import Id, id_text, sibling
+from ..keys import Id, id_text
 from .acquisition import Acquisition, Claim
 from .backends.file_backend import FileLockBackend, FolderFault
 from .backends.redis_backend import EXCLUSIVE, SHARED, RedisLockBackend
 from .held import HeldLock, HeldLocks
-from .holders import ListedLock, LockHolder, LockScan, count_listed, read_holder, read_list, still_held
+from .held_list import HeldLockList
+from .holders import FoundHolders, HeldCounts, LockHolder, read_holder
 from .host_lock.base import HostLock, HostProcess
 from .host_lock.exclusive import ExclusiveHostLock
 from .lease import LockLease
-from .renewal import renewer
-from .resource import HoldOptions, Resource
-from .shared_locks import MOST_SLOTS, ReadWriteLock, Semaphore, shared_lock_keys
+from .resource import HoldOptions, Resource, lock_keys
+from .shared_locks import MOST_SLOTS, ReadWriteLock, Semaphore
+from .survey import LockSurvey
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _REMEMBERED = 1000
-#: For one `count_held`: steps of the scan, their seconds, and how many locks from outside are counted at most.
-_STEPS, _STEPS_FOR, _MOST_OUTSIDE = 10, 0.05, 1000
 
 
 class DistributedLock(Uncopied):
@@ -84,17 +83,18 @@ class DistributedLock(Uncopied):
         self._ttl = config.lock_ttl
         self._fallback = config.lock_fallback
         self.counters: Counters = context.counters
-        index = self._keys.held_locks()
-        self._backend = RedisLockBackend(self._redis, EXCLUSIVE, index)
-        self._shared_backend = RedisLockBackend(self._redis, SHARED, index)
+        held_list = HeldLockList(self._redis, self._keys)
+        of_both = held_list, self.counters, config.confirm
+        self._backend = RedisLockBackend(self._redis, EXCLUSIVE, *of_both)
+        self._shared_backend = RedisLockBackend(self._redis, SHARED, *of_both)
         self._file_backend = FileLockBackend(
             config.lock_folder, needed=self._fallback != "fail", counters=self.counters
         )
+        #: The lock folder.
+        self.folder: str = self._file_backend.path
         #: The same names come again and again.
         self._resources = functools.lru_cache(_REMEMBERED)(self._make_resource)
-        #: For `count_held`, which goes on from call to call: its scan, and the locks from outside that it knows.
-        self._scan = LockScan(self._keys.locks())
-        self._outside: set[bytes] = set()
+        self._survey = LockSurvey(self._keys, held_list, (self._backend, self._shared_backend))
 
     def acquire(
         self,
@@ -221,25 +221,31 @@ class DistributedLock(Uncopied):
         """The holder of the lock of that name; None if it is free. That may have changed by now.
 
         Redis away: the holder on this host, by its lock file, `degraded`; LockUnavailable where the fallback is "fail".
-        Another caller on this host may then find the lock held in the very instant of this look. Raises
-        BackendUnavailable where all of this process's connections to Redis are in use.
+        The answer None says nothing of other hosts then. Another caller on this host may find the lock held in the very
+        instant of this look. Raises BackendUnavailable where all of this process's connections to Redis are in use.
         """
+        return self.look(name)[0]
+
+    def look(self, name: Id) -> tuple[LockHolder | None, BackendUnavailable | None]:
+        """The same, and why Redis has not told it; None: it has, or is disabled. Private to `govredis locks show`."""
         notice_fork()
         resource = self._resource(name)
-        redis, why = self._redis, BackendUnavailable("Redis is disabled")
-        if redis is not None:
+        away: BackendUnavailable | None = None
+        if self._redis is not None:
             try:
-                return read_holder(redis, resource.name, resource.keys)
-            except PoolExhausted:
+                return read_holder(self._redis, resource.name, resource.keys), None
+            except (PoolExhausted, NotServedHere):
                 raise  # Redis is there, and others may hold the lock
             except BackendUnavailable as error:
-                why = error.with_traceback(None)
+                away = error.with_traceback(None)
         if self._fallback == "fail":
+            why = away or BackendUnavailable("Redis is disabled")
             raise LockUnavailable(f"{resource.key}: {why}") from why
         record = self._file_backend.look(resource.key)
         if record is None:
-            return None
-        return LockHolder(resource.name, "lock", record.owner, record.token, max(0.0, record.deadline - clock()), True)
+            return None, away
+        remaining = max(0.0, record.deadline - clock())
+        return LockHolder(resource.name, "lock", record.owner, record.token, remaining, True), away
 
     def check_folder(self) -> FolderFault | None:
         """Returns why the lock folder cannot be used, the consequence and the remedy; None where it can be used."""
@@ -247,49 +253,41 @@ class DistributedLock(Uncopied):
         return self._file_backend.check()
 
     def is_locked(self, name: Id) -> bool:
-        """Whether the lock has a holder. That may have changed by now. Raises as `holder`."""
+        """Whether the lock has a holder, as `holder` finds it, and raises. While Redis is away, the answer
+        False says nothing of other hosts."""
         return self.holder(name) is not None
 
-    def held(self) -> list[LockHolder]:
+    def held(self) -> FoundHolders:
         """All locks that are held on this Redis, by name: those of every kind through govredis, and an async service's.
 
         Locks held through govredis stand on a list of our own (`govredis:locks`), a tenth of a second after their grant
         (this process's own at once). Their keys are then read: two round trips. Locks from outside are on no list: SCAN
         finds them, in a round trip for each 1,000 keys in the database, and one for each 150 locks found. So this is
-        for people, not for each request. A lock that was granted while Redis was away is not seen. Raises
-        BackendUnavailable; BackendError, as where an ACL refuses SCAN.
+        for people, not for each request. A lock that was granted while Redis was away is not seen. On a Cluster
+        `unanswered` of the list names the nodes that did not answer. Raises BackendUnavailable where none did;
+        BackendError, as where an ACL refuses SCAN.
         """
         notice_fork()
-        redis = self._reached("held locks are listed there")
-        leases = [lease for lease in renewer.leases() if isinstance(lease, LockLease) and not lease.degraded]
-        mine = [lease.entry() for lease in leases if lease.backend in (self._backend, self._shared_backend)]
-        entries = {(e.kind, e.name, e.owner): e for e in (*read_list(redis, self._keys.held_locks()), *mine)}
-        held = still_held(redis, [(entry, self._keys_of(entry)) for entry in entries.values()])
-        listed = {self._resource(holder.name).key.encode() for holder in held if holder.kind == "lock"}
-        scan, found = LockScan(self._keys.locks()), set[bytes]()
-        while True:
-            found.update(scan.step(redis))
-            if scan.done:
-                break
-        held += scan.read(redis, list(found - listed)).values()
-        return sorted(held, key=lambda holder: (holder.name, holder.kind, holder.token or 0))
+        return self._survey.held(self._reached("held locks are listed there"))
 
-    def count_held(self) -> tuple[int, int]:
+    def count_held(self) -> HeldCounts:
         """How many locks are held through govredis, by the list of held locks; and how many from outside.
 
-        For health. A call looks at 10,000 keys of the database at most, and the next call goes on there: a lock from
-        outside is counted once a call has come to it. Counts 1,000 of them at most. Raises as `held`.
+        For health. Names the lock that is held longest, too. A call looks at 10,000 keys of the database at most, and
+        the next call goes on there: a lock from outside is counted once a call has come to it. Counts 200 of them at
+        most. Raises as `held`.
         """
         notice_fork()
-        redis = self._reached("held locks are listed there")
-        until = clock() + _STEPS_FOR
-        for _ in range(_STEPS):
-            self._outside.update(self._scan.step(redis))
-            if self._scan.done or clock() >= until:
-                break
-        found = self._scan.read(redis, list(self._outside)[:_MOST_OUTSIDE])
-        self._outside = {key for key, holder in found.items() if holder.token is None}
-        return count_listed(redis, self._keys.held_locks()), len(self._outside)
+        return self._survey.count(self._reached("held locks are listed there"))
+
+    def glance(self) -> FoundHolders:
+        """Some of what `held` has, for a page: without a scan, and with a bound on the work.
+
+        These are 1,000 at most that are held through govredis, and the locks from outside that `count_held` has come
+        to. Raises as `held`.
+        """
+        notice_fork()
+        return self._survey.glance(self._reached("held locks are listed there"))
 
     def force_release(self, name: Id) -> bool:
         """Take the lock from its holder, an outsider too; the longest waiter gets it.
@@ -316,13 +314,7 @@ class DistributedLock(Uncopied):
 
     def _make_resource(self, name: str) -> Resource:
         key = self._keys.lock(name)
-        keys = key, sibling(key, "fence"), sibling(key, "queue"), sibling(key, "waiters")
-        return Resource("lock", name, key, keys, ())
-
-    def _keys_of(self, entry: ListedLock) -> tuple[str, ...]:
-        if entry.kind == "lock":
-            return self._resource(entry.name).keys
-        return shared_lock_keys(self._keys.lock(entry.name), "semaphore" if entry.kind == "semaphore" else "rwlock")
+        return Resource("lock", name, key, lock_keys(key), ())
 
     def _reached(self, why: str) -> RedisClient:
         if self._redis is None:

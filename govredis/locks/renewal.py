@@ -177,10 +177,9 @@ def renew_together(backend: RedisLockBackend, leases: Iterable[RenewedLease]) ->
                 asked.append((lease, renewal))
         if not asked:
             return
-        replies, listed = backend.extend_each([renewal for _, renewal in asked])
-        extended = iter(replies)
-        for lease, renewal in asked:
-            lease.finish(next(extended) if renewal.extends else None, listed)
+        replies = backend.extend_each([renewal for _, renewal in asked])
+        for (lease, _), (reply, listed) in zip(asked, replies, strict=True):
+            lease.finish(reply, listed)
 
 
 renewer: Renewer = Renewer()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..errors import check_timeout, check_ttl
+from ..keys import sibling
 
 
 class Resource(NamedTuple):
@@ -23,6 +24,11 @@ class Resource(NamedTuple):
     key: str
     keys: tuple[str, ...]
     script_args: tuple[str, ...]
+
+
+def lock_keys(key: str) -> tuple[str, ...]:
+    """The keys of the scripts of a "lock" with this key."""
+    return key, sibling(key, "fence"), sibling(key, "queue"), sibling(key, "waiters")
 
 
 class HoldOptions(NamedTuple):

@@ -11,7 +11,6 @@ from .._templates import only_begins
 from .._uncopied import Uncopied
 from ..errors import BackendError, BackendUnavailable, ConfigurationError, check_ttl, refuse
 from ..keys import Id, id_text
-from ..outbox.freshness import FreshnessSnapshot
 from . import entry_keys
 from .backends.redis_backend import RedisMetadataBackend
 from .cached import Decorator
@@ -48,6 +47,11 @@ class MetadataCache(Uncopied):
     When Redis is away: `get_or_load` and `get_many` call their loader, bounded as above, `get` is a miss, `set` returns
     False, and `invalidate` raises. Another process's invalidation that could not reach Redis meanwhile may be missed,
     as said above.
+
+    **On a Cluster** each primary stands for itself: one that is away costs its own values, and a call of several ids
+    asks all side by side. A failover may lose the last moments: an `invalidate_all`, or an `invalidate` whose write
+    the outbox does not have. With PostgreSQL, values of a slot that has moved are loaded anew. In a slot that is on
+    its way values may be misses, which are stored again once it has arrived.
 
     **With `local_cache`** values are also kept in this process, until Redis says that they have changed; local.py says
     why that is as good. A hit costs half a microsecond and asks nobody. An invalidation is heard of by other processes
@@ -97,7 +101,7 @@ class MetadataCache(Uncopied):
             identity = id_text(identity)
         if self._local is not None and (value := self._local.get(identity)) is not MISS:
             return value
-        (entry,), _ = self._backend.read({identity: self._keys.cached(self.namespace, identity)})
+        ((entry, _),) = self._backend.read({identity: self._keys.cached(self.namespace, identity)})
         return None if entry is None else entry.value
 
     def set(self, identity: Id, value: Any, *, ttl: float | None = None) -> bool:
@@ -132,7 +136,8 @@ class MetadataCache(Uncopied):
 
         Args:
             loader: reads the value from where it is kept, in a snapshot not older than its call; None: there is none,
-                which is not cached but by a `negative_ttl`. Its exceptions reach its own caller.
+                which is not cached but by a `negative_ttl`. Its exceptions reach its own caller; but for a
+                BackendUnavailable where the value is cached by then, which is counted as `degraded.loads`.
             ttl: seconds, less up to a tenth, so that what was loaded together does not end together; None: the cache's.
 
         Raises RecursionError where a loader asks for its own value, also through other loaders.
@@ -145,15 +150,15 @@ class MetadataCache(Uncopied):
             return value
         key = self._keys.cached(self.namespace, identity)
         ttl = self._ttl(ttl)
-        (entry,), snapshot = self._backend.read({identity: key})
+        ((entry, terms),) = self._backend.read({identity: key})
         if entry is not None and not is_due(entry):
             value = entry.value
             return value
         _check_loader(loader, "loader")
         try:
-            value = self._loads.one(LoadRequest(identity, key, loader, ttl), entry, snapshot)
+            value = self._loads.one(LoadRequest(identity, key, loader, ttl), entry, terms)
         except BackendUnavailable:
-            if (kept := self._kept({identity: key}, snapshot)) is None:
+            if (kept := self._kept({identity: key})) is None:
                 raise
             value = kept[identity]
         return value
@@ -192,28 +197,30 @@ class MetadataCache(Uncopied):
             found = {i: value for i in keys if (value := self._local.get(i)) is not MISS}
         asked = {i: key for i, key in keys.items() if i not in found}
         if asked:
-            entries, snapshot = self._backend.read(asked)
-            found.update((i, entry.value) for i, entry in zip(asked, entries, strict=True) if entry is not None)
-            missing = [i for i in asked if i not in found]
-            if missing and load_many is not None:
+            missed = {}
+            for (i, key), (entry, terms) in zip(asked.items(), self._backend.read(asked), strict=True):
+                if entry is not None:
+                    found[i] = entry.value
+                else:
+                    missed[i] = key, terms
+            if missed and load_many is not None:
                 _check_loader(load_many, "load_many")
-                load, missed = _by_text(load_many), {i: keys[i] for i in missing}
                 try:
-                    found.update(self._loads.many(missed, load, self.ttl, snapshot))
+                    found.update(self._loads.many(missed, _by_text(load_many), self.ttl))
                 except BackendUnavailable:
-                    if (kept := self._kept(missed, snapshot)) is None:
+                    if (kept := self._kept({i: key for i, (key, _) in missed.items()})) is None:
                         raise
                     found.update(kept)
         return {i: found[i] for i in keys if found.get(i) is not None}
 
-    def _kept(self, keys: dict[str, str], snapshot: FreshnessSnapshot | None) -> dict[str, Any] | None:
-        """The values of these ids, if all are cached, after their load has failed.
+    def _kept(self, keys: dict[str, str]) -> dict[str, Any] | None:
+        """The values of these ids, whose keys are given, if all are cached now, after their load has failed.
 
         Where no freshness lease was valid they were loaded, cached or not. If PostgreSQL is known to be away by now,
-        the cached values may be used: a reader that begins later uses them.
+        the cached values may be used: a reader that begins later uses them. Or others have stored them meanwhile.
         """
-        entries = [None] if snapshot is not None else self._backend.read(keys, counted=False)[0]
-        kept = {i: entry.value for i, entry in zip(keys, entries, strict=False) if entry is not None}
+        found = self._backend.read(keys, counted=False)
+        kept = {i: entry.value for i, (entry, _) in zip(keys, found, strict=True) if entry is not None}
         if len(kept) < len(keys):
             return None
         self._backend.count("degraded.loads")
@@ -280,16 +287,20 @@ class MetadataCache(Uncopied):
         prefix stay, as `report:session:x` for the namespace "report": values of such ids are not used here any more,
         and others may read them until their TTL.
 
-        Raises BackendUnavailable if it cannot be carried out; where that struck in the middle, repeat it. Not part of
-        what `metadata_staleness` bounds: a Redis that loses its data may forget it.
+        On a Cluster each primary is walked so. A value of another client, whose slot moves meanwhile, may stay.
+
+        Raises BackendUnavailable if it cannot be carried out; where that struck in the middle, or a primary is away,
+        repeat it. Not part of what `metadata_staleness` bounds: a Redis that loses its data may forget it.
         """
         notice_fork()
         if self._redis is None:
             return
-        self._redis.call(*self._generation.next())
-        self._generation.forget()
-        if self._local is not None:
-            self._local.clear()
+        try:
+            self._redis.pipeline(self._generation.next())
+        finally:  # where a node is away, the others have another generation now
+            self._generation.forget()
+            if self._local is not None:
+                self._local.clear()
         start = self._keys.values(self.namespace)
         # Leases first: of a load that they stop, no value appears behind the walk over the values.
         for keys in entry_keys.walk(self._redis, f"{{{start}", "}:lease"):
@@ -332,9 +343,9 @@ class MetadataCache(Uncopied):
                 self._pending.done(identity, token)
                 raise
             self._backend.count("invalidations_owed")
-            self._pending.replay_soon()
+            self._pending.replay_soon(identity)
         except BaseException:
-            self._pending.replay_soon()
+            self._pending.replay_soon(identity)
             raise
         else:
             self._pending.done(identity, token)

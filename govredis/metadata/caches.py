@@ -39,6 +39,10 @@ class MetadataCaches:
             cache = self._caches.setdefault(options, made)
         return cache
 
+    def namespaces(self) -> list[str]:
+        """The namespaces of all caches that were made."""
+        return list(self._namespaces)
+
     def close(self) -> None:
         """End the threads, waiting for them. They start again with the next read or load."""
         for part in (self.local, self.renewals):
@@ -49,7 +53,9 @@ class MetadataCaches:
         keys, namespace = self._context.keys, options.namespace
         known = self._namespaces.get(namespace)
         if known is None:
-            known = self._namespaces.setdefault(namespace, (Generation(keys.generation(namespace)), Functions()))
+            redis = self._context.redis
+            generation = Generation(keys, namespace, has_slots=redis is not None and redis.has_slots)
+            known = self._namespaces.setdefault(namespace, (generation, Functions()))
         generation, functions = known
         local = None
         if self.local is not None:

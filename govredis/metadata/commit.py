@@ -6,23 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from .._uncopied import Uncopied
-from ..errors import ConfigurationError, refuse
 from ..keys import Id, Keys, id_text
+from ..outbox import NotingFunction, check_transaction
 
 # libpq's PQtransactionStatus, as psycopg2 has it in connection.info.transaction_status.
 _IDLE = 0
 _LOST = 4
 
-# It runs as the application's role, with its search_path: every name is qualified. It asks the catalog, since naming a
-# function of a schema that the role may not use fails the transaction.
-_OUTBOX = """
-SELECT pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_function_privilege(p.oid, 'EXECUTE')
-FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
-WHERE n.nspname = %s AND p.proname = 'govredis_outbox_add'
-    AND pg_catalog.oidvectortypes(p.proargtypes) = 'text, text, bigint'
-"""
-# The types say which function: ours, whatever others have put there.
-_ARGUMENTS = "%s::pg_catalog.text, %s::pg_catalog.text, NULL::pg_catalog.int8"
+_ADD = NotingFunction(
+    "govredis_outbox_add",
+    "text, text, bigint",
+    "%s::pg_catalog.text, %s::pg_catalog.text, NULL::pg_catalog.int8",
+)
 
 
 class AfterCommit(Uncopied):
@@ -31,10 +26,7 @@ class AfterCommit(Uncopied):
     def __init__(
         self, connection: Any, namespace: str, keys: Keys, schema: str, invalidate: Callable[[str], None]
     ) -> None:
-        if not callable(getattr(connection, "cursor", None)) or not hasattr(connection, "autocommit"):
-            raise refuse("connection", connection, "a psycopg2 connection")
-        if connection.autocommit:
-            raise refuse("connection", connection, "one that is not in autocommit mode: there is no transaction")
+        check_transaction(connection)
         self._connection = connection
         self._namespace = namespace
         self._keys = keys
@@ -52,18 +44,7 @@ class AfterCommit(Uncopied):
         self._keys.cached(self._namespace, identity)
         if identity in self._ids:
             return
-        with self._connection.cursor() as cursor:
-            cursor.execute(_OUTBOX, (self._schema,))
-            outbox = cursor.fetchone()
-            if outbox is not None:
-                if not outbox[0]:
-                    raise ConfigurationError(
-                        f"the connection's role may not write to the outbox in schema {self._schema}: GRANT USAGE ON"
-                        f' SCHEMA "{self._schema}", and EXECUTE ON FUNCTION'
-                        f' "{self._schema}".govredis_outbox_add, to it'
-                    )
-                note = f'SELECT "{self._schema}".govredis_outbox_add({_ARGUMENTS})'
-                cursor.execute(note, (self._namespace, self._keys.row(identity)))
+        _ADD.call(self._connection, self._schema, self._namespace, self._keys.row(identity))
         self._ids[identity] = None
 
     def __enter__(self) -> AfterCommit:

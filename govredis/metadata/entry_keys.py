@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..client import Command, RedisClient, Script
+from ..client import Command, NotServedHere, RedisClient, RedisNode, Script
+from ..errors import BackendError
 from ..keys import Keys, check_namespace, sibling
 
 LEASE = Script(__package__, "lease.lua")
@@ -79,8 +80,31 @@ def invalidation(key: str, version: int | None) -> Command:
 
 
 def invalidate(redis: RedisClient, key: str, version: int | None) -> None:
-    """The same, now."""
-    redis.run(INVALIDATE, entry_keys(key), *_stone(version))
+    """The same, now. Raises BackendUnavailable, BackendError."""
+    try:
+        redis.run(INVALIDATE, entry_keys(key), *_stone(version))
+    except NotServedHere:
+        _invalidate_in_steps(redis, key)
+
+
+def invalidate_many(node: RedisNode, keys: Sequence[str]) -> None:
+    """Invalidate values of one node, in its replay. Raises BackendUnavailable, BackendError."""
+    replies = node.pipeline([invalidation(key, None) for key in keys], (INVALIDATE,), each=True)
+    for key, reply in zip(keys, replies, strict=True):
+        if isinstance(reply, NotServedHere):
+            _invalidate_in_steps(node, key)
+        elif isinstance(reply, BackendError):
+            raise reply
+
+
+def _invalidate_in_steps(redis: RedisClient, key: str) -> None:
+    """Invalidate a value whose slot is on its way: each of its keys may be on either side, and no script can run.
+
+    With the tombstone there, and the lease gone, nothing is stored that was loaded before: then the value goes.
+    """
+    value, stamp, lease, tombstone, stale = entry_keys(key)
+    redis.pipeline([("SET", tombstone, "", "PX", _TOMBSTONE_MS), ("UNLINK", lease)])
+    redis.pipeline([("UNLINK", one) for one in (value, stamp, stale)])
 
 
 class CachedValues:
@@ -106,15 +130,17 @@ class CachedValues:
 def walk(redis: RedisClient, start: str, end: str = "") -> Iterator[list[bytes]]:
     """The keys that begin and end so, some at a time: all that are there from the first step to the last.
 
-    Each step looks at a thousand keys of any kind. Raises BackendUnavailable, BackendError.
+    Each step looks at a thousand keys of any kind, of one node; the nodes take turns. A key whose slot moves meanwhile
+    may be missed. Raises BackendUnavailable, BackendError.
     """
     pattern = f"{_literally(start)}*{_literally(end)}"
-    cursor = b"0"
-    while True:
-        cursor, some = redis.call("SCAN", cursor, "MATCH", pattern, "COUNT", _AT_ONCE)
-        yield some
-        if cursor == b"0":
-            return
+    cursors: dict[RedisNode, bytes] = dict.fromkeys(redis.nodes(), b"0")
+    while cursors:
+        for node, cursor in list(cursors.items()):
+            cursors[node], some = node.call("SCAN", cursor, "MATCH", pattern, "COUNT", _AT_ONCE)
+            yield some
+            if cursors[node] == b"0":
+                del cursors[node]
 
 
 def _literally(text: str) -> str:

@@ -7,11 +7,12 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from enum import Enum, auto
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from ..client import Command
-from ..outbox import FreshnessSnapshot
 from . import entry_keys
+from .backends.questions import Terms
 from .backends.redis_backend import LoadLease, RedisMetadataBackend
 from .immutable import immutable
 from .options import CacheOptions
@@ -98,66 +99,68 @@ class Loads:
         self._max_bytes = max_bytes
         self._single_flight = SingleFlight(options.namespace, lambda: backend.count("waits"))
 
-    def one(self, request: LoadRequest, entry: MetadataEntry | None, snapshot: FreshnessSnapshot | None) -> Any:
+    def one(self, request: LoadRequest, entry: MetadataEntry | None, terms: Terms | None) -> Any:
         """Load, or have another's load; until then `entry` is used, if there is one.
 
         Args:
-            snapshot: under which the entry was looked for; None: nothing can be stored.
+            terms: under which the entry was looked for; None: nothing can be stored.
         """
         identity, key, *_ = request
         if entry is None and self._stale:
-            entry, snapshot = self._backend.read_stale(key)
+            entry, terms = self._backend.read_stale(key)
         if entry is not None:
-            return self._refreshed(request, entry, snapshot)
+            return self._refreshed(request, entry, terms)
         self._refuse_own(key)
         while True:
-            # A default, not a closure: the next round has another snapshot.
-            def go(start: Start, snapshot: FreshnessSnapshot | None = snapshot) -> str | MetadataEntry:
-                return self._found_or_loaded(request, snapshot, start)
+            # A default, not a closure: the next round has other terms.
+            def go(start: Start, terms: Terms | None = terms) -> str | MetadataEntry:
+                return self._found_or_loaded(request, terms, start)
 
             found, is_mine = self._single_flight.run(key, go)
             if is_mine or isinstance(found, str):
                 return self._shown(found)
             # Another thread has found a value in Redis, perhaps before this one came: look there.
-            (entry,), snapshot = self._backend.read({identity: key})
+            ((entry, terms),) = self._backend.read({identity: key})
             if entry is not None:
                 return entry.value
 
     def again(self, request: LoadRequest) -> Any:
         """Load now; the old value is used until the new one is stored."""
-        snapshot = self._backend.look()
-        lease = self._backend.take_over(request.key, snapshot)
-        return self._bypass(request) if lease is None else self._shown(self._under(lease, request, snapshot))
+        taken = self._backend.take_over(request.key)
+        return self._bypass(request) if taken is None else self._shown(self._under(taken[0], request, taken[1]))
 
     def many(
         self,
-        keys: dict[str, str],
+        wanted: dict[str, tuple[str, Terms | None]],
         load_many: Callable[[list[str]], Mapping[str, Any]],
         ttl: float,
-        snapshot: FreshnessSnapshot | None,
     ) -> dict[str, Any]:
-        """Load the values of several ids by one call; `keys`: by id. Waits for nobody else's load."""
-        missing = list(keys)
-        self._backend.count("loads", len(missing))
-        leases = self._backend.take(list(keys.values()), snapshot)
-        if leases is None:
-            load = Load(self, keys.values(), {})
-            loaded = self._single_flight.alone(lambda: self._run(load, lambda: load_many(missing)))
-            return {i: self._given(text) for i in missing if (text := self._text(loaded.get(i)))}
-        found = {i: self._value(entry.value) for i in missing if (entry := leases[keys[i]].entry)}
-        missing = [i for i in missing if i not in found]
-        generation = self._backend.generation.known.value
+        """Load the values of several ids by one call. Waits for nobody else's load.
+
+        Args:
+            wanted: by id: the key, and the terms under which the value was missed.
+        """
+        self._backend.count("loads", len(wanted))
+        leases = self._backend.take(dict(wanted.values()))
+        keys = {i: key for i, (key, _) in wanted.items()}
+        entries = {i: lease.entry for i, key in keys.items() if (lease := leases.get(key)) is not None}
+        found = {i: self._value(entry.value) for i, entry in entries.items() if entry is not None}
+        missing = [i for i in wanted if i not in found]
+        generations = {i: terms.generation for i, (_, terms) in wanted.items() if terms is not None}
         fills: dict[str, Command] = {}
         texts = {}
         began = time.monotonic()
         try:
             load = Load(self, keys.values(), {key: lease.token for key, lease in leases.items() if lease.is_ours})
-            loaded = self._run(load, lambda: load_many(missing)) if missing else {}
+            loaded = self._all_loaded(load, missing, load_many, alone=len(leases) < len(wanted))
             cost = (time.monotonic() - began) / max(1, len(missing))
             for i in missing:
-                key, value = keys[i], loaded.get(i)
-                texts[i] = self._text(value)
-                fill = self._filling(key, value, texts[i], snapshot, generation, leases[key], _jittered(ttl), cost)
+                (key, terms), value = wanted[i], loaded.get(i)
+                texts[i], lease = self._text(value), leases.get(key)
+                if lease is None or terms is None:
+                    continue
+                under = terms.epoch, generations[i]
+                fill = self._filling(key, value, texts[i], under, lease, _jittered(ttl), cost)
                 if fill is not None:
                     fills[key] = fill
         finally:
@@ -166,45 +169,53 @@ class Loads:
         found.update((i, self._given(text)) for i, text in texts.items())
         return found
 
+    def _all_loaded(
+        self, load: Load, missing: list[str], load_many: Callable[[list[str]], Mapping[str, Any]], *, alone: bool
+    ) -> Mapping[str, Any]:
+        if not missing:
+            return {}
+
+        def run() -> Mapping[str, Any]:
+            return self._run(load, lambda: load_many(missing))
+
+        return self._single_flight.alone(run) if alone else run()
+
     def store(self, key: str, value: Any, text: str, ttl: float) -> bool:
         """Store a value that was not loaded here, without a lease; `text`: its JSON."""
-        for _ in range(2):  # again over a new connection, under which the snapshot from before says nothing
-            snapshot = self._backend.look()
-            generation = None if snapshot is None else self._backend.known_generation()
-            if snapshot is None or generation is None:
+        for _ in range(2):  # again over a new connection, under which the terms from before say nothing
+            terms = self._backend.terms(key)
+            if terms is None:
                 return False
-            fill = self._filling(key, value, text, snapshot, generation, None, ttl, 0.0)
+            fill = self._filling(key, value, text, (terms.epoch, terms.generation), None, ttl, 0.0)
             if fill is None or not self._backend.store([fill]):
                 return False
-            if self._backend.stands(snapshot):
+            if self._backend.stands(terms, key):
                 return True
         return False
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _found_or_loaded(
-        self, request: LoadRequest, snapshot: FreshnessSnapshot | None, start: Start
-    ) -> str | MetadataEntry:
+    def _found_or_loaded(self, request: LoadRequest, terms: Terms | None, start: Start) -> str | MetadataEntry:
         """The JSON of the loaded value; or, where another was sooner, the entry that it has stored. See Turn."""
         identity, key, *_ = request
         began, waits, unclear = time.monotonic(), 0, 0
         while True:
-            leases = self._backend.take([key], snapshot)
-            if leases is None:
+            leases = self._backend.take({key: terms})
+            lease, waited = leases.get(key), time.monotonic() - began
+            if lease is None or terms is None:
                 return self._loaded_alone(request, start)
-            lease, waited = leases[key], time.monotonic() - began
             turn = self._turn(lease, waited, unclear)
             if turn is Turn.STORED:
                 self._backend.give_back(leases)
                 return lease.entry  # type: ignore[return-value]
             if turn is Turn.LOADING:
                 start(False)
-                return self._under(lease, request, snapshot)
+                return self._under(lease, request, terms)
             if turn is Turn.CIRCULAR:
                 raise refuse_own(loads_of_thread(), key)
             if turn is Turn.OVERDUE:
                 start(False)
-                return self._single_flight.alone(lambda: self._under(lease, request, snapshot))  # noqa: B023
+                return self._single_flight.alone(partial(self._under, lease, request, terms))
             if turn is Turn.UNCLEAR:
                 unclear += 1
                 self._backend.give_back(leases)
@@ -213,7 +224,7 @@ class Loads:
                     self._backend.count("waits")
                 waits += 1
                 time.sleep(min(max(_SOONEST_LOOK, waited / 10), _LATEST_LOOK) * _random.uniform(0.5, 1.0))
-            (entry,), snapshot = self._backend.read({identity: key}, counted=False)
+            ((entry, terms),) = self._backend.read({identity: key}, counted=False)
             if entry is not None:
                 return entry
 
@@ -230,20 +241,20 @@ class Loads:
             return Turn.CIRCULAR
         return Turn.OVERDUE if waited >= self.patience or (mine and waited >= _NESTED_PATIENCE) else Turn.WAITING
 
-    def _refreshed(self, request: LoadRequest, entry: MetadataEntry, snapshot: FreshnessSnapshot | None) -> Any | None:
+    def _refreshed(self, request: LoadRequest, entry: MetadataEntry, terms: Terms | None) -> Any | None:
         """Load a value whose entry is still used, unless another does, or has."""
         key = request.key
-        leases = self._backend.take([key], snapshot)
-        if leases is None:
+        leases = self._backend.take({key: terms})
+        lease = leases.get(key)
+        if lease is None or terms is None:
             return self._bypass(request)
-        lease = leases[key]
         if not lease.is_ours:
             return entry.value
         stored = lease.entry
         if lease.is_unclear or (stored is not None and stored.ends_at != entry.ends_at):
             self._backend.give_back(leases)
             return self._value((stored or entry).value)
-        return self._shown(self._under(lease, request, snapshot, old=entry))
+        return self._shown(self._under(lease, request, terms, old=entry))
 
     def _bypass(self, request: LoadRequest) -> Any | None:
         """Load where nothing can be stored, once for all threads that ask meanwhile."""
@@ -264,13 +275,13 @@ class Loads:
         self,
         lease: LoadLease,
         request: LoadRequest,
-        snapshot: FreshnessSnapshot | None,
+        terms: Terms,
         *,
         old: MetadataEntry | None = None,
     ) -> str | MetadataEntry:
         """The JSON of the value that is loaded and stored; `old`, where there is one and the loader fails."""
         key = request.key
-        generation = self._backend.generation.known.value  # from before the load
+        under = terms.epoch, terms.generation  # from before the load
         self._backend.count("loads")
         fill: Command | None = None
         began = time.monotonic()
@@ -284,7 +295,7 @@ class Loads:
                 self._backend.count("degraded.loads")
                 return old
             cost, text = time.monotonic() - began, self._text(value)
-            fill = self._filling(key, value, text, snapshot, generation, lease, _jittered(request.ttl), cost)
+            fill = self._filling(key, value, text, under, lease, _jittered(request.ttl), cost)
             if fill is None and old is not None:
                 self._backend.drop(key)  # the value that is there has ended
         finally:
@@ -310,13 +321,16 @@ class Loads:
         key: str,
         value: Any,
         text: str,
-        snapshot: FreshnessSnapshot | None,
-        generation: str,
+        under: tuple[int | None, str],
         lease: LoadLease | None,
         ttl: float,
         cost: float,
     ) -> Command | None:
-        """The command that stores a value, or that there is none; None where that cannot be stored."""
+        """The command that stores a value, or that there is none; None where that cannot be stored.
+
+        Args:
+            under: the epoch and the generation.
+        """
         stale = self._stale
         if value is None:
             if self._negative_ttl is None:
@@ -325,7 +339,7 @@ class Loads:
         if len(text) > self._max_bytes:
             self._backend.count("too_large")
             return None
-        epoch, version = None if snapshot is None or snapshot.epoch < 0 else snapshot.epoch, version_of(value)
+        (epoch, generation), version = under, version_of(value)
         about = stamp(text, version, ttl=ttl, cost=cost, epoch=epoch, generation=generation)
         token, stood = ("", b"") if lease is None else (lease.token, lease.stood)
         return entry_keys.fill(key, text, about, ttl=ttl, stale=stale, lease=token, stood=stood, version=version)

@@ -1,23 +1,29 @@
-"""LocalTier: cached values in this process; Redis tells it when they change.
+"""LocalTier: cached values in this process; Redis tells it when they change. tracking.py is how it hears of that.
 
 Redis tells of every key under our prefixes that is changed, expires or is evicted (CLIENT TRACKING in broadcast mode).
-It tells one thread of each process, over one RESP3 connection. A value has two keys that count, its own and its
-stamp's; "there is no value" stands in the stamp alone. Values that others have set have no stamp, and are not kept.
-Three rules make a value in here as good as a value in Redis:
+Each node tells one thread of each process, over a RESP3 connection to that node. A value has two keys that count, its
+own and its stamp's; "there is no value" stands in the stamp alone. Values that others have set have no stamp, and are
+not kept. Three rules make a value in here as good as a value in Redis:
 
-*A value is put only into a place that was there before Redis was asked for it.* A change that the server tells of
-meanwhile removes the place, and the value goes nowhere.
+*A value is put only into a place that was there before Redis was asked for it*, when its node was tracked already. A
+change that the node tells of meanwhile removes the place, and the value goes nowhere.
 
-*Without news, values end.* The thread asks every 0.3 s. A reply shows that all changes have come that the server had to
-tell when it answered the question *before*. (A change in the same turn of the server's loop may come after the reply.)
-So all values are valid for 1 s from when that earlier question was sent, on a clock that is never set. A half-open
-connection, a server that stands still or a thread that stands still end them, and nobody has to notice it.
+*Without news, values end.* The thread asks each node every 0.3 s. A reply shows that all changes have come that the
+node had to tell when it answered the question *before*. (A change in the same turn of the server's loop may come after
+the reply.) So all values of that node are valid for 1 s from when that earlier question was sent, on a clock that is
+never set. A half-open connection, a server that stands still or a thread that stands still end them, and nobody has to
+notice it.
 
-*With PostgreSQL*, the question is for the freshness lease. All values are valid no longer than the lease that answered
-the question before, and in its epoch only. So a hit here is not further behind than a hit in Redis may be.
+*With PostgreSQL*, the question is for the node's freshness lease. All its values are valid no longer than the lease
+that answered the question before, and in its epoch only. So a hit here is not further behind than a hit in Redis may
+be. On a Cluster all end, too, when the lease covers other slots than before.
 
-A new connection of this process may have reached another server: then the tracking connection is renewed, and all is
-forgotten. So it is after a failure, FLUSHALL, a new epoch, and in a forked child.
+On a Cluster each value belongs to the node that it was read from. Where its slot moves, that node tells that the key is
+gone. A primary that was demoted may be told by its successor, late. But the question is for a key: a replica does not
+answer it, and the values end.
+
+A new connection of this process may have reached another server: then that node's tracking connection is renewed, and
+all is forgotten. So it is after a failure, FLUSHALL, a new epoch, and in a forked child.
 """
 
 from __future__ import annotations
@@ -33,11 +39,12 @@ from .._boottime import clock
 from .._daemon import make_daemon, start
 from .._fork import renew_in_child
 from .._latch import Latch
-from ..client import RedisClient
+from ..client import RedisClient, RedisNode
 from ..errors import BackendError, BackendUnavailable
 from ..keys import Keys, sibling
 from ..outbox import FreshnessLease, FreshnessSnapshot
 from .generation import Generation
+from .tracking import GOOD_FOR, track
 
 if TYPE_CHECKING:
     from ..client import PushStream
@@ -49,22 +56,55 @@ MISS: Any = object()
 #: The end of a stamp's key; no key of a value has it.
 _STAMP = sibling("", "stamp")[1:]
 
-#: Seconds between two questions, and how long the answer to the one before is good for.
-_ASKED_EVERY = 0.3
-_GOOD_FOR = 1.0
-#: Seconds before the next try: of a server that is away, at most; and of a server that forbids it.
-_AWAY = 0.05, 0.4
-_REFUSED = 30.0
+
+class TrackedSpan:
+    """A time in which one node tells of all changes of these values, without a break and in one epoch.
+
+    Attributes:
+        until: the values that were read in it are valid so long, on `clock`; 0.0: not now.
+        values: those that are tracked.
+        connects: the node's, when the connection was begun that tracks them.
+        epoch, slots: of its freshness lease; None: not known yet, or without PostgreSQL.
+        before: when the last question was sent that was answered, and the freshness lease in that answer.
+    """
+
+    __slots__ = ("before", "connects", "epoch", "slots", "until", "values")
+
+    def __init__(
+        self, values: frozenset[LocalValues], connects: int, epoch: int | None = None, slots: int | None = None
+    ) -> None:
+        self.until: float = 0.0
+        self.values: frozenset[LocalValues] = values
+        self.connects: int = connects
+        self.epoch: int | None = epoch
+        self.slots: int | None = slots
+        self.before: tuple[float, FreshnessSnapshot | None] | None = None
+
+    def is_under(self, snapshot: FreshnessSnapshot) -> bool:
+        """Is it this lease, for the same slots?"""
+        return snapshot.epoch == self.epoch and snapshot.slots == self.slots
+
+
+#: The span of a place without a value.
+_NEVER = TrackedSpan(frozenset(), -1)
 
 
 class Place:
-    """A place for one value. `until`: on `clock`; 0.0 while there is none."""
+    """A place for one value.
 
-    __slots__ = ("until", "value")
+    Attributes:
+        until: the end of the value's own TTL, on `clock`; 0.0 while there is none.
+        span: in which it was read.
+        spans: by node, those that had begun when the place was made.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("span", "spans", "until", "value")
+
+    def __init__(self, spans: dict[RedisNode, TrackedSpan]) -> None:
         self.value: Any = None
         self.until: float = 0.0
+        self.span: TrackedSpan = _NEVER
+        self.spans: dict[RedisNode, TrackedSpan] = spans
 
 
 class LocalValues:
@@ -73,8 +113,6 @@ class LocalValues:
     def __init__(self, tier: LocalTier, generation: Generation, entries: int) -> None:
         self._tier = tier
         self.generation = generation
-        #: The client's, when the connection was begun that tracks them; -1: none does.
-        self.connects = -1
         self._entries = entries
         self.places: OrderedDict[str, Place] = OrderedDict()
         #: This, and the same values in other forms.
@@ -84,9 +122,12 @@ class LocalValues:
 
     def get(self, identity: str) -> Any:
         """The value, to be changed by nobody; MISS if there is none that is valid."""
-        until = self._tier.until  # before the place: what is valid again has new places
         try:
             place = self.places[identity]
+            until = place.span.until
+            # Still there, after `until` was read: what is valid again by then has new places.
+            if self.places[identity] is not place:
+                return MISS
             now = clock()
             if now >= until or now >= place.until:
                 return MISS
@@ -99,7 +140,7 @@ class LocalValues:
     def reserve(self, identity: str) -> Place:
         """A place for what is now going to be read from Redis."""
         self._tier.start()
-        self.places[identity] = place = Place()
+        self.places[identity] = place = Place(self._tier.spans)
         while len(self.places) > self._entries:
             try:
                 self.places.popitem(last=False)
@@ -107,18 +148,28 @@ class LocalValues:
                 break
         return place
 
-    def fill(self, place: Place, value: Any, snapshot: FreshnessSnapshot, connects: int, seconds: float) -> None:
-        """Put what was read from Redis, and nobody can change, into its place.
+    def fill(
+        self,
+        place: Place,
+        value: Any,
+        node: RedisNode,
+        snapshot: FreshnessSnapshot,
+        connects: int,
+        seconds: float,
+    ) -> None:
+        """Put what was read from a node, and nobody can change, into its place.
 
         Args:
             snapshot: the freshness lease under which it was read.
-            connects: the client's, after it was read.
+            connects: the node's, after it was read.
             seconds: until its TTL is over.
         """
-        tier = self._tier
-        if connects == self.connects and (tier.freshness is None or snapshot.epoch == tier.epoch):
+        span = place.spans.get(node, _NEVER)
+        is_tracked = self in span.values and connects == span.connects
+        if is_tracked and (self._tier.freshness is None or span.is_under(snapshot)):
             place.value = value
             place.until = clock() + seconds
+            place.span = span  # last
 
     def drop(self, identity: str) -> None:
         """Drop a value, in whatever form this process has it."""
@@ -150,23 +201,22 @@ class LocalTier:
         self._entries = entries
         self._namespaces: dict[tuple[str, object], LocalValues] = {}
         self._warned = False
-        self._stream: PushStream | None = None
+        #: The open tracking connections.
+        self.streams: set[PushStream] = set()
         self._thread: threading.Thread | None = None
+        #: By node, those that go on. Replaced as a whole: places keep it.
+        self.spans: dict[RedisNode, TrackedSpan] = {}
         self.renew_after_fork()
         renew_in_child(self)
 
     def renew_after_fork(self) -> None:
         self._lock = threading.RLock()  # a signal handler may read too
-        self.until: float = 0.0
-        self.epoch: int | None = None
         self._stopped = Latch()
         self._thread = None
-        for values in self._namespaces.values():
-            values.connects = -1
-            values.places.clear()
-        if self._stream is not None:
-            self._stream.close()  # the child's descriptor only
-            self._stream = None
+        self.forget()
+        for stream in self.streams:
+            stream.close()  # the child's descriptor only
+        self.streams = set()
 
     def values(self, prefix: str, generation: Generation, form: object = None) -> LocalValues:
         """The values whose keys begin with `prefix`, in one of the forms in which they are handed out."""
@@ -185,7 +235,7 @@ class LocalTier:
             if self._thread is not None and self._thread.is_alive():
                 return
             self._stopped = stopped = Latch()
-            self._thread = thread = make_daemon("govredis-local", _run, weakref.ref(self), stopped)
+            self._thread = thread = make_daemon("govredis-local", track, weakref.ref(self), stopped)
             start(thread)
 
     def close(self) -> None:
@@ -196,54 +246,62 @@ class LocalTier:
             thread.join(timeout=5)
         self.forget()
 
+    def forget(self) -> None:
+        """Nothing is valid, and what is being read will not be put here."""
+        for node in list(self.spans):
+            self.end(node)
+        self._clear()
+
     # -- the thread's ----------------------------------------------------------------------------------------------
 
     def is_run_by_this_thread(self) -> bool:
         return self._thread is threading.current_thread()
 
-    def forget(self) -> None:
-        """Nothing is valid, and what is being read will not be put here."""
-        self.until = 0.0
-        for values in list(self._namespaces.values()):
-            values.connects = -1
-            values.places.clear()
+    def nodes(self) -> list[RedisNode]:
+        """The nodes to be tracked."""
+        try:
+            return list(self._redis.nodes())
+        except BackendUnavailable:  # none is known
+            return []
 
-    def _clear(self) -> None:
-        for values in list(self._namespaces.values()):
-            values.places.clear()
-
-    def track(self) -> _Tracking:
-        """Begin a tracking connection. Raises BackendUnavailable, BackendError."""
-        connects, namespaces = self._redis.connects, dict(self._namespaces)
-        self._stream = stream = self._redis.push_stream()
+    def tracked(self) -> tuple[frozenset[LocalValues], tuple[str, ...]]:
+        """All values that there are now, and the command that has a node tell of them."""
+        namespaces = dict(self._namespaces)
         command = ["CLIENT", "TRACKING", "ON", "BCAST"]
         prefixes = {prefix for prefix, _ in namespaces}
         for prefix in (self._generations, *prefixes, *(f"{{{prefix}" for prefix in prefixes)):
             command += ["PREFIX", prefix]
-        try:
-            stream.send([tuple(command)])
-            deadline = clock() + _GOOD_FOR
-            while not stream.read(deadline - clock())[0]:
-                if clock() >= deadline:
-                    raise BackendUnavailable("CLIENT TRACKING was not answered")
-        except BaseException:
-            stream.close()
-            raise
-        for values in namespaces.values():
-            values.places.clear()  # what was asked for before goes nowhere
-            values.connects = connects
-        return _Tracking(stream, connects, len(namespaces))
+        return frozenset(namespaces.values()), tuple(command)
 
-    def is_current(self, tracking: _Tracking) -> bool:
-        """Does it track all namespaces, on the server that everybody here talks to?"""
-        return tracking.connects == self._redis.connects and tracking.namespaces == len(self._namespaces)
+    def begin(self, node: RedisNode, values: frozenset[LocalValues], connects: int) -> None:
+        """From now on the node tells of changes."""
+        self.spans = {**self.spans, node: TrackedSpan(values, connects)}
 
-    def questions(self) -> list[tuple[str, ...]]:
-        return [("PING",)] if self.freshness is None else self.freshness.questions()
+    def is_current(self, node: RedisNode) -> bool:
+        """Is all of ours tracked, on the server that everybody here talks to?"""
+        span = self.spans.get(node, _NEVER)
+        return span.connects == node.connects and len(span.values) == len(self._namespaces)
 
-    def answered(self, sent: float, replies: list[Any]) -> FreshnessSnapshot | None:
-        """The freshness lease in the replies; None where it is not valid, or without PostgreSQL."""
-        return None if self.freshness is None else self.freshness.answered(sent, replies)
+    def questions(self, node: RedisNode) -> list[tuple[str, ...]]:
+        """The commands that ask for its freshness lease, or whether it still tells of changes."""
+        if self.freshness is not None:
+            return self.freshness.questions(node)
+        if not self._redis.has_slots:
+            return [("PING",)]
+        key = next(iter(self._namespaces.values())).generation.at(node).key
+        return [("MGET", key)]  # a demoted primary would answer PING
+
+    def answered(self, node: RedisNode, sent: float, replies: list[Any]) -> bool:
+        """The node has replied to its questions. Returns False for the first time: values are valid from the second."""
+        snapshot = None if self.freshness is None else self.freshness.answered(node, sent, replies)
+        span = self.spans.get(node)
+        if span is None:
+            return False  # another thread has ended it, which `is_current` says too
+        before = span.before
+        if before is not None:
+            span = self.extend(node, span, *before)
+        span.before = sent, snapshot
+        return before is not None
 
     def told(self, push: list[Any]) -> None:
         """A push of the server's. Others than of invalidation may come."""
@@ -261,110 +319,40 @@ class LocalTier:
             for (prefix, _), values in list(self._namespaces.items()):
                 if text.startswith(prefix):
                     values.drop(text[len(prefix) :])
-                elif text == values.generation.key:
+                elif values.generation.is_marked_by(text):
                     values.generation.forget()  # first: what is read from now on asks for it
                     values.clear()
 
-    def extend(self, sent: float, snapshot: FreshnessSnapshot | None) -> None:
-        """All that the server had to tell when it answered what was sent then has been told."""
-        until = sent + _GOOD_FOR
+    def extend(
+        self, node: RedisNode, span: TrackedSpan, sent: float, snapshot: FreshnessSnapshot | None
+    ) -> TrackedSpan:
+        """All that the node had to tell when it answered what was sent then has been told. Returns its span."""
+        until = sent + GOOD_FOR
         if self.freshness is not None:
             if snapshot is None:
-                self.until = 0.0
-                return
-            if snapshot.epoch != self.epoch:
-                self.until = 0.0
-                self.epoch = snapshot.epoch  # before clearing: what comes under the old one is put nowhere
+                span.until = 0.0
+                return span
+            if not span.is_under(snapshot):
+                # Before clearing: what comes under the old one is put nowhere.
+                span.until = 0.0
+                span = TrackedSpan(span.values, span.connects, snapshot.epoch, snapshot.slots)
+                self.spans = {**self.spans, node: span}
                 self._clear()
             until = min(until, snapshot.until)
-        self.until = until
+        span.until = until
+        return span
 
-    def warn(self, error: BackendError) -> None:
-        if not self._warned:
+    def end(self, node: RedisNode, error: BackendError | None = None) -> None:
+        """The node tells of changes no more; `error`: what forbids it."""
+        span = self.spans.get(node)
+        if span is not None:
+            span.until = 0.0
+            self.spans = {other: its for other, its in self.spans.items() if other is not node}
+            self._clear()
+        if error is not None and not self._warned:
             self._warned = True
             log.warning("no values are cached in this process: %s", error)
 
-
-class _Tracking:
-    """One tracking connection, and what was asked over it."""
-
-    def __init__(self, stream: PushStream, connects: int, namespaces: int) -> None:
-        self.stream = stream
-        self.connects = connects
-        self.namespaces = namespaces
-        self._sent: float | None = None
-        self._replies: list[Any] = []
-        self._before: tuple[float, FreshnessSnapshot | None] | None = None
-        self._ask_at = 0.0
-        self._wanted = 0
-
-    def ask(self, tier: LocalTier) -> float:
-        """Ask if it is time to. Returns for how many seconds to listen. Raises BackendUnavailable."""
-        now = clock()
-        if self._sent is None and now >= self._ask_at:
-            questions = tier.questions()
-            self._sent, self._wanted, self._replies = now, len(questions), []
-            self.stream.send(questions)
-        elif self._sent is not None and now >= self._sent + _GOOD_FOR:
-            raise BackendUnavailable("the tracking connection is not answered")
-        return _ASKED_EVERY if self._sent is not None else max(0.001, self._ask_at - now)
-
-    def heard(self, tier: LocalTier, replies: list[Any], pushes: list[list[Any]]) -> None:
-        for push in pushes:
-            tier.told(push)
-        self._replies += replies
-        if len(self._replies) > self._wanted:
-            raise BackendUnavailable("the tracking connection has answered more than it was asked")
-        if self._sent is not None and len(self._replies) == self._wanted:
-            if self._before is None:
-                self._ask_at = self._sent  # at once: values are valid from the second answer
-            else:
-                tier.extend(*self._before)
-                self._ask_at = self._sent + _ASKED_EVERY
-            self._before = self._sent, tier.answered(self._sent, self._replies)
-            self._sent, self._wanted, self._replies = None, 0, []
-
-
-def _run(ref: weakref.ref[LocalTier], stopped: Latch) -> None:
-    """The thread. While it waits it keeps no tier alive."""
-    tracking: _Tracking | None = None
-    wait, pause = 0.0, _AWAY[0]
-    try:
-        while not stopped.wait(wait):
-            wait = 0.0
-            tier = ref()
-            try:
-                if tier is None or not tier.is_run_by_this_thread():
-                    return  # an exception struck `start` just when it had started this one: there is another
-                if tracking is None:
-                    tracking = tier.track()
-                    pause = _AWAY[0]
-                seconds = tracking.ask(tier)
-                tier = None
-                replies, pushes = tracking.stream.read(seconds)
-                tier = ref()
-                if tier is None:
-                    return
-                tracking.heard(tier, replies, pushes)
-                if not tier.is_current(tracking):
-                    tracking = _end(tracking, tier)
-            except BackendUnavailable:
-                wait, pause = pause, min(_AWAY[1], 2 * pause)
-                tracking = _end(tracking, ref())
-            except BackendError as error:
-                wait = _REFUSED
-                tracking = _end(tracking, ref(), error)
-            tier = None
-    finally:
-        if tracking is not None:
-            tracking.stream.close()
-
-
-def _end(tracking: _Tracking | None, tier: LocalTier | None, error: BackendError | None = None) -> _Tracking | None:
-    if tier is not None:
-        tier.forget()
-        if error is not None:
-            tier.warn(error)
-    if tracking is not None:
-        tracking.stream.close()
-    return None
+    def _clear(self) -> None:
+        for values in list(self._namespaces.values()):
+            values.places.clear()

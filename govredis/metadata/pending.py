@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from .._fork import renew_in_child
-from ..client import RedisClient
+from ..client import RedisClient, RedisNode
 from . import entry_keys
 
 #: Invalidations carried out, and noted as carried out, at once.
@@ -14,7 +14,7 @@ _AT_ONCE = 500
 
 
 class PendingInvalidations:
-    """Kept while Redis is away; carried out when it is back, before this process uses it for anything else.
+    """Kept while their node is away; carried out when it is back, before this process uses it for anything else.
 
     Args:
         key_of: the key of an id's value.
@@ -46,17 +46,17 @@ class PendingInvalidations:
             if self.tokens.get(identity) is token:
                 del self.tokens[identity]
 
-    def replay_soon(self) -> None:
-        """Use Redis no more until all are carried out."""
+    def replay_soon(self, identity: str) -> None:
+        """Use the node of this id no more until all that are pending there are carried out."""
         if self._redis is not None:
-            self._redis.replay_soon("invalidations are pending")
+            self._redis.replay_soon("invalidations are pending", self._key_of(identity))
 
-    def _replay(self, redis: RedisClient) -> None:
+    def _replay(self, node: RedisNode) -> None:
         with self._lock:
-            pending = list(self.tokens.items())
+            pending = [(identity, self._key_of(identity), token) for identity, token in self.tokens.items()]
+        pending = [one for one in pending if node.covers(one[1])]
         for i in range(0, len(pending), _AT_ONCE):
             some = pending[i : i + _AT_ONCE]
-            commands = [entry_keys.invalidation(self._key_of(identity), None) for identity, _ in some]
-            redis.pipeline(commands, (entry_keys.INVALIDATE,))
-            for identity, token in some:
+            entry_keys.invalidate_many(node, [key for _, key, _ in some])
+            for identity, _, token in some:
                 self.done(identity, token)

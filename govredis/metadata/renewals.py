@@ -90,8 +90,13 @@ class Renewals:
                 return False
         commands = [command for load in list(self._loads) for command in load.renewals()]
         try:
-            self._counters.add("leases.renewed", sum(self._redis.pipeline(commands, (entry_keys.RENEW,))))
+            replies = self._redis.pipeline(commands, (entry_keys.RENEW,), each=True)
         except BackendError:
+            self._counters.add("leases.degraded.renewals")
+            return True
+        renewed = [reply for reply in replies if not isinstance(reply, BackendError)]
+        self._counters.add("leases.renewed", sum(renewed))
+        if len(renewed) < len(replies):
             self._counters.add("leases.degraded.renewals")
         return True
 

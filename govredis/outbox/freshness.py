@@ -1,79 +1,36 @@
-"""FreshnessLease: may values that are cached in Redis be used now? The reader's side; relay.py keeps the lease true.
+"""FreshnessLease: may values that are cached in Redis be used now? Each node has a lease of its own; see node_lease.py.
 
-A reader asks for the lease once and keeps a snapshot of it until its end, so that a hit stays one MGET. The end is
-counted from before the question was sent, on a clock that is never set.
-
-A snapshot says nothing of another server, or of a server that restarted with older data. Both are reached over a new
-connection only. So the client's count of connects, as it was before the question, must stand after the value was read.
-If it does not, lease *and* value are read again, in this order: a lease that became valid after the value was read says
-nothing of that value. (A master that becomes a replica must drop its clients, as Sentinel makes it do. A proxy must not
-change servers behind a connection.)
+So a node that is away, or has lost data, keeps nobody from the values of the others.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from .._boottime import clock
 from .._context import Context
-from .._daemon import start_daemon
-from .._fork import notice_fork, renew_in_child
-from ..breaker import ReadOnly
-from ..client import Script
-from ..errors import BackendError, BackendUnavailable, ConfigurationError
-from .outbox import Outbox, OutboxLag
-from .relay import FreshnessRecord, Invalidations, OutboxRelay, PostgresAway, Values, microseconds
+from .._fork import notice_fork
+from ..client import RedisNode, Script
+from ..errors import BackendUnavailable, ConfigurationError
+from .invalidator import Invalidations, Invalidator, Values
+from .node_lease import FreshnessSnapshot, FreshnessState, NodeLease
+from .shard import find_slot
 
-__all__ = ["FreshnessLease", "FreshnessSnapshot", "FreshnessState"]
-
-log: logging.Logger = logging.getLogger("govredis")
-
-#: The part of a lease's life that is left when it is renewed in the background.
-_RENEWED_AT = 1 / 3
-#: Seconds that a reader without a valid lease waits for another's run of the relay, at most.
-_PATIENCE = 0.25
-_SLICE = 0.01
-#: Seconds for which a thread that runs the relay keeps the others from it, at most.
-_CLAIMED_FOR = 5.0
-#: Seconds between two tries that failed.
-_BETWEEN_TRIES = 1.0
-
-
-class FreshnessSnapshot:
-    """The lease as this process has read it: valid until `until`, while `connects` stands."""
-
-    __slots__ = ("connects", "epoch", "renew_at", "until")
-
-    def __init__(self, epoch: int, until: float, renew_at: float, connects: int) -> None:
-        self.epoch: int = epoch
-        self.until: float = until
-        self.renew_at: float = renew_at
-        self.connects: int = connects
-
-
-class FreshnessState(NamedTuple):
-    #: Is the lease valid?
-    valid: bool
-    #: None: Redis was never told of anything, or has forgotten it.
-    lag: OutboxLag | None
-    #: Does its key hold something that no relay has written? Then no lease is valid until the next run replaces it.
-    foreign: bool
+__all__ = ["FreshnessLease"]
 
 
 class FreshnessLease:
-    """The lease of one Redis and key prefix, and its relay. Safe to share between threads, and across fork.
+    """The leases of one Redis and key prefix, one for each of its nodes. Safe to share between threads, across fork.
 
-    To use a cached value, call `snapshot = look()` before it is read and `stands(snapshot)` after. The value's epoch
-    must be `snapshot.epoch`. A value that is loaded after `look` is stored with that epoch.
+    To use a cached value, call `snapshot = look(key)` before it is read, from `snapshot.node`, and `stands(snapshot)`
+    after. The value's epoch must be `snapshot.epoch`, and `snapshot.covers(key)`. A value that is loaded after `look`
+    is stored with that epoch.
 
     Args:
-        values: see OutboxRelay.
+        values: invalidates entries of a namespace without a `watch` of its own.
         clock: seconds, never set.
-        threads: False: the caller that finds the lease ended renews it.
+        threads: False: the caller that finds a lease ended renews it.
     """
 
     def __init__(
@@ -84,155 +41,111 @@ class FreshnessLease:
         clock: Callable[[], float] = clock,
         threads: bool = True,
     ) -> None:
+        if context.redis is None or context.postgres is None:
+            raise ConfigurationError("the outbox needs Redis and PostgreSQL")
         #: X, in seconds: how far a value used under a valid lease may be behind what is committed.
         self.staleness: float = context.config.metadata_staleness
-        self.relay: OutboxRelay = OutboxRelay(context, values)
-        self._outbox = Outbox(self.relay.postgres)
-        #: The relay could not reach PostgreSQL.
-        self._relay_failed = False
-        self._redis = self.relay.redis
-        self._counters = context.counters
+        self._redis = context.redis
+        self._context = context
+        self._invalidator = Invalidator(context.keys, values)
         self._clock = clock
         self._threads = threads
-        self.renew_after_fork()
-        renew_in_child(self)
+        self._leases: dict[RedisNode, NodeLease] = {}
 
-    def renew_after_fork(self) -> None:
-        self._lock = threading.RLock()  # a signal handler may make calls of its own
-        self._claimed_until = 0.0
-        self._snapshot: FreshnessSnapshot | None = None
-        self._again_at = 0.0
-        self._thread: threading.Thread | None = None
+    def of(self, node: RedisNode) -> NodeLease:
+        """The lease of a node."""
+        lease = self._leases.get(node)
+        if lease is None:
+            made = NodeLease(self._context, node, self._invalidator, self._clock, self._threads)
+            lease = self._leases.setdefault(node, made)
+        return lease
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def look(self) -> FreshnessSnapshot | None:
-        """The lease, if it is valid; None: go to the source (or, where `blind`, take what there is).
+    def look(self, key: str) -> FreshnessSnapshot | None:
+        """The lease of the node that has the key, if it is valid. See NodeLease.look, and `widen`: the snapshot may not
+        cover the key even so."""
+        snapshot = self.of(self._redis.at(key)).look()
+        if snapshot is None or snapshot.covers(key) or not self.widen(key):
+            return snapshot
+        return self.of(self._redis.at(key)).look()
 
-        Costs nothing while a snapshot is valid. Else one round trip; where the lease is not valid, also a run of the
-        relay, for which others wait up to 0.25 s. Raises BackendUnavailable if Redis is away; ConfigurationError naming
-        `govredis migrate`.
+    def widen(self, key: str) -> bool:
+        """Have a lease cover a key that its node's does not. Returns whether to look again.
+
+        The slot may have moved: its node is found anew, and told, once a second at most. Raises BackendUnavailable,
+        BackendError.
         """
-        snapshot = self._snapshot
-        if snapshot is None or snapshot.connects != self._redis.connects:
-            return self._find()
-        now = self._clock()
-        if now >= snapshot.renew_at:
-            if now >= snapshot.until:
-                return self._find()
-            snapshot.renew_at = snapshot.until  # once
-            self._renew_soon()
-        return snapshot
+        if not self.of(self._redis.at(key)).may_widen():
+            return False
+        find_slot(self._redis, key)
+        self.of(self._redis.at(key)).widen(key)
+        return True
 
     def stands(self, snapshot: FreshnessSnapshot) -> bool:
         """Was everything since `look` read under this snapshot? If not, look and read again."""
-        return snapshot.connects == self._redis.connects and self._clock() < snapshot.until
+        return snapshot.node is None or self.of(snapshot.node).stands(snapshot)
 
-    @property
-    def blind(self) -> bool:
-        """Is PostgreSQL known to be away? Then a lease that has ended is not renewed, and nothing is better than the
-        cached values."""
-        # The relay may still be waiting for an answer when another call has found out.
-        return self._relay_failed or self.relay.postgres.breaker.is_away()
+    def blind(self, key: str) -> bool:
+        """See NodeLease.blind, of the node that has the key. Raises BackendUnavailable where none has it."""
+        return self.of(self._redis.at(key)).blind
 
-    @property
-    def last_epoch(self) -> int | None:
-        """The epoch that this process has read last, valid or not."""
-        return None if self._snapshot is None else self._snapshot.epoch
+    def last_epoch(self, key: str) -> int | None:
+        """The epoch of the key's node that this process has read last, valid or not."""
+        try:
+            return self.of(self._redis.at(key)).last_epoch
+        except BackendUnavailable:  # no node has it
+            return None
 
     def state(self, *, timeout: float | None = None) -> FreshnessState:
-        """The state in Redis, and the changes that Redis has not been told of. Does not run the relay.
+        """The state of the nodes that answer, and how far the one that is furthest behind is. Does not run the relay.
 
-        Raises BackendUnavailable, BackendError, ConfigurationError.
+        Raises BackendUnavailable where no node answers; BackendError, ConfigurationError.
         """
         notice_fork()
-        _, raw = self.relay.read()
-        held = FreshnessRecord.parse(raw)
-        lag = None if held is None else self._outbox.lag(held.epoch, timeout=timeout)
-        return FreshnessState(self._ask() is not None, lag, foreign=held is None and raw is not None)
-
-    def _find(self) -> FreshnessSnapshot | None:
-        snapshot = self._ask()
-        deadline = self._clock() + _PATIENCE
-        while snapshot is None and self._again_at <= self._clock() < deadline:
-            if self._claim():
-                try:
-                    snapshot = self._run_and_ask()
-                finally:
-                    self._claimed_until = 0.0
-            else:
-                time.sleep(_SLICE)  # another thread runs it
-                snapshot = self._snapshot
-                if snapshot is not None and not self.stands(snapshot):
-                    snapshot = None
-        return snapshot
-
-    def _run_and_ask(self) -> FreshnessSnapshot | None:
-        snapshot = self._ask()  # while we waited for our turn another may have run it
-        if snapshot is None:
-            self._run_relay()
-            snapshot = self._ask()
-            if snapshot is None:
-                time.sleep(_SLICE)  # another process runs it
-        return snapshot
-
-    def _ask(self) -> FreshnessSnapshot | None:
-        """A new snapshot of the lease in Redis, if it is valid."""
-        for _ in range(2):  # the first time, perhaps, over a new connection
-            connects, sent = self._redis.connects, self._clock()
-            now_us, raw = self.relay.read()
-            if self._redis.connects == connects:
-                break
-        snapshot = self._valid(now_us, raw, sent, connects)
-        if snapshot is not None:
-            with self._lock:
-                known = self._snapshot
-                # Another thread may have asked after us, and been answered first.
-                if known is None or known.connects < connects or known.until < snapshot.until:
-                    self._snapshot = snapshot
-            self._relay_failed = False
-        return snapshot
-
-    def _valid(self, now_us: int, raw: bytes | None, sent: float, connects: int) -> FreshnessSnapshot | None:
-        held = FreshnessRecord.parse(raw)
-        # After a time that is later than now, the clock was set back: how long it has been valid is unknown.
-        if held is None or held.at > now_us:
-            return None
-        left = self.staleness - (now_us - held.at) / 1_000_000
-        if left <= 0:
-            return None
-        return FreshnessSnapshot(held.epoch, sent + left, sent + left - self.staleness * _RENEWED_AT, connects)
+        states, failed = [], None
+        for node in self._redis.nodes():
+            try:
+                states.append(self.of(node).state(timeout=timeout))
+            except BackendUnavailable as error:
+                failed = error
+        if failed is not None and not states:
+            raise failed
+        lags = [state.lag for state in states if state.lag is not None]
+        return FreshnessState(
+            all(state.valid for state in states),
+            max(lags, key=lambda lag: (lag.oldest, lag.entries), default=None),
+            any(state.foreign for state in states),
+        )
 
     # -- over a connection of the in-process tier's ----------------------------------------------------------------
 
-    def questions(self) -> list[tuple[str, ...]]:
-        """The commands that ask for the lease."""
-        return [("TIME",), ("MGET", self.relay.key)]  # MGET: a key of another type is no error
+    def questions(self, node: RedisNode) -> list[tuple[str, ...]]:
+        """The commands that ask for a node's lease."""
+        return self.of(node).questions()
 
-    def answered(self, sent: float, replies: list[Any]) -> FreshnessSnapshot | None:
-        """A snapshot from their replies, if the lease is valid; `sent`: when they were asked, on this object's
-        clock."""
-        time_now, (raw,) = replies
-        return self._valid(microseconds(time_now), raw, sent, -1)
-
-    def _claim(self) -> bool:
-        """May this thread run the relay? Not while another does. The claim of a thread that an exception struck ends by
-        itself: two runs at once are harmless."""
-        with self._lock:
-            now = self._clock()
-            if now < self._claimed_until:
-                return False
-            self._claimed_until = now + _CLAIMED_FOR
-            return True
+    def answered(self, node: RedisNode, sent: float, replies: list[Any]) -> FreshnessSnapshot | None:
+        """See NodeLease.answered."""
+        return self.of(node).answered(sent, replies)
 
     # -- running the relay -------------------------------------------------------------------------------------
 
     def drain(self) -> int | None:
-        """Run the relay now. Returns how many entries of the outbox Redis was told of; None if it could not be told, or
-        another relay is running. Redis or PostgreSQL being away is counted, not raised; ConfigurationError is raised.
+        """Run the relay of every node now; see NodeLease.drain.
+
+        Returns how many entries of the outbox were told to the node that was told most; None if some node could not be
+        told.
         """
         notice_fork()
-        return self._run_relay()
+        try:
+            nodes = self._redis.nodes()
+        except BackendUnavailable:
+            self._context.counters.add("guard.degraded.redis")
+            return None
+        for node in set(self._leases).difference(nodes):
+            self._leases.pop(node, None)  # it has left
+        told = [self.of(node).drain() for node in nodes]
+        return None if None in told else max(filter(None, told), default=0)
 
     def watch(self, namespace: str, invalidations: Invalidations, scripts: Sequence[Script] = ()) -> None:
         """Say how the outbox's entries of a namespace are invalidated. By default they are invalidated as cached
@@ -243,45 +156,10 @@ class FreshnessLease:
                 there is nothing to invalidate.
             scripts: those among the commands.
         """
-        self.relay.register(namespace, invalidations, scripts)
-
-    def _run_relay(self) -> int | None:
-        try:
-            told = self.relay.run()
-        except BackendUnavailable as error:
-            self._relay_failed = isinstance(error, PostgresAway)
-            of_postgres = isinstance(error, PostgresAway | ReadOnly)
-            self._counters.add("guard.degraded.postgres" if of_postgres else "guard.degraded.redis")
-            self._again_at = self._clock() + _BETWEEN_TRIES
-            return None
-        self._relay_failed = False
-        return told
-
-    def _renew_soon(self) -> None:
-        thread = self._thread
-        if not self._threads or (thread is not None and thread.is_alive()):  # it is about to run the relay
-            return
-        # Where it cannot be started, a caller renews at the end of the lease.
-        self._thread = start_daemon("govredis-freshness", self._renew)
-
-    def _renew(self) -> None:
-        if not self._claim():
-            return
-        try:
-            snapshot = self._ask()
-            # Not its `renew_at`: another thread may have taken that by now.
-            if snapshot is None or self._clock() >= snapshot.until - self.staleness * _RENEWED_AT:
-                self._run_relay()
-                self._ask()
-        except (BackendError, ConfigurationError) as error:
-            if not isinstance(error, BackendUnavailable):
-                log.error("the freshness lease of cached values could not be renewed: %s", error)
-        finally:
-            self._claimed_until = 0.0
+        self._invalidator.register(namespace, invalidations, scripts)
 
     def close(self) -> None:
-        """Wait for the thread that renews, if there is one."""
+        """Wait for the threads that renew, if there are any."""
         notice_fork()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout=5)
+        for lease in list(self._leases.values()):
+            lease.close()

@@ -18,8 +18,12 @@ A run of the relay has four steps. Any process may die, stop or be cut off betwe
 
 Data loss. The last run number in Redis is written after its invalidations, and PostgreSQL's commit confirms it. Redis
 may then restart with older data, or a lagging replica may take its place. The number in Redis is then not PostgreSQL's,
-and a new epoch begins, in which nothing is cached yet. If Redis does so in the middle of step 3, the first number is
-gone and the second is not written: nothing is acknowledged. So step 3 needs no MULTI, which some proxies do not take.
+and a new epoch begins, in which nothing is cached yet.
+
+If Redis does so in the middle of step 3, what is left may be the first number and a part of the invalidations. But such
+a server is reached over new connections only. So if the client has connected anew since before the first number,
+nothing is acknowledged, and the next run tells all once more. Hence step 3 needs no MULTI, which some proxies do not
+take, nor one exchange for everything.
 
 After a relay that died before its commit, the lease's `confirmed` is the number that PostgreSQL still has: nothing was
 acknowledged since, nor lost. A Redis without the lease begins a new epoch as well. Until the next run, a lease that
@@ -33,36 +37,38 @@ A new epoch stands for invalidations that cannot be made one by one: more than a
 
 A Redis whose clock is set back by d during a failure adds at most min(d, X), if the relay runs before the
 clock is where it was.
+
+On a Cluster each node has a lease of its own, in an epoch of its own: a key that the node's slots decide. Its relay
+tells it of the ids in its slots only. A slot may move between the nodes, and the key of the lease with it. Hence:
+
+- The lease names the slots that the node had when it was told, by the node's own view, without those that are on their
+  way. Values in others are neither used nor stored: entries of theirs are acknowledged untold. If a slot has left
+  meanwhile, the invalidation is redirected: nothing is acknowledged, and the run begins again.
+- A slot that left is noted. If it comes back in the same epoch, its values may have missed what was acknowledged while
+  it was away: a new epoch begins. (If no run came in between, nothing was acknowledged, and the next run tells all.)
+- The lease names the history that the node's data belongs to: its replication id, and how long the history was after
+  step 3. It is valid on a server with this history, and no run goes on with it on another, except one that had as much
+  of it: a replica that was promoted, say. The run number alone would not do. It moves with the key, away from a node
+  that then loses data, and may come back to that node.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._context import Context
 from .._migrations import PINNED
 from ..breaker import ReadOnly
-from ..client import Arg, Command, RedisClient, Script
-from ..errors import BackendError, BackendUnavailable, ConfigurationError
-from ..keys import Key
+from ..client import Arg, Command, RedisNode, Script
+from ..client.redirects import NotServedHere
+from ..errors import BackendError, BackendUnavailable
+from .invalidator import Invalidator
+from .record import FreshnessRecord
+from .shard import LINEAGE, Lineage, ShardRecord, Slots, of_slots, own_slots
 
 if TYPE_CHECKING:
     from ..postgres import Postgres, Transaction
-
-#: Makes the commands that invalidate a namespace's entries, pairs of (id, version).
-Invalidations = Callable[[Sequence[tuple[str, int]]], Sequence[Command]]
-
-
-class Values(Protocol):
-    """How values of any namespace are invalidated, with or without a cache of it in this process."""
-
-    #: Those among the commands.
-    scripts: Sequence[Script]
-
-    def invalidations(self, namespace: str, entries: Sequence[tuple[str, int]]) -> Sequence[Command]: ...
-
 
 _LOOK = Script(__package__, "look.lua")
 _WRITE = Script(__package__, "write.lua")
@@ -103,70 +109,81 @@ class PostgresAway(BackendUnavailable):
     """PostgreSQL cannot be asked: the relay cannot run from here, and values cannot be loaded."""
 
 
-class FreshnessRecord(NamedTuple):
-    """The freshness lease as its key holds it. `at` is in microseconds of Redis's clock."""
+class Found(NamedTuple):
+    """A node's answer to the question for its lease."""
 
-    epoch: int
-    #: The number of the last run that told Redis.
-    run: int
-    #: The number that PostgreSQL had before that run.
-    confirmed: int
-    #: 0: not valid yet.
-    at: int
+    #: Redis's clock, in microseconds.
+    now: int
+    #: The value at the lease's key; b"" for another type than a string.
+    raw: bytes | None
+    #: Outside a Cluster it has neither.
+    server: Lineage | None = None
+    slots: Slots = 0
 
-    @classmethod
-    def parse(cls, raw: bytes | None) -> FreshnessRecord | None:
-        """None for anything that is no lease of ours."""
-        try:
-            held = cls(*map(int, (raw or b"").split()))
-        except (TypeError, ValueError):
+    @property
+    def held(self) -> FreshnessRecord | None:
+        """The lease; None where it is none, or is not of the data that this server has."""
+        held = FreshnessRecord.parse(self.raw)
+        if held is None or (held.shard is None) != (self.server is None):
             return None
-        return held if min(held) >= 0 and max(held) < 2**63 else None
+        if held.shard is not None and self.server is not None and not held.shard.is_of(self.server):
+            return None
+        return held
 
-    def __str__(self) -> str:
-        return " ".join(map(str, self))
+    @property
+    def foreign(self) -> bool:
+        """Has somebody else written to the key?"""
+        return self.raw is not None and FreshnessRecord.parse(self.raw) is None
 
 
-def microseconds(time: list[bytes]) -> int:
+def _microseconds(time: list[bytes]) -> int:
     """Redis's TIME."""
     return int(time[0]) * 1_000_000 + int(time[1])
 
 
 class OutboxRelay:
-    """The relay of one Redis and one key prefix.
+    """The relay of one node and one key prefix.
 
     Args:
-        values: invalidates entries of a namespace without a `register` of its own.
+        invalidator: makes the commands for the entries.
     """
 
-    def __init__(self, context: Context, values: Values) -> None:
-        if context.redis is None or context.postgres is None:
-            raise ConfigurationError("the outbox needs Redis and PostgreSQL")
-        self.key: Key = context.keys.guard()
-        self.redis: RedisClient = context.redis
+    def __init__(self, context: Context, node: RedisNode, invalidator: Invalidator) -> None:
+        assert context.postgres is not None
+        self.redis: RedisNode = node
         self.postgres: Postgres = context.postgres
         self._keys = context.keys
-        self._values = values
+        self._invalidator = invalidator
         #: After this time PostgreSQL ends the transaction of a relay that stopped within it.
         self._patience_ms = str(int(context.config.postgres_timeout * 1000) + 1)
         #: An epoch without a run for so long is forgotten, with its snapshot: if it returns, a new epoch begins.
         self._forgotten_after = max(600.0, 2 * context.config.metadata_staleness)
         self._counters = context.counters
         self._last: int | None = None
-        self._scripts: list[Script] = [_WRITE, *values.scripts]
-        self._invalidations: dict[str, Invalidations] = {}
 
-    def register(self, namespace: str, invalidations: Invalidations, scripts: Sequence[Script]) -> None:
-        self._invalidations[namespace] = invalidations
-        self._scripts += scripts
+    @property
+    def key(self) -> str:
+        """The lease's. Raises BackendUnavailable for a node of a Cluster that has no slots any more."""
+        return self._keys.guard(self.redis.tag())
 
-    def read(self) -> tuple[int, bytes | None]:
-        """Redis's clock in microseconds, and the lease; b"" for a key of another type than a string.
+    def questions(self) -> list[tuple[str, ...]]:
+        """The commands that ask for the lease, without a script."""
+        asked: list[tuple[str, ...]] = [("TIME",), ("MGET", self.key)]  # MGET: a key of another type is no error
+        return [*asked, LINEAGE] if self.redis.has_slots else asked
 
-        Raises BackendUnavailable, BackendError.
-        """
+    @staticmethod
+    def answered(replies: list[Any]) -> Found:
+        """The answer in their replies."""
+        time, (raw,), *info = replies
+        return Found(_microseconds(time), raw, Lineage.parse(info[0]) if info else None)
+
+    def read(self) -> Found:
+        """Ask for the lease. Raises BackendUnavailable, BackendError."""
+        if self.redis.has_slots:
+            (*time, raw), info = self.redis.pipeline([_LOOK.call((self.key,), ()), LINEAGE], (_LOOK,))
+            return Found(_microseconds(time), raw, Lineage.parse(info))
         *time, raw = self.redis.run(_LOOK, (self.key,))
-        return microseconds(time), raw
+        return Found(_microseconds(time), raw)
 
     def run(self) -> int | None:
         """Tell Redis of new entries. Returns how many there were; None where another relay is running.
@@ -174,11 +191,18 @@ class OutboxRelay:
         Raises PostgresAway; ReadOnly where PostgreSQL can be read, and so loaded from, and not written;
         BackendUnavailable where Redis is away; BackendError; and ConfigurationError naming `govredis migrate`.
         """
-        now, raw = self.read()
-        text = raw or b""
-        held = FreshnessRecord.parse(raw)
-        if held is None and raw is not None:
+        try:
+            return self._run()
+        except NotServedHere:  # a slot has just left, or is about to: the node knows, and says so now
+            return self._run()
+
+    def _run(self) -> int | None:
+        found = self.read()
+        held = found.held
+        if found.foreign:
             self._counters.add("guard.foreign")  # and it is written over
+        if found.server is not None:
+            found = found._replace(slots=own_slots(self.redis))
         failed: BackendError | None = None
         try:
             self.postgres.fetch(_RESHAPED)
@@ -189,11 +213,12 @@ class OutboxRelay:
                 ((snapshot, last_run, count, ids),) = tx.fetch(_READ, (None if held is None else held.epoch,))
                 entries = (ids or []) if (count or 0) <= _ENTRIES else [("", None, 0)]
                 try:
-                    told = self._tell(text, held, last_run, entries)
+                    told = self._tell(found, last_run, entries)
+                    valid = None if told is None else self._valid(told, found.now)
                 except BackendError as error:
                     failed = error
                     raise
-                if told is None:
+                if told is None or valid is None:
                     self._counters.add("guard.busy")
                     return None
                 self._confirm(tx, held, told, snapshot)
@@ -201,58 +226,75 @@ class OutboxRelay:
             if failed is None and not isinstance(error, ReadOnly):
                 raise PostgresAway(str(error)) from error
             raise
-        self._set(str(told), told._replace(at=now))
+        self._set(str(told), valid)
         self._last = told.epoch
         self._counters.add("guard.ticks")
         self._counters.add("guard.told", len(entries))
         return len(entries)
 
     def _tell(
-        self, text: Arg, held: FreshnessRecord | None, last_run: int | None, entries: list[tuple[str, str | None, int]]
+        self, found: Found, last_run: int | None, entries: list[tuple[str, str | None, int]]
     ) -> FreshnessRecord | None:
         """Step 3's half in Redis. Returns the lease as it is then; None where another relay has changed it."""
-        if held is not None and last_run in (held.run, held.confirmed):
-            one_by_one = self._commands(entries)
-            if one_by_one is not None:
-                telling = held._replace(run=_unique(), confirmed=last_run)
-                is_ours, *replies = self.redis.pipeline(
-                    [_WRITE.call((self.key,), (text, str(telling))), *one_by_one], self._scripts, each=True
-                )
-                if isinstance(is_ours, BackendError):
-                    raise is_ours
-                if not is_ours:
-                    return None
-                if not replies:
-                    return telling
-                if not any(isinstance(reply, BackendError) for reply in replies):
-                    told = telling._replace(run=_unique())
-                    return told if self._set(str(telling), told) else None
-                self._counters.add("guard.failed")
-                text = str(telling)
+        expected: Arg = found.raw or b""
+        telling = self._telling(found, last_run)
+        commands = None if telling is None else self._commands(entries, found)
+        if telling is not None and commands is not None:
+            connects = self.redis.connects
+            is_ours, *replies = self.redis.pipeline(
+                [_WRITE.call((self.key,), (expected, str(telling))), *commands],
+                [_WRITE, *self._invalidator.scripts],
+                each=True,
+            )
+            if isinstance(is_ours, BackendError):
+                raise is_ours
+            if not is_ours:
+                return None
+            if not replies:
+                return telling
+            failed = [reply for reply in replies if isinstance(reply, BackendError)]
+            for error in failed:
+                if isinstance(error, NotServedHere):
+                    raise error
+            expected = str(telling)
+            if not failed:
+                told = telling._replace(run=_unique())
+                # Over a new connection it may be another server, which has a part of what the first was told.
+                return told if self._set(expected, told) and self.redis.connects == connects else None
+            self._counters.add("guard.failed")
         begun = FreshnessRecord(_unique(), _unique(), 0, at=0)
-        if not self._set(text, begun):
+        if found.server is not None:
+            begun = begun._replace(shard=ShardRecord.begun(found.server, found.slots))
+        if not self._set(expected, begun):
             return None
         self._counters.add("guard.epochs")
         return begun
 
-    def _commands(self, entries: list[tuple[str, str | None, int]]) -> list[Command] | None:
-        """The commands that invalidate these entries; None where only a new epoch does."""
-        if len(entries) > _ONE_BY_ONE:
+    @staticmethod
+    def _telling(found: Found, last_run: int | None) -> FreshnessRecord | None:
+        """The lease while this run tells Redis; None where a new epoch must begin."""
+        held = found.held
+        if held is None or last_run not in (held.run, held.confirmed):
             return None
-        by_namespace: dict[str, list[tuple[str, int]]] = {}
-        for namespace, row, version in entries:
-            if row is None:
-                return None
-            identity = self._keys.id_if_ours(row)
-            if identity is not None:
-                by_namespace.setdefault(namespace, []).append((identity, version))
-        return [
-            command for namespace, some in by_namespace.items() for command in self._invalidations_of(namespace, some)
-        ]
+        telling = held._replace(run=_unique(), confirmed=last_run)
+        if held.shard is None or found.server is None:
+            return telling
+        shard = held.shard.told(found.server, found.slots)
+        return None if shard is None else telling._replace(shard=shard)
 
-    def _invalidations_of(self, namespace: str, entries: Sequence[tuple[str, int]]) -> Sequence[Command]:
-        registered = self._invalidations.get(namespace)
-        return self._values.invalidations(namespace, entries) if registered is None else registered(entries)
+    def _valid(self, told: FreshnessRecord, now: int) -> FreshnessRecord:
+        """The lease once it is valid."""
+        if told.shard is None:
+            return told._replace(at=now)
+        server = Lineage.parse(self.redis.call(*LINEAGE))
+        if server.replication != told.shard.replication:
+            raise BackendUnavailable(f"{self.redis.name} has other data than when it was asked for its lease")
+        return told._replace(at=now, shard=told.shard._replace(offset=server.offset))
+
+    def _commands(self, entries: list[tuple[str, str | None, int]], found: Found) -> list[Command] | None:
+        """The commands that invalidate these entries; None where only a new epoch does."""
+        commands = None if len(entries) > _ONE_BY_ONE else self._invalidator.commands(entries)
+        return commands if commands is None or found.server is None else of_slots(commands, found.slots)
 
     def _confirm(self, tx: Transaction, held: FreshnessRecord | None, told: FreshnessRecord, snapshot: str) -> None:
         # A Redis that has lost its lease does not know its last epoch; a process that has run the relay before does.

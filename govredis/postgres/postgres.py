@@ -22,6 +22,7 @@ import psycopg2
 from psycopg2 import extensions
 
 from .._fork import notice_fork, renew_in_child
+from .._histogram import Histogram
 from .._migrations import PINNED, Migrations
 from .._pool import Pool
 from .._recovery import Recoverable
@@ -82,6 +83,8 @@ class Postgres(Recoverable):
         self._read_only = False
         #: Statements sent by this process, without the BEGIN and COMMIT of transactions.
         self.statements: int = 0
+        #: How long those took that were answered, or timed out.
+        self.latency: Histogram = Histogram()
         renew_in_child(self)
 
     # -- calls ---------------------------------------------------------------------------------------------------
@@ -165,6 +168,9 @@ class Postgres(Recoverable):
                 connection = None
             self._pool.drop_idle()
             self.breaker.failed(period, error.reason, timed_out=error.timed_out)
+            took = time.monotonic() - (deadline - timeout)
+            self.latency.add(took)
+            self.breaker.note_slow(took)
             raise BackendUnavailable(str(error)) from error.__cause__
         else:
             self.breaker.succeeded()
@@ -202,12 +208,15 @@ class Postgres(Recoverable):
             raise BackendUnavailable(f"no time was left to ask {self.name}")
         if counted:
             self.statements += 1
+        began = time.monotonic()
         try:
             # Anything that came since the last reply does not answer this statement: libpq reads it now, and drops it.
             connection.poll()
             cursor = connection.cursor()
             cursor.execute(sql.replace("@schema@", self._schema), params or None)
             self._connector.wait(connection, deadline)
+            if counted:
+                self.latency.add(time.monotonic() - began)
             return cursor.fetchall() if cursor.description is not None else []
         except psycopg2.Error as error:
             raise self._mapped(error, connection) from error
@@ -216,6 +225,7 @@ class Postgres(Recoverable):
         mapped = self._errors.of_statement(error, connection)
         if isinstance(mapped, ReadOnly):
             self._read_only = True
+            self.breaker.cannot_serve("cannot write")
         return mapped
 
     # -- migrations ----------------------------------------------------------------------------------------------
@@ -310,6 +320,7 @@ class Postgres(Recoverable):
         inherited = list(self._pool.live)
         self._pool.renew()
         self._renew_replays()
+        self.latency = Histogram()
         for connection in inherited:
             # libpq would close it by Terminate on the socket that the parent still uses. psycopg2 leaves a connection
             # of another process alone; only the child's descriptor must go.

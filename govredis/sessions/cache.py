@@ -23,7 +23,7 @@ from ..errors import (
 )
 from ..keys import Id, check_id, id_text, is_id
 from ..outbox import FreshnessLease
-from .backends.backend import NOTHING_TO_COMPARE, SessionBackend
+from .backends.backend import NOTHING_TO_COMPARE, SessionBackend, Unconfirmed
 from .backends.chain import SessionBackends
 from .binding import BindRequest, SessionBinding, encode_data
 from .parity import SessionParity
@@ -50,6 +50,15 @@ class SessionCache(Uncopied):
     id; so does a TTL that slides, and a revocation; a bind takes two.
 
     **Without PostgreSQL** Redis has the record. A session that it loses is lost; restored older data counts.
+
+    With confirm (GOVREDIS_CONFIRM) a revocation returns once a replica of Redis has it, too: a failover to that replica
+    keeps it. Where none says so within the socket timeout, the session has ended, and SessionStoreUnavailable is
+    raised: a failover may bring the session back. Call again until it returns. Revocations made while Redis was away,
+    and told on the return, are not confirmed. With PostgreSQL the row is the record, and Redis is not asked for it.
+
+    **In a Redis Cluster** a node that is away costs its own sessions alone. Without PostgreSQL a session has its record
+    on one node, and its agent's index on another: with that one away it is found and revoked, not bound nor lengthened,
+    and `unbind_agent` ends what this process knows, and the rest on the return. With PostgreSQL the rows answer.
 
     **While a server is away**, each SessionBinding says which backend answered:
 
@@ -97,10 +106,10 @@ class SessionCache(Uncopied):
         self._backends = SessionBackends(context, freshness=freshness, now=now)
         self._memory = self._backends.memory
         self._updates = Updates(self._backends)
-        primary, server = self._backends.primary, self._backends.server
-        if primary is not None and server is not None:
-            replay = Replay(primary, self._memory, self._backends.outage, now=now, counters=self._counters)
-            server.on_recovery(lambda _: replay())
+        backends, server = self._backends, self._backends.server
+        if server is not None:
+            replay = Replay(backends.replay_target, self._memory, backends.tell_soon, now=now, counters=self._counters)
+            server.on_recovery(replay)
 
     def bind(
         self, session_id: Id, agent_id: Id, *, ttl: float | None = None, if_absent: bool = False, data: Any = None
@@ -150,7 +159,7 @@ class SessionCache(Uncopied):
                 self._counters.add("sessions.bound")
         elif binding.bound_at == request.bound_at:  # else another binding was found here
             self._backends.show(lambda redis: redis.bind(request._replace(if_absent=False)))
-            self._backends.tell_soon()
+            self._backends.tell_soon((name,))
         return binding
 
     def get(self, session_id: Id, *, touch: bool = False) -> SessionBinding | None:
@@ -186,7 +195,7 @@ class SessionCache(Uncopied):
         if binding is None:
             memory.forget(name)
             return None
-        if memory.is_revoked(name, binding.agent_id):
+        if memory.is_revoked(binding):
             return None
         memory.remember(binding, since=ends)
         return memory.with_pending_data(binding)
@@ -251,18 +260,36 @@ class SessionCache(Uncopied):
         `get` it first.
 
         Where no server can be asked, it ends in this process and, on the return, everywhere; True if this process knew
-        it. Raises SessionStoreUnavailable if there is no room for another pending write.
+        it. Raises SessionStoreUnavailable if there is no room for another pending write; with confirm, where it has
+        ended and no replica has confirmed that: see SessionCache.
         """
         notice_fork()
         name = self._name(session_id)
-        return bool(self._end("unbind", lambda backend: backend.unbind(name), lambda: self._memory.forget(name)))
+        return bool(
+            self._end(
+                "unbind",
+                lambda backend: backend.unbind(name),
+                lambda: self._memory.forget(name),
+                lambda: self._backends.tell_soon((name,)),
+            )
+        )
 
-    def _end(self, operation: str, end: Callable[[SessionBackend], int], forget: Callable[[], None]) -> int:
-        ended, by_primary = self._backends.ask(operation, end, shown=True)
+    def _end(
+        self,
+        operation: str,
+        end: Callable[[SessionBackend], int],
+        forget: Callable[[], None],
+        tell_soon: Callable[[], None],
+    ) -> int:
+        try:
+            ended, by_primary = self._backends.ask(operation, end, shown=True)
+        except Unconfirmed as error:
+            forget()
+            raise SessionStoreUnavailable(str(error)) from error
         if by_primary:
             forget()
         else:
-            self._backends.tell_soon()
+            tell_soon()
         return ended
 
     def start(
@@ -340,6 +367,7 @@ class SessionCache(Uncopied):
             "unbind_agent",
             lambda backend: backend.unbind_agent(agent_id),
             lambda: self._memory.forget_agent(agent_id),
+            lambda: self._backends.tell_soon(self._memory.revoked_with(agent_id), agent_id),
         )
 
     def purge(self) -> int:

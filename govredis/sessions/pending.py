@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TypeAlias
 
+from .._recovery import Recoverable
+from ..breaker import CircuitBreaker
 from .binding import SessionBinding, same_binding
 
 
@@ -48,13 +50,15 @@ class AgentRevocation(PendingWrite):
 
     Attributes:
         told: sessions that have a pending Revocation of their own.
+        left: those of the others that are not ended yet; None: nobody has looked yet which sessions the agent has.
     """
 
-    __slots__ = ("told",)
+    __slots__ = ("left", "told")
 
     def __init__(self, at: datetime, told: frozenset[str]) -> None:
         super().__init__(at)
         self.told: frozenset[str] = told
+        self.left: set[str] | None = None
 
 
 class PendingBind(PendingWrite):
@@ -62,13 +66,15 @@ class PendingBind(PendingWrite):
 
     Attributes:
         was: the binding that the record had before, as far as this process knows.
+        is_indexed: the agent's index names the session.
     """
 
-    __slots__ = ("was",)
+    __slots__ = ("is_indexed", "was")
 
     def __init__(self, at: datetime, was: SessionBinding | None) -> None:
         super().__init__(at)
         self.was: SessionBinding | None = was
+        self.is_indexed: bool = False
 
 
 class PendingUpdate(PendingWrite):
@@ -83,6 +89,16 @@ class PendingUpdate(PendingWrite):
     def __init__(self, at: datetime, was: SessionBinding) -> None:
         super().__init__(at)
         self.was: SessionBinding = was
+
+
+#: An outage of a server: its breaker, and the breaker's period.
+Outage: TypeAlias = tuple[CircuitBreaker | None, int]
+NO_OUTAGE: Outage = None, 0
+
+
+def outage_of(server: Recoverable) -> Outage:
+    """The server's outage, or its last one."""
+    return server.breaker, server.breaker.period
 
 
 #: A session or an agent, and what the record must be told of it.

@@ -57,7 +57,7 @@ class Updates:
             ends = memory.ends
             try:
                 base = primary.read_for_update(name)
-                if base is None or memory.is_revoked(name, base.binding.agent_id):
+                if base is None or memory.is_revoked(base.binding):
                     return None, None
                 if first is not None and not same_binding(first, base.binding):
                     return base.binding, None
@@ -77,7 +77,7 @@ class Updates:
             return None if known is None else known.binding, None
         updated = memory.compare_and_set(known, changed(known.binding))
         if updated is not None and is_away:
-            self._backends.tell_soon()
+            self._backends.tell_soon((name,))
         return known.binding, updated
 
 

@@ -186,6 +186,11 @@ class Server(Managed):
             return False
         return bool(answer["pid"]) and answer["status"] is None
 
+    @property
+    def answers(self) -> bool:
+        """Whether it runs, and is not paused."""
+        return not self._paused and self.running
+
     def log_tail(self, lines: int = 15) -> str:
         """The last lines of the server's own log since its last start."""
         with contextlib.suppress(OSError), self._log.open("rb") as log:

@@ -1,4 +1,4 @@
-"""Redis servers: one alone, a Cluster, and a master with replicas and Sentinels."""
+"""Redis servers: one alone, and a master with replicas and Sentinels."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import contextlib
 import os
 import re
 import socket
+import ssl
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import redis
 
@@ -28,6 +29,9 @@ class RedisServer(Server):
         config: further lines of redis.conf, such as "maxmemory 10mb".
         persistent: append every write to a file before it is acknowledged, so that data survives `kill()`; costs a
             system call per write. Without it nothing is written, and a restarted server is empty.
+        password: of its default user, and of the master that it replicates.
+        tls: a PEM file with its private key, its certificate for 127.0.0.1 and the authority's: it speaks TLS only. Not
+            every redis-server can: Debian's does, those of the wheels do not.
     """
 
     _name = "redis-server"
@@ -42,9 +46,12 @@ class RedisServer(Server):
         port: int | None = None,
         config: Iterable[str] = (),
         persistent: bool = False,
+        password: str | None = None,
+        tls: StrPath | None = None,
     ) -> None:
         self._binary = os.path.abspath(binary or find_redis())
         self._unix_socket, self._config = unix_socket, list(config)
+        self._password, self._tls = password, os.path.abspath(tls) if tls else None
         super().__init__(folder, port=0 if unix_socket else port, persistent=persistent)
         if len(os.fsencode(self._socket)) > 100 and unix_socket:
             self.close()
@@ -56,13 +63,21 @@ class RedisServer(Server):
 
     @property
     def url(self) -> str:
-        """redis://127.0.0.1:PORT/0 or unix:///PATH?db=0."""
-        return f"unix://{quote(str(self._socket))}?db=0" if self._unix_socket else f"redis://127.0.0.1:{self.port}/0"
+        """redis://127.0.0.1:PORT/0 or unix:///PATH?db=0, with the password; rediss://...?ssl_ca_certs=FILE with TLS."""
+        user = f":{quote(self._password, safe='')}@" if self._password else ""
+        if self._unix_socket:
+            return f"unix://{user}{quote(str(self._socket))}?db=0"
+        netloc = f"{user}127.0.0.1:{self.port}"
+        return f"rediss://{netloc}/0?ssl_ca_certs={quote(self._tls)}" if self._tls else f"redis://{netloc}/0"
 
     def command(self, *args: str | bytes | float) -> Any:
         """Run one command on a connection of its own, 30 s at most; the decoded reply. Raises redis-py's errors."""
-        with redis.Redis.from_url(self.url, protocol=2, decode_responses=True, socket_timeout=30) as client:
+        with self._client() as client:
             return client.execute_command(*args)
+
+    def _client(self) -> Any:
+        how = {"protocol": 2, "decode_responses": True, "encoding_errors": "surrogateescape", "socket_timeout": 30}
+        return redis.Redis.from_url(self.url, **how)
 
     def _prepare(self) -> None:
         self._data.mkdir(exist_ok=True)
@@ -70,10 +85,16 @@ class RedisServer(Server):
             return
         # AOF without fsync: what is written outlives the process, and only a crash of the machine would lose it.
         aof = ["appendonly yes", "appendfsync no", "auto-aof-rewrite-percentage 0"] if self.persistent else []
+        secret = f'"{self._password}"' if self._password else ""
         lines = [
-            f"port {self.port}", "bind 127.0.0.1", f'dir "{self._data}"', 'save ""', "repl-diskless-sync-delay 0",
+            f"{'tls-port' if self._tls else 'port'} {self.port}", "bind 127.0.0.1",
+            f'dir "{self._data}"', 'save ""', "repl-diskless-sync-delay 0",
             f'cluster-config-file "{self.folder}/nodes.conf"',  # who it is in a Cluster outlives its data
-            *([f'unixsocket "{self._socket}"'] if self._unix_socket else []), *aof, *self._config,
+            *([f'unixsocket "{self._socket}"'] if self._unix_socket else []), *aof,
+            *([f"requirepass {secret}", f"masterauth {secret}"] if secret else []),
+            *([f'tls-{kind}-file "{self._tls}"' for kind in ("cert", "key", "ca-cert")] if self._tls else []),
+            *(["port 0", "tls-auth-clients no", "tls-replication yes", "tls-cluster yes"] if self._tls else []),
+            *self._config,
         ]  # fmt: skip
         (self.folder / "redis.conf").write_text("\n".join(lines) + "\n")
 
@@ -82,9 +103,7 @@ class RedisServer(Server):
 
     def _ready(self) -> bool:
         reply = b""
-        with contextlib.suppress(OSError), socket.socket(*[socket.AF_UNIX] * self._unix_socket) as client:
-            client.settimeout(1)
-            client.connect(str(self._socket) if self._unix_socket else ("127.0.0.1", self.port))
+        with contextlib.suppress(OSError), self._connect() as client:
             # INFO is answered while the data is still being loaded; PING is not.
             client.sendall(b"INFO server\r\nPING\r\n")
             while not re.search(rb"^[+-].*\r\n", reply, re.MULTILINE) and (chunk := client.recv(65536)):
@@ -92,16 +111,28 @@ class RedisServer(Server):
         ours = b"\nprocess_id:%d\r" % self._pid in reply
         return reply.startswith(b"-NOAUTH") or (ours and b"\n-LOADING" not in reply)
 
+    def _connect(self, seconds: float = 1) -> socket.socket:
+        client = socket.socket(*[socket.AF_UNIX] * self._unix_socket)
+        try:
+            client.settimeout(seconds)
+            client.connect(str(self._socket) if self._unix_socket else ("127.0.0.1", self.port))
+            if self._tls:
+                client = ssl.create_default_context(cafile=self._tls).wrap_socket(client, server_hostname="127.0.0.1")
+        except BaseException:
+            client.close()
+            raise
+        return client
 
-class _Group(Managed):
+
+class ServerGroup(Managed):
     """Several servers that make one service. `servers`: all of them."""
 
     def __init__(self, binary: StrPath | None) -> None:
         self._binary = binary or find_redis()
         self.servers: list[RedisServer] = []
 
-    def _add(self, kind: type[RedisServer], config: Iterable[str]) -> RedisServer:
-        self.servers.append(kind(binary=self._binary, config=config))
+    def _add(self, kind: type[RedisServer], config: Iterable[str], **how: Any) -> RedisServer:
+        self.servers.append(kind(binary=self._binary, config=config, **how))
         return self.servers[-1].start()
 
     def close(self) -> None:
@@ -110,94 +141,38 @@ class _Group(Managed):
             server.close()
 
 
-class RedisCluster(_Group):
-    """A Redis Cluster on 127.0.0.1 with temporary folders: `masters` masters, each with `replicas` replicas.
-
-    Args:
-        masters, replicas: how many; a Cluster elects by majority, hence 3 or more masters.
-        binary: the redis-server to run; `find_redis()` without.
-        config: further lines of every node's redis.conf.
-
-    `nodes`: its RedisServers, the masters (as of the start) first. A node is taken to be down after 1 s.
-    """
-
-    def __init__(
-        self, masters: int = 3, replicas: int = 1, *, binary: StrPath | None = None, config: Iterable[str] = ()
-    ) -> None:
-        if masters < 1 or replicas < 0:
-            raise ValueError(f"a Cluster of {masters} masters with {replicas} replicas each")
-        super().__init__(binary)
-        self._masters, self._size = masters, masters * (1 + replicas)
-        self._config = ["cluster-enabled yes", "cluster-node-timeout 1000", "cluster-announce-ip 127.0.0.1", *config]
-
-    @property
-    def nodes(self) -> list[RedisServer]:
-        """Its servers; the first ones were started as masters."""
-        return self.servers
-
-    @property
-    def url(self) -> str:
-        """redis://127.0.0.1:PORT/0 of the first node that runs; a Cluster client finds the others."""
-        return next((node for node in self.nodes if node.running), self.nodes[0]).url
-
-    def start(self) -> RedisCluster:
-        """Start it and return it once every node calls the Cluster ok, slots covered, replicas in step (about 2 s)."""
-        if self.nodes:
-            return self
-        for _ in range(self._size):
-            self._add(RedisServer, self._config)
-        masters = self.nodes[: self._masters]
-        for number, node in enumerate(self.nodes):
-            node.command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
-            for other in self.nodes[:number]:
-                node.command("CLUSTER", "MEET", "127.0.0.1", other.port)
-        for number, node in enumerate(masters):
-            first, end = (16384 * n // len(masters) for n in (number, number + 1))
-            node.command("CLUSTER", "ADDSLOTS", *range(first, end))
-        until("the Cluster's nodes did not meet", lambda: all(map(self._met, self.nodes)), self.nodes)
-        for number, node in enumerate(self.nodes[self._masters :]):
-            node.command("CLUSTER", "REPLICATE", masters[number % len(masters)].command("CLUSTER", "MYID"))
-        until("the Cluster did not come up", lambda: all(map(self._settled, self.nodes)), self.nodes)
-        return self
-
-    def _met(self, node: RedisServer) -> bool:
-        known = node.command("CLUSTER", "NODES")
-        return bool(known.count(" connected") == self._size and "handshake" not in known)
-
-    def _settled(self, node: RedisServer) -> bool:
-        info, (role, *state) = node.command("CLUSTER", "INFO"), node.command("ROLE")
-        roles = re.findall(r"[ ,](master|slave) ", node.command("CLUSTER", "NODES"))
-        return (
-            "cluster_state:ok" in info
-            and "cluster_slots_ok:16384" in info
-            and roles.count("master") == self._masters
-            and len(roles) == self._size
-            and (role == "master" or state[2] == "connected")
-        )
-
-
 class _Sentinel(RedisServer):
     _name = "redis-sentinel"
     _options = ("--sentinel",)
 
 
-class RedisSentinel(_Group):
+class RedisSentinel(ServerGroup):
     """A Redis master with two replicas, watched by three Sentinels, on 127.0.0.1 with temporary folders.
 
     Args:
         binary: the redis-server to run; `find_redis()` without.
         master_name: what the Sentinels call the master.
         config: further lines of the data servers' redis.conf.
+        persistent: as of RedisServer, of the data servers.
+        password, tls: as of RedisServer, of the data servers and the Sentinels.
 
-    The master is taken to be down after 0.5 s; a failover takes 1 to 3 s.
+    The master is taken to be down after 1.5 s; a failover takes 2 to 5 s.
     """
 
     def __init__(
-        self, *, binary: StrPath | None = None, master_name: str = "mymaster", config: Iterable[str] = ()
+        self,
+        *,
+        binary: StrPath | None = None,
+        master_name: str = "mymaster",
+        config: Iterable[str] = (),
+        password: str | None = None,
+        tls: StrPath | None = None,
+        persistent: bool = False,
     ) -> None:
         super().__init__(binary)
         self.master_name: str = master_name
-        self._config = list(config)
+        self._config, self._persistent = list(config), persistent
+        self._access = {"password": password, "tls": tls}
 
     @property
     def nodes(self) -> list[RedisServer]:
@@ -215,12 +190,23 @@ class RedisSentinel(_Group):
         return [("127.0.0.1", server.port) for server in self.sentinel_servers]
 
     @property
+    def url(self) -> str:
+        """redis+sentinel://127.0.0.1:PORT,.../MASTER_NAME, with the password; rediss+sentinel:// with TLS."""
+        parts = urlsplit(self.nodes[0].url)
+        user, at, _ = parts.netloc.rpartition("@")
+        hosts = ",".join(f"{host}:{port}" for host, port in self.sentinels)
+        of_sentinels = [f"sentinel_password={user.removeprefix(':')}"] if user else []
+        query = "&".join([*filter(None, [parts.query]), *of_sentinels])
+        url = f"{parts.scheme}+sentinel://{user}{at}{hosts}/{self.master_name}"
+        return f"{url}?{query}" if query else url
+
+    @property
     def master(self) -> RedisServer:
-        """The data server that the Sentinels call the master now."""
-        for sentinel in filter(lambda server: server.running, self.sentinel_servers):
-            _, port = sentinel.command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.master_name)
-            return next(node for node in self.nodes if node.port == int(port))
-        raise ServerError("no Sentinel runs")
+        """The data server that is the master by the newest word of the Sentinels: one hears of a failover first."""
+        words = list(map(self._word, filter(lambda server: server.running, self.sentinel_servers)))
+        if not words:
+            raise ServerError("no Sentinel runs")
+        return next(node for node in self.nodes if node.port == max(words)[1])
 
     @property
     def replicas(self) -> list[RedisServer]:
@@ -232,21 +218,35 @@ class RedisSentinel(_Group):
         """Start it and return it once every Sentinel knows both replicas and the two other Sentinels (about 2 s)."""
         if self.servers:
             return self
-        master = self._add(RedisServer, self._config)
+        how = {"persistent": self._persistent, **self._access}
+        master = self._add(RedisServer, self._config, **how)
         for _ in range(2):
-            self._add(RedisServer, [f"replicaof 127.0.0.1 {master.port}", *self._config])
+            self._add(RedisServer, [f"replicaof 127.0.0.1 {master.port}", *self._config], **how)
         until("the replicas did not connect", lambda: len(master.command("ROLE")[2]) == 2, self.nodes)
         watch = [
             f"sentinel monitor {self.master_name} 127.0.0.1 {master.port} 2",
-            f"sentinel down-after-milliseconds {self.master_name} 500",
+            # More than a second. A Sentinel's first ping of a new master comes a second after it has heard of it, or
+            # after this time if that is shorter: then it takes each new master for dead at once.
+            f"sentinel down-after-milliseconds {self.master_name} 1500",
             f"sentinel failover-timeout {self.master_name} 3000",
         ]
+        if self._access["password"]:
+            watch.append(f'sentinel auth-pass {self.master_name} "{self._access["password"]}"')
         for _ in range(3):
-            self._add(_Sentinel, watch)
+            self._add(_Sentinel, watch, **self._access)
         until("the Sentinels did not meet", lambda: all(map(self._settled, self.sentinel_servers)), self.servers)
         return self
 
-    def _settled(self, sentinel: RedisServer) -> bool:
+    def _word(self, sentinel: RedisServer) -> tuple[int, int]:
+        """The epoch of its configuration, and the master's port."""
+        epoch = int(self._state(sentinel)["config-epoch"])
+        # Not the port of SENTINEL MASTER: it is late by a second during a failover.
+        return epoch, int(sentinel.command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.master_name)[1])
+
+    def _state(self, sentinel: RedisServer) -> dict[str, str]:
         reply = sentinel.command("SENTINEL", "MASTER", self.master_name)
-        state = dict(zip(reply[::2], reply[1::2], strict=True))
+        return dict(zip(reply[::2], reply[1::2], strict=True))
+
+    def _settled(self, sentinel: RedisServer) -> bool:
+        state = self._state(sentinel)
         return (state["num-slaves"], state["num-other-sentinels"], state["flags"]) == ("2", "2", "master")

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from ._binaries import ServerError, find_postgres, find_redis, redis_binaries
 from ._postgres_server import PostgresServer
-from ._redis_servers import RedisCluster, RedisSentinel, RedisServer
+from ._redis_cluster import RedisCluster
+from ._redis_servers import RedisSentinel, RedisServer
 
 __all__ = [
     "PostgresServer",

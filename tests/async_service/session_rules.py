@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from govredis import SessionAlreadyBound, SessionBinding, SessionChanged
-from govredis.breaker import _nobody, _Prober
+from govredis._sole import SoleMark, nobody
 from govredis.sessions.backends.redis_backend import RedisSessionBackend
 from govredis.sessions.backends.rows import SessionRows
 
@@ -252,7 +252,7 @@ class SessionRules(Beside):
         sid, agent, theirs = self.name(sid), self.name(agent), self.name(theirs)
         if not self.there(who, sid) or any(self.blind) or (if_absent and sid in self.bound):
             return
-        owner, name = (SessionRows, "bind") if self.world.durable else (RedisSessionBackend, "_binding")
+        owner, name = (SessionRows, "bind") if self.world.durable else (RedisSessionBackend, "binding")
         step, began, left = getattr(owner, name), time.monotonic(), 0.0
         with pytest.MonkeyPatch.context() as patch:
 
@@ -396,7 +396,7 @@ class SessionRules(Beside):
         if not self.away[who]:
             self.away[who] = True
             breaker = self.govs[who].internal.context.redis.breaker  # type: ignore[union-attr]
-            breaker._prober = _Prober  # somebody is at it: no probe of its own
+            breaker._probing.holder = SoleMark  # somebody is at it: no probe of its own
             breaker.trip("a test")
             breaker._drained.set()  # nobody waits for that probe
 
@@ -428,7 +428,7 @@ class SessionRules(Beside):
             self.away[who] = False
             breaker = self.govs[who].internal.context.redis.breaker  # type: ignore[union-attr]
             breaker._try_probe()
-            breaker._prober = _nobody
+            breaker._probing.holder = nobody
             assert breaker.closed
             if not self.world.durable:
                 self.told(who)

@@ -32,6 +32,9 @@ class ServerCost:
         said = self._raw.ask("INFO", "commandstats")
         return {name: int(spent) for name, spent in re.findall(r"cmdstat_([^:]+):calls=\d+,usec=(\d+)", said)}
 
+    def close(self) -> None:
+        self._raw.close()
+
 
 def sent_commands(site: Site, call: Call) -> set[str]:
     """The names of the commands that `call` sends: not of those that its scripts run, which count in the script."""

@@ -14,7 +14,20 @@ from typing import Any
 
 from govredis.testing.servers import PostgresServer, RedisServer
 
-from . import background, costs, curve, first_call, hand_over, in_process, many, memory, outage, targets, throughput
+from . import (
+    background,
+    cluster,
+    costs,
+    curve,
+    first_call,
+    hand_over,
+    in_process,
+    many,
+    memory,
+    outage,
+    targets,
+    throughput,
+)
 from .machine import awake_cores, conditions, load
 from .operations import missing
 from .sites import Site
@@ -70,6 +83,9 @@ class Bench:
     def many(self) -> Any:
         return many.measure(self.site, self.size.rounds)
 
+    def cluster(self) -> Any:
+        return cluster.measure(self.size.rounds // 2, max(1, self.size.turn // 4))
+
     def cold(self) -> Any:
         return many.from_cold(self.site, self.postgres(), max(1, self.size.few_rounds // 2), self.size.agents)
 
@@ -94,7 +110,7 @@ class Bench:
 
 PARTS = (
     "costs", "throughput", "curve", "many", "in_process", "hand_over", "first_call", "cold", "memory", "background",
-    "outage",
+    "outage", "cluster",
 )  # fmt: skip
 
 

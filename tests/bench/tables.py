@@ -91,6 +91,15 @@ def many(report: Report) -> str:
     return table(["operation", "", "µs in all, an id", "CPU of the client", "CPU of Redis"], rows)
 
 
+def cluster(report: Report) -> str:
+    rows = []
+    for operation, by in report["cluster"].items():
+        for who, of in by.items():
+            shown = [spread(of["wall_us"]), spread(of["client_us"]), spread(of["to_one"]) if "to_one" in of else ""]
+            rows.append([operation if who == next(iter(by)) else "", who, *shown])
+    return table(["operation", "by", "µs in all", "CPU of the client", "to the node alone"], rows)
+
+
 def in_process(report: Report) -> str:
     rows = [[who, *(spread(of) for of in by.values())] for who, by in report["in_process"].items()]
     return table(["by", "1 thread, µs", "8 threads, µs"], rows)
@@ -224,6 +233,7 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "threads": _company("threads"),
     "curve": curve,
     "many": many,
+    "cluster": cluster,
     "in_process": in_process,
     "hand_over": hand_over,
     "imports": imports,

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from . import operations, pages, samples, targets
+from . import floors, instructions, operations, pages, samples, targets
 from .run import PARTS, REPORT
 from .tables import TABLES
 
@@ -107,3 +107,27 @@ def test_a_target_holds_up_to_its_bound() -> None:
     assert held["Redis's CPU, limits.hit, to limits"]
     assert not held["Redis's CPU, locks.acquire + release, to redis-py"]
     assert held['client CPU, sessions.get, to `client.call("GET")`']
+
+
+@pytest.mark.once
+def test_instructions_are_counted_by_operation_and_contestant(system_binary: Callable[[str], str]) -> None:
+    system_binary("valgrind")
+    found = instructions.measure(["GET", "metadata.get"], rounds=2)
+    assert {operation for operation, _ in found} == {"GET", "metadata.get"}
+    # Two keys cost Redis more than one: a count that no load of this machine changes.
+    assert 0 < found["GET", operations.OURS] < found["metadata.get", operations.OURS]
+
+
+@pytest.mark.once
+def test_each_promise_adds_to_the_price(
+    system_binary: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system_binary("valgrind")
+    monkeypatch.setattr(floors, "ROUNDS", 1)
+    monkeypatch.setattr(floors, "TURN", 20)
+    floors.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.count(" | ") == 3]
+    counts = {(n, row[0]): int(row[1].replace(",", "")) for n, row in enumerate(rows) if row[1][:1].isdigit()}
+    assert sum("ours" in name for _, name in counts) == 3
+    ours, cheapest = ([count for (_, name), count in counts.items() if what in name] for what in ("ours", "do nothing"))
+    assert cheapest and max(cheapest) < min(ours)

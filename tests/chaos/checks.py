@@ -12,7 +12,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from govredis.client.slots import SLOTS, slot_of
+from govredis.keys import Keys
+
 from .history import Op
+
+#: The keys under which Redis has the limits and the values.
+KEYS = Keys()
+ALL_SLOTS = [(0, SLOTS - 1)]
 
 #: With PostgreSQL no cached value is staler, and no revoked session is found: the workers' metadata_staleness.
 X = 3.0
@@ -42,12 +49,18 @@ class Faults:
     def __init__(self, ops: Iterable[Op]) -> None:
         self.all = [op for op in ops if op.what == "fault"]
 
-    def between(self, began: float, ended: float, kind: str = "") -> int:
-        """How many were at work; with a `kind`, how often they did that ("loses" data, "evicts")."""
+    def between(self, began: float, ended: float, kind: str = "", key: str = "") -> int:
+        """How many were at work; with a `kind`, how often they did that ("loses" data, "evicts") to the key.
+
+        On a Cluster, where a fault befalls a primary, only the keys are concerned whose slots it had then.
+        """
+        slot = slot_of(key)
         return sum(
             int(fault.args.get(kind, 0)) if kind else 1
             for fault in self.all
-            if fault.began <= ended and fault.ended >= began
+            if fault.began <= ended
+            and fault.ended >= began
+            and (not kind or any(first <= slot <= last for first, last in fault.args.get("slots", ALL_SLOTS)))
         )
 
 
@@ -137,14 +150,16 @@ def limits(ops: Sequence[Op], faults: Faults) -> Iterator[Violation]:
                 stores[op.value[1] if op.value[1] != "local" else f"{op.who}'s own"].append(op)
         for store, admitted in stores.items():
             for count, window in some[0].args["rate"]:
-                yield from _too_many(f"{identity} by {store}", admitted, count, window, faults, store == "redis")
+                mortal = KEYS.rate_limit("default", identity) if store == "redis" else None
+                yield from _too_many(f"{identity} by {store}", admitted, count, window, faults, mortal)
         if not any(op.args.get("waited") for op in some):
             yield from _refused_for_nothing(some)
 
 
 def _too_many(
-    whose: str, admitted: list[Op], count: int, window: float, faults: Faults, mortal: bool
+    whose: str, admitted: list[Op], count: int, window: float, faults: Faults, mortal: str | None
 ) -> Iterator[Violation]:
+    """`mortal`: the key whose loss forgets the admissions; None: they are where no fault reaches them."""
     for first, op in enumerate(admitted):
         until = op.began + window - 0.002  # the servers' clocks count in their own milliseconds
         total = 0
@@ -153,9 +168,10 @@ def _too_many(
                 break
             if other.ended <= until:
                 total += other.args["cost"]
-        if total <= count or (mortal and faults.between(op.began, until, "evicts")):
+        if total <= count or (mortal and faults.between(op.began, until, "evicts", mortal)):
             continue
-        losses = faults.between(op.began, until, "loses") if mortal else 0
+        # A failover loses what the replica did not have yet: N and that, so 2 N at most.
+        losses = faults.between(op.began, until, "loses", mortal) if mortal else 0
         if total > count * (1 + losses):
             text = f"{whose}: {total} within {window:g} s of {op.began:.4f}, of {count}; {losses} losses of data"
             yield Violation("at most N within any window, a store and loss of data", op.began, text)
@@ -294,8 +310,8 @@ def metadata(ops: Sequence[Op], faults: Faults) -> Iterator[Violation]:
         if (
             newer is not None
             and newer.value > version
-            and not faults.between(newer.began - X - 1, op.ended, "loses")
-            and not faults.between(newer.began - X - 1, op.ended, "evicts")
+            and not faults.between(newer.began - X - 1, op.ended, "loses", KEYS.cached("agent_meta", agent))
+            and not faults.between(newer.began - X - 1, op.ended, "evicts", KEYS.cached("agent_meta", agent))
         ):
             text = f"{op.who} read {version} of {agent} {op.began - newer.ended:.3f} s after {newer.value} was told"
             yield Violation("after invalidate no hit is older", op.began, text)

@@ -7,74 +7,75 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psycopg2
 
 from govredis.testing.servers import PostgresServer, RedisServer
-from tests.cutting_proxy import CuttingProxy
 
 from .history import Recorder, now
 
 
-class UnreliableProxy(CuttingProxy):
-    """Cuts a connection when a reply comes, sends the reply twice, or is late with it.
-
-    Attributes:
-        trouble: which of "cut", "double", "late"; "" for none.
-        chance: with which a reply meets it.
-    """
-
-    trouble, chance = "", 0.02
-
-    def _deliver(self, receiver: Any, found: bytes, *, is_reply: bool) -> bool:
-        if is_reply and self.trouble and random.random() < self.chance:
-            if self.trouble == "cut":
-                return False
-            if self.trouble == "late":
-                time.sleep(random.uniform(0, 0.3))
-            elif self.trouble == "double":
-                found *= 2
-        return super()._deliver(receiver, found, is_reply=is_reply)
-
-
-class World:
-    """The servers and processes that faults befall.
+class World(ABC):
+    """The servers and processes that faults befall; a subclass for each topology of Redis.
 
     Args:
+        folder: of the history.
         workers: gives the processes that run now, by name.
         replace: kills one and starts another.
-        celery: the pid of the Celery worker.
+        celery: gives the pid of the Celery worker.
         children: gives those of its pool.
+
+    Attributes:
+        cache: the Redis that a fault befalls now.
     """
+
+    #: The faults by what they befall: two faults at once are never of the same part.
+    parts: ClassVar[dict[str, tuple[str, ...]]]
+    cache: RedisServer
 
     def __init__(
         self,
-        cache: RedisServer,
-        postgres: PostgresServer,
-        proxy: UnreliableProxy,
         folder: Path,
+        postgres: PostgresServer,
         workers: Callable[[], dict[str, int]],
         replace: Callable[[str], None],
-        celery: int,
+        celery: Callable[[], int],
         children: Callable[[], list[int]],
     ) -> None:
-        self.cache, self.postgres, self.proxy = cache, postgres, proxy
+        self.folder, self.postgres = folder, postgres
         self.workers, self.replace, self.celery, self.children = workers, replace, celery, children
         self.recorder = Recorder(folder, "faults")
+
+    @abstractmethod
+    def start(self, stack: contextlib.ExitStack) -> None:
+        """Start the servers of Redis, and have the stack end them."""
+
+    @abstractmethod
+    def url(self, worker: int) -> str:
+        """Where a worker reaches Redis."""
+
+    @abstractmethod
+    def aim(self, dice: random.Random) -> None:
+        """Draw the Redis that the next fault befalls."""
+
+    def slots(self) -> Sequence[tuple[int, int]] | None:
+        """The slots that a fault of `cache` concerns, as first and last ones; None for all keys."""
+        return None
 
     # -- drawing them --------------------------------------------------------------------------------------------
 
     def storm(self, seconds: float, dice: random.Random, only: set[str]) -> None:
         """Faults of each part one after the other, of all parts at once; it is over when the last one is."""
         ends = now() + seconds
-        with ThreadPoolExecutor(len(PARTS)) as threads:
+        with ThreadPoolExecutor(len(self.parts)) as threads:
             befalling = [
                 threads.submit(self._befall, part, [n for n in names if n in only], ends, random.Random(dice.random()))
-                for part, names in PARTS.items()
+                for part, names in self.parts.items()
             ]
         for one in befalling:
             one.result()
@@ -83,34 +84,17 @@ class World:
         while names and now() < ends:
             time.sleep(dice.expovariate(1.5))
             name = dice.choice(names)
-            n, line = self.recorder.number(), {"began": now(), "args": {"name": name, "part": part}}
-            line["args"].update(loses=LOSING.get(name, 0), evicts=int(name == "redis evicting"))
+            args = {"name": name, "part": part, "loses": LOSING.get(name, 0), "evicts": int(name == "redis evicting")}
+            if part == "redis":
+                self.aim(dice)
+                if (slots := self.slots()) is not None and name not in OF_ALL_NODES:
+                    args["slots"] = slots
+            n, line = self.recorder.number(), {"began": now(), "args": args}
             self.recorder.write(n, "fault", **line)
-            FAULTS[name](self, dice)
+            getattr(self, name.replace(" ", "_"))(dice)
             self.recorder.write(n, "fault", **line, ended=now(), outcome="ok")
 
-    # -- Redis ---------------------------------------------------------------------------------------------------
-
-    def redis_stopped(self, dice: random.Random) -> None:
-        self.cache.pause()
-        time.sleep(dice.choice([0.05, 0.3, dice.uniform(1, 4)]))
-        self.cache.resume()
-
-    def _restart(self, dice: random.Random, data: Any) -> None:
-        self.cache.kill()
-        time.sleep(dice.uniform(0, 3))
-        self.cache.restart(data)
-
-    def redis_killed(self, dice: random.Random) -> None:
-        self._restart(dice, "keep")
-
-    def redis_emptied(self, dice: random.Random) -> None:
-        self._restart(dice, "empty")
-
-    def redis_set_back(self, dice: random.Random) -> None:
-        self.cache.snapshot_data()
-        time.sleep(dice.uniform(0.5, 4))
-        self._restart(dice, "old")
+    # -- a server of Redis ---------------------------------------------------------------------------------------
 
     def redis_flushed(self, dice: random.Random) -> None:
         for _ in range(LOSING["redis flushed"]):
@@ -131,14 +115,10 @@ class World:
         self.cache.command("CLIENT", "PAUSE", round(seconds * 1000), dice.choice(["ALL", "WRITE"]))
         time.sleep(seconds)
 
-    def redis_read_only(self, dice: random.Random) -> None:
-        if dice.random() < 0.5:
-            self.cache.command("REPLICAOF", "127.0.0.1", "1")
+    def redis_unreplicated(self, dice: random.Random) -> None:
+        """It has fewer replicas than it wants, and refuses writes."""
+        with self._set("min-replicas-to-write", 9, 0):
             time.sleep(dice.uniform(0.5, 3))
-            self.cache.command("REPLICAOF", "NO", "ONE")
-        else:
-            with self._set("min-replicas-to-write", 1, 0):
-                time.sleep(dice.uniform(0.5, 3))
 
     def redis_full(self, dice: random.Random) -> None:
         with self._set("maxmemory", 1, 0):
@@ -158,22 +138,6 @@ class World:
             yield
         finally:
             self.cache.command("CONFIG", "SET", setting, back)
-
-    # -- the proxy -----------------------------------------------------------------------------------------------
-
-    def _trouble(self, dice: random.Random, kind: str) -> None:
-        self.proxy.chance, self.proxy.trouble = dice.choice([0.005, 0.05]), kind
-        time.sleep(dice.uniform(0.5, 3))
-        self.proxy.trouble = ""
-
-    def replies_cut(self, dice: random.Random) -> None:
-        self._trouble(dice, "cut")
-
-    def replies_doubled(self, dice: random.Random) -> None:
-        self._trouble(dice, "double")
-
-    def replies_late(self, dice: random.Random) -> None:
-        self._trouble(dice, "late")
 
     # -- PostgreSQL ----------------------------------------------------------------------------------------------
 
@@ -222,7 +186,7 @@ class World:
             time.sleep(dice.uniform(0, 0.03))
 
     def celery_stopped(self, dice: random.Random) -> None:
-        with self._stopped(dice.choice([self.celery, *self.children()])):
+        with self._stopped(dice.choice([self.celery(), *self.children()])):
             time.sleep(dice.uniform(0.05, 3))
 
     def celery_killed(self, dice: random.Random) -> None:
@@ -236,19 +200,18 @@ def _signal(number: int, *pids: int) -> None:
             os.kill(pid, number)
 
 
-#: By what they befall: two faults at once are never of the same part.
-PARTS = {
-    "redis": (
-        "redis stopped", "redis killed", "redis emptied", "redis set back", "redis flushed", "scripts flushed",
-        "clients killed", "clients paused", "redis read only", "redis full", "redis evicting",
-    ),
-    "proxy": ("replies cut", "replies doubled", "replies late"),
+#: The faults of the parts that all topologies have.
+OF_OTHERS = {
     "postgres": ("postgres stopped", "backends terminated"),
     "workers": ("worker stopped", "worker killed", "worker struck"),
     "celery": ("celery stopped", "celery killed"),
-}  # fmt: skip
-FAULTS: dict[str, Callable[[World, random.Random], None]] = {
-    name: getattr(World, name.replace(" ", "_")) for names in PARTS.values() for name in names
 }
+#: Those that each Redis may meet, whatever it is a part of.
+OF_A_SERVER = (
+    "redis flushed", "scripts flushed", "clients killed", "clients paused", "redis unreplicated", "redis full",
+    "redis evicting",
+)  # fmt: skip
 #: How often Redis loses what it has counted.
-LOSING = {"redis emptied": 1, "redis set back": 1, "redis flushed": 3}
+LOSING = {"redis emptied": 1, "redis set back": 1, "redis flushed": 3, "all emptied": 1}
+#: Those of all nodes of a Cluster at once.
+OF_ALL_NODES = ("all killed", "all emptied")

@@ -115,7 +115,7 @@ def invalidations_lost() -> None:
 def ticks_that_tell_nothing() -> None:
     from govredis.outbox.relay import OutboxRelay
 
-    OutboxRelay._commands = lambda self, entries: []  # type: ignore[method-assign]
+    OutboxRelay._commands = lambda self, entries, found: []  # type: ignore[method-assign]
 
 
 @breaks("no hit is staler than X")
@@ -124,8 +124,8 @@ def losses_unnoticed() -> None:
 
     tell = OutboxRelay._tell
 
-    def trusting(self: OutboxRelay, text: Any, held: Any, last_run: Any, entries: Any) -> Any:
-        return tell(self, text, held, last_run if held is None else held.run, entries)
+    def trusting(self: OutboxRelay, found: Any, last_run: Any, entries: Any) -> Any:
+        return tell(self, found, last_run if found.held is None else found.held.run, entries)
 
     OutboxRelay._tell = trusting  # type: ignore[method-assign]
 

@@ -28,10 +28,10 @@ from tests.locks.lock_set import Register
 from tests.tasks.tasks_worker import ROOT, environment
 
 from .checks import Violation, X, check
-from .faults import FAULTS, UnreliableProxy, World
 from .history import Op, Recorder, now, read
 from .mutants import MUTANTS
 from .parts import AGENTS, SLOTS
+from .topologies import TOPOLOGIES, faults_of
 
 WORKERS = 8
 #: Only what is broken takes so long to end.
@@ -42,8 +42,10 @@ class Run:
     """One run from one seed, its history in `folder`."""
 
     def __init__(
-        self, folder: Path, seed: int, seconds: float, *, only: set[str], mutants: str, forks: str, patience: float
-    ) -> None:
+        self, folder: Path, seed: int, seconds: float, *, topology: str, only: set[str], mutants: str, forks: str,
+        patience: float,
+    ) -> None:  # fmt: skip
+        self.topology = topology
         self.folder, self.seed, self.seconds, self.only = folder, seed, seconds, only
         self.mutants, self.forks, self.patience = mutants, forks, patience
         self.dice = random.Random(seed)
@@ -56,10 +58,12 @@ class Run:
     def violations(self) -> list[Violation]:
         """Do it."""
         with contextlib.ExitStack() as stack:
-            self.cache = stack.enter_context(RedisServer(persistent=True))
             self.broker = stack.enter_context(RedisServer(persistent=True))
             self.postgres = stack.enter_context(PostgresServer(config=["max_connections=300"]))
-            self.proxy = stack.enter_context(UnreliableProxy(self.cache.port))
+            self.world = TOPOLOGIES[self.topology](
+                self.folder, self.postgres, self._workers, self._replace, lambda: self.celery.pid, self._children
+            )
+            self.world.start(stack)
             self.registers = {name: Register() for name in "ab"}
             for register in self.registers.values():
                 stack.callback(register.close)
@@ -86,7 +90,8 @@ class Run:
     def _settings(self, **more: Any) -> dict[str, Any]:
         # The timeouts are such that a busy machine is no outage, and that most of the faults are one.
         return {
-            "redis_url": self.cache.url, "database_url": self.postgres.url, "lock_folder": str(self.folder / "locks"),
+            "redis_url": self.world.url(0), "database_url": self.postgres.url,
+            "lock_folder": str(self.folder / "locks"),
             "metadata_staleness": X, "socket_timeout": 1, "connect_timeout": 1, "postgres_timeout": 2, **more,
         }  # fmt: skip
 
@@ -98,9 +103,7 @@ class Run:
             "seed": self.seed * 1000 + self._number, "pause": 0.02,
             "forks": "python" in self.forks, "nurse": "c" in self.forks.split(",") and which == WORKERS - 1,
             "registers": {name: register.port for name, register in self.registers.items()},
-            "settings": self._settings(
-                redis_url=self.proxy.url if which % 2 else self.cache.url, local_cache=which in (1, 2, 5, 6)
-            ),
+            "settings": self._settings(redis_url=self.world.url(which), local_cache=which in (1, 2, 5, 6)),
         }  # fmt: skip
         with open(self.folder / "workers.log", "ab") as log:
             command = [sys.executable, "-m", "tests.chaos.worker", json.dumps(spec)]
@@ -145,10 +148,6 @@ class Run:
     # -- the course of it ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        world = World(
-            self.cache, self.postgres, self.proxy, self.folder, self._workers, self._replace,
-            self.celery.pid, self._children,
-        )  # fmt: skip
         self._await("the processes did not begin", lambda: len([*self.folder.glob("w*.jsonl")]) >= WORKERS)
         published = threading.Event()
         publisher = threading.Thread(target=self._publish, args=(published,))
@@ -158,7 +157,7 @@ class Run:
             ends = now() + self.seconds
             while now() < ends:
                 time.sleep(self.dice.choice([1, X + 3]))  # a calm, short or long enough for what must hold in one
-                world.storm(min(self.dice.uniform(3, 15), max(1, ends - now())), self.dice, self.only)
+                self.world.storm(min(self.dice.uniform(3, 15), max(1, ends - now())), self.dice, self.only)
         finally:
             published.set()
             publisher.join()
@@ -266,7 +265,8 @@ def main() -> None:
     runs = commands.add_parser("run", help="run, and check the history")
     runs.add_argument("--seconds", type=float, default=120)
     runs.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=None)
-    runs.add_argument("--faults", type=lambda text: set(text.split(",")), default=set(FAULTS), help="only these")
+    runs.add_argument("--topology", choices=TOPOLOGIES, default="server", help="of Redis")
+    runs.add_argument("--faults", type=lambda text: set(text.split(",")), default=None, help="only these")
     runs.add_argument("--without", type=lambda text: set(text.split(",")), default=set(), help="none of these")
     runs.add_argument("--forks", default="python,c", help="how processes fork: python, c, both or none")
     runs.add_argument("--patience", type=float, default=75, help="seconds without any task, and the others are lost")
@@ -279,16 +279,18 @@ def main() -> None:
         found = check(ops)
         report(ops, found, str(asked.folder))
         sys.exit(bool(found))
-    if wrong := (asked.faults | asked.without) - set(FAULTS):
-        parser.error(f"no such faults: {', '.join(sorted(wrong))}; there are: {', '.join(FAULTS)}")
+    known = faults_of(asked.topology)
+    faults = known if asked.faults is None else asked.faults
+    if wrong := (faults | asked.without) - known:
+        parser.error(f"no such faults: {', '.join(sorted(wrong))}; there are: {', '.join(sorted(known))}")
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # handed on to the processes, until they have their handlers
     failed = False
     for seed in asked.seeds or [random.SystemRandom().randrange(1_000_000)]:
         folder = Path(tempfile.mkdtemp(prefix="govredis-chaos-"))
         print(f"seed {seed}: history in {folder}", flush=True)
         run = Run(
-            folder, seed, asked.seconds, only=asked.faults - asked.without, mutants=asked.mutant, forks=asked.forks,
-            patience=asked.patience,
+            folder, seed, asked.seconds, topology=asked.topology, only=faults - asked.without, mutants=asked.mutant,
+            forks=asked.forks, patience=asked.patience,
         )  # fmt: skip
         if run.violations():
             failed = True

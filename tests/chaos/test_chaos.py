@@ -25,8 +25,9 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HUNG, check=False)
 
 
-def test_a_storm_of_everything() -> None:
-    ended = run("--seconds", "20")
+@pytest.mark.parametrize(("topology", "seconds"), [("server", "20"), ("cluster", "15"), ("sentinel", "15")])
+def test_a_storm_of_everything(topology: str, seconds: str) -> None:
+    ended = run("--seconds", seconds, "--topology", topology)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "0 violations" in ended.stdout
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from govredis.client.slots import slot_of
+
 from . import checks
-from .checks import HUNG, LATE, LOCAL, Violation, X, check
+from .checks import HUNG, KEYS, LATE, LOCAL, Violation, X, check
 from .history import Op, Recorder, read
 
 OVERLAP = "holders on one host never overlap"
@@ -83,6 +85,8 @@ def ran(of: int, began: float, ended: float = math.inf, **more: Any) -> Op:
     return op("run", began, ended, task="alone", of=of, key="k", **more)
 
 
+#: The slot of the limit in `hit`.
+SLOT = slot_of(KEYS.rate_limit("default", "i"))
 LATER = 2.1 + X + 0.1
 
 GOOD: dict[str, list[Op]] = {
@@ -99,6 +103,10 @@ GOOD: dict[str, list[Op]] = {
     "as many as N": [*map(hit, [0, 0.1, 0.2, 1.2, 1.3])],
     "N of each store": [*map(hit, [0, 0.1, 0.2]), *(hit(0.3 + n / 10, store="postgres") for n in range(3))],
     "N once more after a loss": [*map(hit, [0, 0.1, 0.2, 0.4, 0.5, 0.6]), fault(0.3, 0.3, loses=1)],
+    "N once more after a failover of its node": [
+        *map(hit, [0, 0.1, 0.2, 0.4, 0.5, 0.6]),
+        fault(0.3, 0.3, loses=1, slots=[(0, 1), (SLOT, SLOT)]),
+    ],
     "any number during evictions": [*(hit(n / 100) for n in range(30)), fault(0.1, 0.3, evicts=1)],
     "what was given back": [*map(hit, [0, 0.1, 0.2]), hit(0.3, refund=True)],
     "refused at N": [*map(hit, [0, 0.1, 0.2]), hit(0.3, False)],
@@ -120,6 +128,7 @@ GOOD: dict[str, list[Op]] = {
     "pending": [write(1, 1), write(2, 2, flags=["agent_meta.invalidations_owed"]), saw(1, 2.5)],
     "by psql": [write(1, 1), write(2, 2, psql=True), saw(1, 2.5)],
     "after data was lost": [write(1, 1), write(2, 2), fault(2.1, 2.1, loses=1), saw(1, 2.5)],
+    "after a failover of its node": [write(1, 1), write(2, 2), fault(2, 2, loses=1, slots=[(0, 16383)]), saw(1, 2.5)],
     "without PostgreSQL": [write(1, 1), write(2, 2), saw(1, 9, flags=["agent_meta.degraded.unguarded"])],
     "a write that nobody knows of": [op("write", 1, agent="a", of=7), saw(7, 2)],
     "tasks": [publish(1), publish(2), ran(1, 2, 3), ran(2, 3.1, 4), ran(2, 4.1, 5)],
@@ -145,6 +154,18 @@ BAD: dict[str, tuple[str, list[Op]]] = {
     "one too many in the longer window": (TOO_MANY, [hit(1.5 * n) for n in range(6)]),
     "a cost too many": (TOO_MANY, [hit(0), hit(0.1, cost=3)]),
     "2 N and one after a loss": (TOO_MANY, [*(hit(n / 10) for n in range(7)), fault(0.3, 0.3, loses=1)]),
+    "a loss of other slots": (
+        TOO_MANY,
+        [*(hit(n / 10) for n in range(4)), fault(0.3, 0.3, loses=1, slots=[(0, SLOT - 1), (SLOT + 1, 16383)])],
+    ),
+    "evictions of other slots": (
+        TOO_MANY,
+        [*(hit(n / 10) for n in range(4)), fault(0.3, 0.3, evicts=1, slots=[(0, SLOT - 1)])],
+    ),
+    "2 N and one after a failover": (
+        TOO_MANY,
+        [*(hit(n / 10) for n in range(7)), fault(0.3, 0.3, loses=1, slots=[(SLOT, SLOT)])],
+    ),
     "Redis's loss is not PostgreSQL's": (
         TOO_MANY,
         [*(hit(n / 10, store="postgres") for n in range(4)), fault(0.3, 0.3, loses=1)],
@@ -165,6 +186,30 @@ BAD: dict[str, tuple[str, list[Op]]] = {
     "revoked, and found at once": (REVOKED, [bind(), unbind(), get(2.2)]),
     "revoked, and found by X and more": (REVOKED, [bind(), unbind(), fault(0, 9), get(LATER)]),
     "of a revoked agent": (REVOKED, [bind(), op("session.unbind_agent", 2, 2.1, 1, agent="ann"), get(LATER)]),
+    "of an agent, where Redis is away": (
+        REVOKED,
+        [
+            bind(),
+            op("session.unbind_agent", 2, 2.1, 1, agent="ann", flags=["sessions.degraded.postgres"]),
+            get(LATER),
+        ],
+    ),
+    "of an agent, where Redis alone has it": (
+        REVOKED,
+        [
+            bind(flags=["sessions.degraded.bind"]),
+            op("session.unbind_agent", 2, 2.1, 1, agent="ann"),
+            get(LATER),
+        ],
+    ),
+    "of an agent, where Redis alone has it and is away": (
+        REVOKED,
+        [
+            bind(flags=["sessions.degraded.bind"]),
+            op("session.unbind_agent", 2, 2.1, 1, agent="ann", flags=["sessions.degraded.postgres"]),
+            get(LATER),
+        ],
+    ),
     "rotated, and found": (
         REVOKED,
         [bind(), op("session.rotate", 2, 2.1, "t", sid="s", agent="ann"), fault(0, 9), get(LATER)],
@@ -173,6 +218,10 @@ BAD: dict[str, tuple[str, list[Op]]] = {
     "stale by psql's": (STALE, [write(1, 1), write(2, 2, psql=True), saw(1, 2 + X + 0.1)]),
     "stale in the process": (STALE, [write(1, 1), write(2, 2, psql=True), saw(1, 2 + X + 0.1, local=True)]),
     "stale after it was told": (TOLD, [write(1, 1), write(2, 2), saw(1, 2.1)]),
+    "stale after a failover of another node": (
+        TOLD,
+        [write(1, 1), write(2, 2), fault(2, 2, loses=1, slots=[(0, 0)]), saw(1, 2.1)],
+    ),
     "stale in the process after it was told": (TOLD, [write(1, 1), write(2, 2), saw(1, 2.1 + LOCAL, local=True)]),
     "another id's value": (FOREIGN, [write(1, 1), op("read", 2, 3, [1, "one", 1, "a"], agent="b", local=False)]),
     "a value that nobody wrote": (FOREIGN, [write(1, 1), saw(9, 2)]),

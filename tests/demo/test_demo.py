@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
@@ -29,6 +30,7 @@ from govredis.demo.board import SERVICE, STOP, WEB, WORKERS, Board
 from govredis.demo.clients import Client
 from govredis.demo.measure import BESIDE, AdmittedCall, Call, Discovery, Findings, Phase, Run, overfull, quantile
 from govredis.demo.report import Screen, print_report
+from govredis.demo.topologies import ReplicatedRedis
 from govredis.demo.traffic import FALLBACK, OPERATIONS, REDIS, Job, Web
 from govredis.testing.servers import PostgresServer, RedisServer
 
@@ -99,6 +101,29 @@ def demo(request: pytest.FixtureRequest) -> Iterator[Demo]:
     demo.folder.rmdir()
 
 
+class FakeRedis:
+    """Stands for a server: notes the orders that it gets."""
+
+    def __init__(self) -> None:
+        self.orders: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: self.orders.append(name)
+
+
+def test_an_old_primary_comes_back_only_after_its_replica_has_taken_over() -> None:
+    """Sooner, its empty data would be the replicas', too."""
+    old, new = FakeRedis(), FakeRedis()
+    words = [old, old, new, new, new, new, old]
+    redis = ReplicatedRedis("", lambda: words.pop(0))  # type: ignore[arg-type,return-value]
+    redis.kill()
+    redis.restart()
+    assert (old.orders, len(words)) == (["kill", "restart"], 4)
+    redis.hang()
+    redis.go_on()
+    assert (new.orders, words) == (["pause", "resume"], [])
+
+
 class TestAsAProcess:
     def test_the_whole_story(self, demo: Demo) -> None:
         status, out, err = demo.end()
@@ -122,6 +147,26 @@ class TestAsAProcess:
         beside = out[out.index("Beside an async service") : out.index("Must not happen")]
         assert len(re.findall(r"^ *[1-9][\d,]*   ", beside, re.MULTILINE)) == 9, beside
         assert re.search(r"^0   disagreements with the async service", out, re.MULTILINE)
+        demo.assert_nothing_is_left()
+
+    @pytest.mark.parametrize(
+        ("demo", "primary"),
+        [
+            (("--topology", "sentinel", "--seconds", "20"), "its primary killed (-9)"),
+            (("--topology", "cluster", "--seconds", "20"), "its primary killed (-9)"),
+        ],
+        ids=["sentinel", "cluster"],
+        indirect=["demo"],
+    )
+    def test_the_story_of_replicas_that_take_over(self, demo: Demo, primary: str) -> None:
+        """The old primary comes back after that, so in both outages another server answers in the end."""
+        status, out, err = demo.end()
+        assert status == 0, out + err
+        assert err == ""
+        assert re.search(rf"^{re.escape(primary)}, ", out, re.MULTILINE)
+        assert re.search(r"^the old primary back, ", out, re.MULTILINE)
+        assert re.search(r"^0   lock overlaps \([1-9]", out, re.MULTILINE)
+        assert "health snapshots by beat" not in out, "an outage that replicas end may be too short for any"
         demo.assert_nothing_is_left()
 
     # Interrupted while it starts, it would otherwise go on for longer than anybody waits.
@@ -177,6 +222,17 @@ class TestAsAProcess:
                 return "beat" in health["checks"] and health["status"] == "pass"
 
             eventually(beats, what="beat is seen, and all is well")
+            page = f"{url[0]}govredis/dashboard"
+            assert demo.said[0] == f"The dashboard: {page}\n"
+
+            def shows_visitors() -> bool:
+                with urlopen(page, timeout=PATIENCE) as answer:
+                    text = answer.read().decode()
+                return "nightly-report" in text and "<td>visits</td>" in text
+
+            eventually(shows_visitors, what="the dashboard shows the visitors' lock and denials")
+            with pytest.raises(HTTPError, match="403"):
+                urlopen(Request(page, headers={"Host": "evil.example"}), timeout=PATIENCE)
             demo.process.send_signal(signal.SIGINT)
             status, _, err = demo.end()
             assert (status, err) == (0, "")

@@ -22,12 +22,12 @@ _SCRIPT = """
 import json, os, sys
 settings, how = json.loads(sys.argv[1])
 from govredis import Config, GovRedis
-from govredis.limits import denied_counts
-denied_counts._INTERVAL = 3600
+from govredis import _teller
+_teller.INTERVAL = 3600
 gov = GovRedis(Config(limit_deny_cache=False, limit_mirror=3600, **settings))
 
 def work(gov):
-    denied_counts._INTERVAL = 3600
+    _teller.INTERVAL = 3600
     assert gov.limits.hit("a", "1/hour", operation=f"op{os.getpid()}")
     for _ in range(3):
         assert not gov.limits.hit("a", "1/hour", operation=f"op{os.getpid()}")
@@ -167,7 +167,7 @@ def test_denials_on_their_way_are_waited_for(make_gov: Callable[..., GovRedis], 
     import threading
 
     gov = make_gov(redis_url=redis_server.url)
-    counts = gov.limits._decider.denied_counts
+    counts, teller = gov.limits._decider.denied_counts, gov.internal.context.teller
     pipeline, sent, go = redis_of(gov).pipeline, threading.Event(), threading.Event()
 
     def slowly(*args: Any, **options: Any) -> Any:
@@ -177,11 +177,11 @@ def test_denials_on_their_way_are_waited_for(make_gov: Callable[..., GovRedis], 
 
     redis_of(gov).pipeline = slowly  # type: ignore[method-assign]
     counts.add("a", "default")
-    thread = threading.Thread(target=counts.flush)
+    thread = threading.Thread(target=teller.flush)
     thread.start()
     assert sent.wait(PATIENCE)
     assert counts.has_pending()
-    settling = threading.Thread(target=counts.write_pending)
+    settling = threading.Thread(target=teller.write_pending)
     settling.start()
     go.set()
     settling.join(PATIENCE)
@@ -197,8 +197,8 @@ import multiprocessing
 
 def work():
     from govredis import Config, GovRedis
-    from govredis.limits import denied_counts
-    denied_counts._INTERVAL = 3600
+    from govredis import _teller
+    _teller.INTERVAL = 3600
     gov = GovRedis(Config(redis_url="{redis_server.url}", socket_timeout=20))
     gov.limits.hit("a", "1/hour"), gov.limits.hit("a", "1/hour")
 

@@ -14,6 +14,10 @@ from hypothesis import strategies as st
 from support import PATIENT, in_child, redis_of
 
 from govredis import BackendUnavailable, GovRedis
+from govredis._context import Context
+from govredis._counters import Counters
+from govredis._latch import Latch
+from govredis._teller import Teller
 from govredis.keys import Keys
 from govredis.limits.denied_counts import KEPT, Denied, DeniedCounts
 from govredis.testing.servers import RedisServer
@@ -22,25 +26,23 @@ HOUR = 3600 * 1_000_000
 
 
 class Waiting:
-    """A sleep that ends when the test says so, and a clock that stands."""
+    """A second that ends when the test says so."""
 
     def __init__(self) -> None:
-        self.now = 100.0
         self.asleep, self.wake = threading.Semaphore(0), threading.Semaphore(0)
 
-    def clock(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
+    def wait(self, stopped: Latch) -> bool:
         self.asleep.release()
-        assert self.wake.acquire(timeout=20)
+        while not stopped.is_set() and not self.wake.acquire(timeout=0.05):
+            pass
+        return stopped.is_set()
 
 
 @pytest.fixture
 def threads() -> Callable[[], list[threading.Thread]]:
     """The threads that tell, of this test: those of the tests before may sleep on for a second."""
     before = set(threading.enumerate())
-    return lambda: [t for t in threading.enumerate() if t.name == "govredis-denied" and t not in before]
+    return lambda: [t for t in threading.enumerate() if t.name == "govredis-teller" and t not in before]
 
 
 @pytest.fixture
@@ -62,14 +64,13 @@ class TestLimiter:
         threads: Callable[[], list[threading.Thread]],
     ) -> None:
         gov = make_gov(redis_url=mortal_redis.url, **PATIENT)
-        gov.limits._decider.denied_counts._sleep = waiting.sleep
+        gov.internal.context.teller._wait = waiting.wait  # type: ignore[method-assign]
         before = set(threading.enumerate())
         for _ in range(2):
             gov.limits.hit("a", "1/hour")
         (teller,) = threads()
         mortal_redis.kill()
         gov.close()
-        waiting.wake.release()
         teller.join(20)
         assert not teller.is_alive()
         assert not {thread.name for thread in set(threading.enumerate()) - before} & {"govredis-probe"}
@@ -122,8 +123,16 @@ class TestLimiter:
 
 class TestInTheProcess:
     @pytest.fixture
-    def denied(self, gov: GovRedis, waiting: Waiting) -> DeniedCounts:
-        return DeniedCounts(replace(gov.internal.context, keys=Keys("p:")), waiting.clock, waiting.sleep)
+    def context(self, gov: GovRedis, waiting: Waiting) -> Context:
+        """Another prefix, and a teller for nothing else."""
+        counters = Counters()
+        teller = Teller(redis_of(gov), counters)
+        teller._wait = waiting.wait  # type: ignore[method-assign]
+        return replace(gov.internal.context, keys=Keys("p:"), counters=counters, teller=teller)
+
+    @pytest.fixture
+    def denied(self, context: Context) -> DeniedCounts:
+        return DeniedCounts(context)
 
     def test_a_thread_tells_after_a_second_and_ends(
         self,
@@ -142,7 +151,6 @@ class TestInTheProcess:
         for thread in threads():
             thread.join(20)
         assert denied.most(9) == [Denied("a", "op", 5), Denied("b", "op", 1)]
-        waiting.now += 1
         denied.add("b", "op")
         assert waiting.asleep.acquire(timeout=20), "the next second has a thread of its own"
         waiting.wake.release()
@@ -154,54 +162,54 @@ class TestInTheProcess:
         assert key.startswith("{p:govredis:denied}:")
         assert 3_600_000 < plain_redis.pttl(key) <= 7_200_000
 
-    def test_is_bounded(self, denied: DeniedCounts, gov: GovRedis) -> None:
+    def test_is_bounded(self, denied: DeniedCounts, context: Context) -> None:
         for n in range(KEPT + 5):
             denied.add(f"a{n}", "op")
         denied.add("a0", "op")
         assert len(denied._counts) == KEPT
-        assert gov.counters.get("limits.denied_untold") == 5
-        denied.flush()
+        assert context.counters.get("limits.denied_untold") == 5
+        context.teller.flush()
         assert denied.most(1) == [Denied("a0", "op", 2)]
         assert len(denied.most(2 * KEPT)) == KEPT
 
     def test_counts_that_redis_refuses_are_counted_as_untold(
-        self, denied: DeniedCounts, gov: GovRedis, plain_redis: Any
+        self, denied: DeniedCounts, context: Context, plain_redis: Any
     ) -> None:
         denied.add("a", "op")
-        denied.flush()
+        context.teller.flush()
         (key,) = plain_redis.keys("*denied*")
         plain_redis.set(key, "text")
         for _ in range(3):
             denied.add("a", "op")
-        denied.flush()
-        assert gov.counters.get("limits.denied_untold") == 3
+        context.teller.flush()
+        assert context.counters.get("limits.denied_untold") == 3
 
     def test_a_child_tells_only_what_it_counts_itself(
-        self, denied: DeniedCounts, threads: Callable[[], list[threading.Thread]]
+        self, denied: DeniedCounts, context: Context, threads: Callable[[], list[threading.Thread]]
     ) -> None:
         denied.add("a", "op")
 
         def child() -> None:
-            denied._sleep = lambda seconds: None
+            context.teller._wait = lambda stopped: False  # type: ignore[method-assign]
             denied.add("a", "op")
             for thread in threads():
                 thread.join(20)
-            denied.flush()
+            context.teller.flush()
 
         in_child(child)
         assert denied.most(9) == [Denied("a", "op", 1)]
-        denied.flush()
+        context.teller.flush()
         assert denied.most(9) == [Denied("a", "op", 2)]
 
     def test_denials_are_counted_where_no_thread_can_be_started(
-        self, denied: DeniedCounts, monkeypatch: pytest.MonkeyPatch
+        self, denied: DeniedCounts, context: Context, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def start(_: Any) -> None:
             raise RuntimeError("can't start new thread")
 
         monkeypatch.setattr(threading.Thread, "start", start)
         denied.add("a", "op")
-        denied.flush()
+        context.teller.flush()
         assert denied.most(9) == [Denied("a", "op", 1)]
 
 
@@ -210,16 +218,23 @@ class TestInTheProcess:
 TAG = "{govredis:denied}"
 
 
+def hours(first: int, count: int) -> tuple[list[str], str]:
+    """The keys of so many hours, and the number of the first."""
+    return [f"{TAG}:{hour}" for hour in range(first, first + count)], str(first)
+
+
 def tell(gov: GovRedis, room: int, now: int, *pairs: tuple[str, int]) -> None:
     denied: Any = gov.limits._decider.denied_counts
-    arguments = [str(part) for pair in pairs for part in pair]
-    assert redis_of(gov).run(denied._script, (TAG,), str(room), str(now), *arguments) == 1
+    keys, first = hours(now // HOUR - 1, 3)
+    arguments = [first, *(str(part) for pair in pairs for part in pair)]
+    assert redis_of(gov).run(denied._script, keys, str(room), str(now), *arguments) == 1
 
 
 def most(gov: GovRedis, now: int) -> dict[bytes, int]:
     denied: Any = gov.limits._decider.denied_counts
     counts: Counter[bytes] = Counter()
-    for flat in redis_of(gov).run(denied._most, (TAG,), str(now)):
+    keys, first = hours(now // HOUR - 2, 4)
+    for flat in redis_of(gov).run(denied._most, keys, str(now), first):
         counts.update({m: int(n) for m, n in zip(flat[::2], flat[1::2], strict=True)})
     return dict(counts)
 
@@ -231,6 +246,18 @@ def test_this_hour_and_the_one_before(gov: GovRedis) -> None:
     assert most(gov, 11 * HOUR) == {b"a": 7, b"b": 5}
     assert most(gov, 12 * HOUR) == {b"a": 4}
     assert most(gov, 13 * HOUR) == {}
+
+
+@pytest.mark.parametrize(("first", "counted"), [(9, "10"), (10, "10"), (8, "10"), (5, "7"), (20, "20")])
+def test_an_hour_that_the_process_does_not_name_is_the_one_nearest_to_it(
+    gov: GovRedis, first: int, counted: str
+) -> None:
+    denied: Any = gov.limits._decider.denied_counts
+    keys, number = hours(first, 3)
+    redis_of(gov).run(denied._script, keys, "9", str(10 * HOUR), number, "a", "1")
+    assert redis_of(gov).call("EXISTS", f"{TAG}:{counted}")
+    keys, number = hours(first - 1, 4)
+    assert redis_of(gov).run(denied._most, keys, str(10 * HOUR), number) == [[b"a", b"1"], []]
 
 
 @settings(max_examples=60)

@@ -12,6 +12,7 @@ from support import REDIS_AWAY, in_child, in_threads, redis_of
 from govredis import BackendUnavailable, Config, GovRedis, Limit
 from govredis._context import Context
 from govredis._counters import Counters
+from govredis._teller import Teller
 from govredis.keys import Keys
 from govredis.limits import RateLimiter, RateLimitResult
 from govredis.limits.backends.backend import Mode, Outcome
@@ -56,7 +57,8 @@ def limiter_of(
 ) -> RateLimiter:
     """The limiter of a process."""
     config = Config(redis_enabled=False, local_entries=entries)
-    context = Context(config, Keys(), None, None, counters or Counters())
+    counters = counters or Counters()
+    context = Context(config, Keys(), None, None, counters, Teller(None, counters))
     made = RateLimiter(context, sleep=clock.sleep, clock=clock)
     made._decider.backends.servers.insert(0, server)
     return made

@@ -92,6 +92,27 @@ def test_a_ttl_that_they_set_after_our_first_hit_counts_too(gov: GovRedis, plain
     assert plain_redis.ttl(KEY) >= HOUR
 
 
+@pytest.mark.parametrize("write", ["reserved", "leased"])
+def test_entries_to_come_hide_no_longer_window_of_theirs(gov: GovRedis, plain_redis: Any, write: str) -> None:
+    """They raise the sibling's TTL above the one that another client gives the key."""
+    if write == "reserved":
+        for n in range(9):
+            gov.limits.hit_or_reserve("i", "1/minute", reservation=f"b{n}", operation="default")
+        window = 120
+    else:
+        limit = Limit(100, 60, lease=6)
+        while not gov.counters.get("limits.leased"):
+            assert gov.limits.hit("i", limit)
+        window = 64
+    now = time.time()
+    plain_redis.zadd(KEY, {"theirs": now - window + 3, "newest": now})
+    plain_redis.expire(KEY, window + 60)
+    assert plain_redis.ttl(KEY) <= plain_redis.ttl(WINDOW)
+    for _ in range(2):
+        gov.limits.hit("i", "1000/minute")
+        assert plain_redis.zscore(KEY, "theirs")
+
+
 @pytest.mark.parametrize("ttl", [YEAR + 60, 10 * YEAR])
 def test_the_longest_ttl_stays_and_entries_of_more_than_a_year_go(gov: GovRedis, plain_redis: Any, ttl: int) -> None:
     """No window is longer: that bounds a log."""

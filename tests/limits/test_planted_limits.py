@@ -241,7 +241,7 @@ def test_many_costly_admissions_are_told_in_bounded_parts(gov: GovRedis, plain_r
 def test_most_denied_leaves_out_what_others_planted(gov: GovRedis, plain_redis: Any) -> None:
     gov.limits.hit("a", "1/hour")
     assert not gov.limits.hit("a", "1/hour")
-    gov.limits._decider.denied_counts.flush()
+    gov.internal.context.teller.flush()
     (key,) = plain_redis.keys("*govredis:denied*")
     plain_redis.zadd(
         key, {b"default:\xff": 7, "no colon": 8, "default:inf": "+inf", "default:-inf": "-inf", "default:neg": -3}
@@ -259,11 +259,11 @@ def test_a_place_taken_from_what_was_planted_counts_from_nought(
     monkeypatch.setattr("govredis.limits.denied_counts.KEPT", 1)
     counts = gov.limits._decider.denied_counts
     counts.add("first", "default")
-    counts.flush()
+    gov.internal.context.teller.flush()
     (key,) = plain_redis.keys("*govredis:denied*")
     for planted in ("-inf", "-5"):
         plain_redis.delete(key)
         plain_redis.zadd(key, {"default:planted": planted})
         counts.add("a", "default")
-        counts.flush()
+        gov.internal.context.teller.flush()
         assert [(d.identity, d.times) for d in counts.most(9)] == [("a", 1)]

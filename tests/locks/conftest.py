@@ -115,3 +115,9 @@ def renew_now() -> Callable[[list[HeldLock]], None]:
             renewal.renewer.add(held[0]._lease)
 
     return renew
+
+
+@pytest.fixture
+def not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lock of this process comes on the list of held ones, however slow the machine is."""
+    monkeypatch.setattr(lease, "FIRST_DUE", 1000)

@@ -13,7 +13,7 @@ from stalls import undisturbed
 from support import PATIENCE
 
 from govredis import BackendUnavailable, GovRedis, HeldLock, LockLost
-from govredis.client import Pending, RedisClient, pack_command
+from govredis.client import Pending, RedisNode, pack_command
 from govredis.keys import sibling
 from govredis.locks import DistributedLock, acquisition
 from govredis.locks import lease as lease_module
@@ -50,18 +50,18 @@ def waiting(
 
 def replies(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
     """Has it logged when the reply to a confirmation is taken, and when a script is run."""
-    reply, run = Pending.reply, RedisClient.run
+    reply, run = Pending.reply, RedisNode.run
 
     def replied(self: Pending) -> Any:
         log.append("confirmed")
         return reply(self)
 
-    def ran(self: RedisClient, *args: Any) -> Any:
+    def ran(self: RedisNode, *args: Any) -> Any:
         log.append("ran")
         return run(self, *args)
 
     monkeypatch.setattr(Pending, "reply", replied)
-    monkeypatch.setattr(RedisClient, "run", ran)
+    monkeypatch.setattr(RedisNode, "run", ran)
 
 
 def test_a_handed_over_lock_is_entered_without_redis_and_its_reply_is_taken_in_first(
@@ -230,7 +230,7 @@ def test_a_reply_is_taken_once(locks: DistributedLock) -> None:
 
 def test_a_token_left_from_an_earlier_turn_wakes_nobody(locks: DistributedLock, plain_redis: Any) -> None:
     assert locks._redis
-    keys = KEY, FENCE, QUEUE, sibling(KEY, "waiters")
+    keys = KEY, FENCE, QUEUE, sibling(KEY, "waiters"), f"{QUEUE}:me"
     plain_redis.set(KEY, "another")
     plain_redis.rpush(f"{QUEUE}:me", 1)
     locks._redis.run(locks._backend.acquire_script, keys, "me", "1000", "0", "1000", "1")

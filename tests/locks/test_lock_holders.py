@@ -44,12 +44,6 @@ def worker(make_worker: Callable[..., Any], redis_server: RedisServer) -> Any:
     return make_worker(redis_url=redis_server.url, socket_timeout=5)
 
 
-@pytest.fixture
-def not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No lock of this process comes on the list."""
-    monkeypatch.setattr(lease_module, "FIRST_DUE", 1000)
-
-
 def names(locks: DistributedLock) -> list[str]:
     return [holder.name for holder in locks.held()]
 
@@ -360,7 +354,7 @@ def test_the_list_has_a_ttl_whatever_comes_on_it(locks: DistributedLock, plain_r
         lease = held._lease
         for left in -0.005, -5, 0.001:  # a renewal that met a slow Redis is over by then
             entry = Renewal(lease._resource, lease.owner, lease.token, left, False, "an entry")
-            assert locks._backend.extend_each([entry]) == ([], True)
+            assert locks._backend.extend_each([entry]) == [(None, True)]
             assert plain_redis.pttl(LIST) != -1
 
 

@@ -51,7 +51,7 @@ class Script:
         return self._run(self._locks._backend.release_script, me, token, DAY)
 
     def _run(self, script: Any, *args: Any) -> Any:
-        return self._redis.run(script, CELLS, *map(str, args))
+        return self._redis.run(script, (*CELLS, f"{QUEUE}:{args[0]}"), *map(str, args))
 
     @property
     def holder(self) -> Any:
@@ -524,7 +524,7 @@ def test_the_wait_ends_with_its_timeout_however_late_redis_is(
             assert server.command("KEYS", QUEUE + ":*") == []
 
 
-def test_a_single_try_never_queues(locks: DistributedLock, plain_redis: Any) -> None:
+def test_a_single_try_never_queues(locks: DistributedLock, plain_redis: Any, not_listed: None) -> None:
     plain_redis.config_resetstat()
     with locks.acquire("x"):
         assert locks.try_acquire("x") is None

@@ -18,7 +18,7 @@ from stalls import undisturbed
 from support import PATIENCE
 
 from govredis import BackendError, GovRedis, HeldLock, LockLost
-from govredis.client import RedisClient
+from govredis.client import RedisNode
 from govredis.keys import sibling
 from govredis.locks import DistributedLock, renewal
 from govredis.testing.servers import RedisServer
@@ -46,9 +46,9 @@ class Pipelines:
         self.go_on = threading.Event()
         self.go_on.set()
         self.stands = threading.Event()
-        send = RedisClient.pipeline
+        send = RedisNode.pipeline
 
-        def pipeline(client: RedisClient, commands: Any, *args: Any, **options: Any) -> list[Any]:
+        def pipeline(client: RedisNode, commands: Any, *args: Any, **options: Any) -> list[Any]:
             if threading.current_thread().name == "govredis-renewal":
                 self.sent.append(list(commands))
                 if not self.go_on.is_set():
@@ -56,7 +56,7 @@ class Pipelines:
                     assert self.go_on.wait(PATIENCE)
             return send(client, commands, *args, **options)
 
-        monkeypatch.setattr(RedisClient, "pipeline", pipeline)
+        monkeypatch.setattr(RedisNode, "pipeline", pipeline)
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_an_extension_that_was_struck_counts_where_it_shortens_the_lease(
     lost = threading.Event()
     held.on_lost(lost.set)
     with monkeypatch.context() as patched:
-        patched.setattr(RedisClient, "run", strike)
+        patched.setattr(RedisNode, "run", strike)
         with pytest.raises(Struck):
             held.extend(1)
     assert held.remaining() <= 1

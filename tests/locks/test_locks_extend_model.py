@@ -184,7 +184,8 @@ def test_a_handed_over_lock_counts_its_wait_too(locks: DistributedLock, plain_re
     """Its fence outlives the second for which it is handed over, as that of every lease."""
     backend = locks._backend
     for owner, waits in ("first", 0), ("second", 1):
-        plain_redis.eval(backend.acquire_script.source, len(KEYS), *KEYS, owner, TTL, 0, DAY, waits)
+        keys = (*KEYS, f"{KEYS[2]}:{owner}")  # with the list that wakes it
+        plain_redis.eval(backend.acquire_script.source, len(keys), *keys, owner, TTL, 0, DAY, waits)
     assert plain_redis.eval(backend.release_script.source, len(KEYS), *KEYS, "first", plain_redis.get(FENCE), DAY) == 1
     assert plain_redis.get(KEY) == "second"
     token = plain_redis.get(FENCE)

@@ -128,4 +128,5 @@ def test_the_first_acquire_and_the_doctor_say_what_to_set(
     assert ill.returncode == 1
     assert "GOVREDIS_LOCK_FALLBACK=fail" in ill.stdout
     cured = doctor(GOVREDIS_LOCK_FALLBACK="fail")
-    assert (cured.returncode, cured.stdout) == (0, "nothing is wrong\n")
+    assert cured.returncode == 0
+    assert cured.stdout.endswith("\nnothing is wrong\n")

@@ -17,7 +17,7 @@ import redis as redis_py
 from support import PATIENCE
 
 from govredis import BackendUnavailable, GovRedis, HeldLock, LockLost, LockTimeout, LockUnavailable
-from govredis.client import Pending, RedisClient
+from govredis.client import Pending, RedisNode
 from govredis.locks import DistributedLock
 from govredis.locks import lease as lease_module
 from govredis.locks.acquisition import GRACE
@@ -526,7 +526,9 @@ def test_an_extension_is_the_holders_own(read: Take, plain_redis: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_release_is_idempotent_and_leaves_nothing(locks: DistributedLock, plain_redis: Any, kind: str) -> None:
+def test_release_is_idempotent_and_leaves_nothing(
+    locks: DistributedLock, plain_redis: Any, kind: str, not_listed: None
+) -> None:
     of = keys_of(kind)
     held = taker(locks, kind)(ttl=60)
     assert held.release() is True
@@ -607,7 +609,7 @@ def test_bad_arguments_are_refused_before_anything_is_sent(
     locks: DistributedLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[Any] = []
-    monkeypatch.setattr(RedisClient, "_round_trip", lambda *args, **_: sent.append(args))
+    monkeypatch.setattr(RedisNode, "_round_trip", lambda *args, **_: sent.append(args))
     names: list[Any] = ["", "a{b", "a}b", "a\nb", "x" * 513, "\ud800", 5.0, None, b"x"]
     for name in names:
         with pytest.raises(ValueError, match="lock name"):
@@ -1024,9 +1026,9 @@ def test_a_handed_over_lock_is_entered_at_once_and_confirmed_before_anything_els
     held = taker(locks, rival(kind))(ttl=60)
     future = begin(taker(locks, kind), of[2], ttl=60)
     log: list[str] = []
-    reply, run = Pending.reply, RedisClient.run
+    reply, run = Pending.reply, RedisNode.run
     monkeypatch.setattr(Pending, "reply", lambda self: [log.append("confirmed"), reply(self)][1])
-    monkeypatch.setattr(RedisClient, "run", lambda self, *args: [log.append("ran"), run(self, *args)][1])
+    monkeypatch.setattr(RedisNode, "run", lambda self, *args: [log.append("ran"), run(self, *args)][1])
     held.release()
     mine = future.result(PATIENCE)
     seen = log.count("ran")
@@ -1056,10 +1058,10 @@ def test_confirmed_it_has_its_own_ttl(
 def test_a_hand_over_that_cannot_be_confirmed_is_asked_for(
     locks: DistributedLock, write: Take, begin: Any, plain_redis: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cut(self: RedisClient, packed: bytes) -> Pending:
+    def cut(self: RedisNode, packed: bytes) -> Pending:
         raise BackendUnavailable("cut")
 
-    monkeypatch.setattr(RedisClient, "send", cut)
+    monkeypatch.setattr(RedisNode, "send", cut)
     held = write()
     future = begin(write, ttl=1000)
     held.release()

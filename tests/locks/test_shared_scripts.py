@@ -75,9 +75,9 @@ class Scripts:
         return int(seconds) * 1_000_000 + int(micros)
 
     def _run(self, script: Any, *args: str | int) -> Outcome:
-        before = self.time()
+        before, keys = self.time(), (*self.keys, f"{self.queue}:{args[0]}")
         with self.plain.pipeline(transaction=True) as pipe:
-            pipe.eval(script.source, len(self.keys), *self.keys, *args, self._slots)
+            pipe.eval(script.source, len(keys), *keys, *args, self._slots)
             pipe.zrange(self.holders, 0, -1, withscores=True)
             pipe.zrange(self.queue, 0, -1)
             pipe.hgetall(self.waiters)

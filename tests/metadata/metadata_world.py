@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg2
 from clocked_pair import Clock, X
-from support import redis_of
+from support import lease_of, redis_of
 
 from govredis import GovRedis
 from govredis.keys import sibling
@@ -143,7 +143,7 @@ class World:
         self.sql("DELETE FROM govredis_epochs; DELETE FROM govredis_agents; DELETE FROM govredis_outbox")
         self.sql("INSERT INTO govredis_agents (agent_id, metadata) VALUES ('a', '{}'), ('b', '{}')")
         for gov in self.govs:
-            gov.internal.freshness.renew_after_fork()  # type: ignore[union-attr]
+            lease_of(gov).renew_after_fork()
             gov.counters.renew_after_fork()
         self.actors: list[Actor] = []
         self.now = 0

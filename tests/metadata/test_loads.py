@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from govredis import GovRedis
+from govredis.errors import BackendUnavailable
 from govredis.keys import sibling
 from govredis.metadata import MetadataCache, loading, renewals, values
 from govredis.testing.servers import RedisServer
@@ -155,6 +156,20 @@ class TestEarly:
         assert gov.metadata.get_or_load("a", lambda _: {}["x"]) == "old"
         assert gov.metadata.stats()["degraded.loads"] == 1
         assert gov.metadata.get("a") == "old"
+
+    @pytest.mark.parametrize("many", [False, True])
+    def test_a_load_that_finds_its_store_away_gives_what_another_has_stored(
+        self, gov: GovRedis, other: GovRedis, many: bool
+    ) -> None:
+        def load(_: Any) -> Any:
+            assert other.metadata.set("a", "stored")
+            raise BackendUnavailable("hung since")
+
+        if many:
+            assert gov.metadata.get_many(["a"], load) == {"a": "stored"}
+        else:
+            assert gov.metadata.get_or_load("a", load) == "stored"
+        assert gov.metadata.stats()["degraded.loads"] == 1
 
     def test_an_early_load_that_finds_none_ends_the_value(self, gov: GovRedis, plain_redis: Any) -> None:
         gov.metadata.get_or_load("a", lambda _: "old")

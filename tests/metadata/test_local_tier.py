@@ -13,13 +13,13 @@ from typing import Any
 
 import psycopg2
 import pytest
-from support import PATIENT, Child, Gate, eventually, redis_of
+from support import PATIENT, Child, Gate, eventually, lease_of, redis_of
 
 from govredis import GovRedis
 from govredis.keys import sibling
 from govredis.metadata import local
 from govredis.metadata.local import MISS
-from govredis.outbox.freshness import FreshnessSnapshot
+from govredis.outbox import FreshnessSnapshot
 from govredis.testing.servers import PostgresServer, RedisServer
 
 PATIENCE = 30.0
@@ -30,6 +30,12 @@ def held(gov: GovRedis, identity: str = "a", namespace: str = "") -> Any:
     cache = gov.cache(namespace) if namespace else gov.metadata
     assert cache._local is not None
     return cache._local.get(identity)
+
+
+def span(gov: GovRedis) -> local.TrackedSpan:
+    """The time in which the process hears of all changes; one that is never, where it does not."""
+    assert gov.internal.caches.local is not None
+    return gov.internal.caches.local.spans.get(redis_of(gov), local._NEVER)
 
 
 def place(gov: GovRedis, identity: str = "a", namespace: str = "agent_meta") -> Any:
@@ -347,7 +353,7 @@ class TestFailures:
         two.metadata.set("a", 1)
         keep(one)
         proxy.open.clear()
-        at, valid_until = local.clock(), one.internal.caches.local.until  # type: ignore[union-attr]
+        at, valid_until = local.clock(), span(one).until
         assert valid_until <= at + 1.0
         two.metadata.set("a", 2)
         eventually(lambda: held(one) is MISS)
@@ -364,10 +370,10 @@ class TestFailures:
         standing, goes_on = threading.Event(), threading.Event()
         is_current = one.internal.caches.local.is_current
 
-        def stand(tracking: Any) -> bool:
+        def stand(node: Any) -> bool:
             standing.set()
             goes_on.wait()
-            return is_current(tracking)
+            return is_current(node)
 
         monkeypatch.setattr(one.internal.caches.local, "is_current", stand)
         assert standing.wait(PATIENCE)
@@ -399,8 +405,7 @@ class TestFailures:
         eventually(lambda: gov.metadata.set("a", 1))
         keep(gov)
         mortal_redis.kill()
-        assert gov.internal.caches.local is not None
-        assert gov.internal.caches.local.until <= local.clock() + 1.0
+        assert span(gov).until <= local.clock() + 1.0
         eventually(lambda: held(gov) is MISS)
         assert gov.metadata.get_or_load("a", lambda _: 2) == 2
         mortal_redis.start()
@@ -415,19 +420,19 @@ class TestFailures:
         assert gov.internal.freshness is not None
         gov.metadata.get_or_load("a", lambda _: 1)
         keep(gov)
-        gov.internal.freshness._threads = False
-        gov.internal.freshness._again_at = float("inf")  # no relay runs
+        lease_of(gov)._threads = False
+        lease_of(gov)._again_at = float("inf")  # no relay runs
         redis = redis_of(gov)
         assert redis is not None
-        raw = redis.call("GET", gov.internal.freshness.relay.key)
+        raw = redis.call("GET", lease_of(gov).relay.key)
         epoch, run, confirmed, at = map(int, raw.split())
-        redis.call("SET", gov.internal.freshness.relay.key, f"{epoch} {run} {confirmed} {at - 60_000_000}")
-        eventually(lambda: gov.internal.caches.local is not None and gov.internal.caches.local.until <= local.clock())
+        redis.call("SET", lease_of(gov).relay.key, f"{epoch} {run} {confirmed} {at - 60_000_000}")
+        eventually(lambda: span(gov).until <= local.clock())
         assert held(gov) is MISS
-        gov.internal.freshness._again_at = 0.0
-        gov.internal.freshness._snapshot = None
+        lease_of(gov)._again_at = 0.0
+        lease_of(gov)._snapshot = None
         keep(gov)
-        redis.call("SET", gov.internal.freshness.relay.key, f"{epoch + 1} {run} {confirmed} {at}")
+        redis.call("SET", lease_of(gov).relay.key, f"{epoch + 1} {run} {confirmed} {at}")
         eventually(lambda: not gov.metadata._local.places or held(gov) is MISS)  # type: ignore[union-attr]
 
     def test_a_server_that_forbids_it_is_warned_of_once_and_all_else_works(
@@ -453,9 +458,13 @@ class TestFailures:
         ]  # type: ignore[union-attr]
         assert keep(one) == 1
 
-    def test_a_forgotten_govredis_ends_its_thread(self, redis_server: RedisServer) -> None:
-        from govredis import Config
+    def test_a_forgotten_govredis_ends_its_thread(
+        self, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It tells the account what it has counted, a second later, and ends."""
+        from govredis import Config, _teller
 
+        monkeypatch.setattr(_teller, "INTERVAL", 0.01)
         gov = GovRedis(Config(redis_url=redis_server.url, local_cache=True, **PATIENT))
         gov.metadata.set("a", 1)
         keep(gov)
@@ -465,9 +474,7 @@ class TestFailures:
         del gov
         import gc
 
-        gc.collect()
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
+        eventually(lambda: gc.collect() is not None and not thread.is_alive())
 
 
 class TestFork:
@@ -505,35 +512,54 @@ class TestRules:
         assert kept is not None
         one.metadata.set("a", 1)
         keep(one)
-        epoch = -1 if tier.epoch is None else tier.epoch
-        under = FreshnessSnapshot(epoch, local.clock() + 60, local.clock() + 60, kept.connects)
+        node, spanned = redis_of(one), span(one)
+        epoch = -1 if spanned.epoch is None else spanned.epoch
+        under = FreshnessSnapshot(None, epoch, local.clock() + 60, local.clock() + 60, spanned.connects)
+        later = FreshnessSnapshot(None, epoch + 1, under.until, under.until, 0)
         for connects, seen in (
-            (kept.connects + 1, under),
-            *([(kept.connects, FreshnessSnapshot(epoch + 1, under.until, under.until, 0))] if tier.freshness else []),
+            (spanned.connects + 1, under),
+            *([(spanned.connects, later)] if tier.freshness else []),
         ):
             place = kept.reserve("x")
-            kept.fill(place, 5, seen, connects, 60)
+            kept.fill(place, 5, node, seen, connects, 60)
             assert place.until == 0.0
         place = kept.reserve("x")
-        kept.fill(place, 5, under, kept.connects, 60)
+        kept.fill(place, 5, node, under, spanned.connects, 60)
         assert local.clock() + 50 < place.until <= local.clock() + 60
+
+    def test_a_value_whose_node_was_not_tracked_yet_when_its_place_was_made_is_not_kept(self, one: GovRedis) -> None:
+        tier, kept, node = one.internal.caches.local, one.metadata._local, redis_of(one)
+        assert tier is not None
+        assert kept is not None
+        one.metadata.set("a", 1)
+        keep(one)
+        epoch = -1 if span(one).epoch is None else span(one).epoch
+        under = FreshnessSnapshot(None, epoch, local.clock() + 60, local.clock() + 60, span(one).connects)
+        place = kept.reserve("x")
+        tier.spans = {node: local.TrackedSpan(frozenset({kept}), span(one).connects, span(one).epoch)}
+        tier.spans[node].until = local.clock() + 60
+        kept.fill(place, 5, node, under, span(one).connects, 60)
+        assert place.span is not tier.spans[node]
 
     def test_all_is_valid_for_a_second_from_the_question_and_no_longer_than_the_lease(
         self, make_gov: Callable[..., GovRedis], redis_server: RedisServer, postgres_server: PostgresServer
     ) -> None:
-        without_lease = make_gov(redis_url=redis_server.url, local_cache=True).internal.caches.local
+        gov = make_gov(redis_url=redis_server.url, local_cache=True)
+        without_lease, node = gov.internal.caches.local, redis_of(gov)
         with_lease = make_gov(
             redis_url=redis_server.url, database_url=postgres_server.url, local_cache=True
         ).internal.caches.local
         assert without_lease is not None
         assert with_lease is not None
-        without_lease.extend(100.0, None)
-        assert without_lease.until == 101.0
+        for tier in (without_lease, with_lease):
+            tier.spans = {node: local.TrackedSpan(frozenset(), 0)}
+        without_lease.extend(node, without_lease.spans[node], 100.0, None)
+        assert without_lease.spans[node].until == 101.0
         for until_, valid in ((200.0, 101.0), (100.5, 100.5)):
-            with_lease.extend(100.0, FreshnessSnapshot(7, until_, until_, -1))
-            assert (with_lease.until, with_lease.epoch) == (valid, 7)
-        with_lease.extend(100.0, None)
-        assert with_lease.until == 0.0
+            with_lease.extend(node, with_lease.spans[node], 100.0, FreshnessSnapshot(None, 7, until_, until_, -1))
+            assert (with_lease.spans[node].until, with_lease.spans[node].epoch) == (valid, 7)
+        with_lease.extend(node, with_lease.spans[node], 100.0, None)
+        assert with_lease.spans[node].until == 0.0
 
 
 class TestThreads:

@@ -15,10 +15,11 @@ from metadata_world import MARKS, Step, Violation, World
 from govredis import GovRedis
 from govredis.client import Script
 from govredis.metadata import entry_keys
+from govredis.metadata.backends.questions import Answer, ValueQuestions
 from govredis.metadata.backends.redis_backend import RedisMetadataBackend
-from govredis.outbox import freshness as freshness_module
-from govredis.outbox.freshness import FreshnessLease
-from govredis.outbox.relay import FreshnessRecord, OutboxRelay
+from govredis.outbox import node_lease
+from govredis.outbox.node_lease import NodeLease
+from govredis.outbox.relay import Found, FreshnessRecord, OutboxRelay
 from govredis.testing.servers import PostgresServer, RedisServer
 
 pytestmark = [pytest.mark.once, pytest.mark.one_redis]
@@ -29,9 +30,7 @@ def world(
     make_gov: Callable[..., GovRedis], redis_server: RedisServer, postgres_server: PostgresServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[World]:  # fmt: skip
-    monkeypatch.setattr(
-        freshness_module, "_PATIENCE", 0.02
-    )  # a process that is stopped in a run does not go on by waiting
+    monkeypatch.setattr(node_lease, "_PATIENCE", 0.02)  # a process that is stopped in a run does not go on by waiting
     made = World(redis_server, postgres_server, make_gov)
     yield made
     made.close()
@@ -88,28 +87,28 @@ def no_run(patch: pytest.MonkeyPatch) -> None:
     """A Redis that has another run number than PostgreSQL is taken for one that has lost nothing."""
     tell = OutboxRelay._tell
 
-    def any_run(self: OutboxRelay, text: str, held: FreshnessRecord | None, last_run: int | None, entries: Any) -> Any:
-        return tell(self, text, held, last_run if held is None or last_run is None else held.run, entries)
+    def any_run(self: OutboxRelay, found: Found, last_run: int | None, entries: Any) -> Any:
+        return tell(self, found, last_run if found.held is None or last_run is None else found.held.run, entries)
 
     patch.setattr(OutboxRelay, "_tell", any_run)
 
 
 def no_connects(patch: pytest.MonkeyPatch) -> None:
     """A snapshot is used over other connections than it was read on."""
-    look = FreshnessLease.look
+    look = NodeLease.look
 
-    def of_any_server(self: FreshnessLease) -> Any:
+    def of_any_server(self: NodeLease) -> Any:
         if self._snapshot is not None:
-            self._snapshot.connects = self._redis.connects
+            self._snapshot.connects = self._node.connects
         return look(self)
 
-    patch.setattr(FreshnessLease, "look", of_any_server)
-    patch.setattr(FreshnessLease, "stands", lambda *_: True)
+    patch.setattr(NodeLease, "look", of_any_server)
+    patch.setattr(NodeLease, "stands", lambda *_: True)
 
 
 def no_epoch(patch: pytest.MonkeyPatch) -> None:
     """A value of any epoch is used."""
-    patch.setattr(RedisMetadataBackend, "_usable", lambda self, entry, snapshot: entry)
+    patch.setattr(RedisMetadataBackend, "_usable", lambda self, entry, terms: entry)
 
 
 def late_time(patch: pytest.MonkeyPatch) -> None:
@@ -125,12 +124,12 @@ def late_time(patch: pytest.MonkeyPatch) -> None:
 def value_first(patch: pytest.MonkeyPatch) -> None:
     """A value is judged by a freshness lease that was asked for after it was read."""
 
-    def asked(self: Any, questions: list[Any]) -> Any:
-        found = [self._redis.call(*question) for question in questions]
-        self._freshness._snapshot = None
-        return found, self.look(), 0
+    def ask(self: Any, keys: Any, question: Any) -> Any:
+        found = [self._redis.call(*question(key)) for key in keys]
+        self._freshness.of(self._redis)._snapshot = None
+        return [Answer(reply, self.terms(key), 0) for key, reply in zip(keys, found, strict=True)]
 
-    patch.setattr(RedisMetadataBackend, "_asked", asked)
+    patch.setattr(ValueQuestions, "ask", ask)
 
 
 def call(what: str, number: int = 0) -> list[Step]:

@@ -147,8 +147,8 @@ def test_an_invalidation_noted_anew_while_it_is_told_is_pending_still(
     pipeline = redis_of(first).pipeline
     again = threading.Thread(target=first.metadata.invalidate_committed, args=("a",))
 
-    def then_note_again(*args: Any) -> Any:
-        replies = pipeline(*args)
+    def then_note_again(*args: Any, **options: Any) -> Any:
+        replies = pipeline(*args, **options)
         if again.ident is None:
             second.metadata.get_or_load("a", lambda _: "filled, and old by now")
             again.start()

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from clocked_pair import Clock, X, cached, name_of
-from support import PATIENCE, PATIENT, Background, eventually, in_child, redis_of
+from support import PATIENCE, PATIENT, Background, eventually, in_child, lease_of, redis_of
 
 from govredis import BackendUnavailable, ConfigurationError, GovRedis
 from govredis.keys import sibling
-from govredis.outbox import freshness as freshness_module
-from govredis.outbox.freshness import FreshnessLease
+from govredis.outbox import node_lease
+from govredis.outbox.node_lease import NodeLease
 from govredis.outbox.relay import FreshnessRecord, OutboxRelay
 from govredis.testing.servers import PostgresServer, RedisServer
 
@@ -121,7 +121,7 @@ class TestWritesOfOthers:
         drain(two)
         assert counted(two, "guard.epochs") == epochs + 1
         one.internal.freshness.drain()  # type: ignore[union-attr]
-        two.internal.freshness._snapshot = one.internal.freshness._snapshot = None  # type: ignore[union-attr]
+        lease_of(two)._snapshot = lease_of(one)._snapshot = None
         assert one.metadata.get("kept") is None
         assert name_of(one) == "old", "loaded"
         assert cached(two) == "old", "and cached anew"
@@ -156,7 +156,7 @@ class TestWritesOfOthers:
         two.internal.freshness.watch("agent_meta", lambda entries: [("INCR", "broken")])  # type: ignore[union-attr]
         sql(UPDATE.format("a", "new"))
         assert drain(two) == 1
-        two.internal.freshness._snapshot = None  # type: ignore[union-attr]
+        lease_of(two)._snapshot = None
         assert cached(two) is None
         assert counted(two, "guard.failed") == 1
 
@@ -232,14 +232,14 @@ class TestLosses:
         clock.sleep(X * 0.8)
         one.agents.update_metadata("a", name="new")
         drain(two)
-        two.internal.freshness._snapshot = None  # type: ignore[union-attr]
+        lease_of(two)._snapshot = None
         assert name_of(two) == "new"
-        seen = two.internal.freshness._snapshot  # type: ignore[union-attr]
+        seen = lease_of(two)._snapshot
         assert seen is not None
         server.kill()
         server.restart("old")
         clock.sleep(X * 0.3)
-        assert seen.until > two.internal.freshness._clock(), "by itself it would be good for longer"  # type: ignore[union-attr]
+        assert seen.until > lease_of(two)._clock(), "by itself it would be good for longer"
         assert cached(two) is None
         assert name_of(two) == "new"
 
@@ -316,6 +316,29 @@ class TestLosses:
 
         with monkeypatch.context() as patch:
             halve_runs(patch, one, told, lose)
+            assert drain(one) is None
+        assert sql("SELECT count(*) FROM govredis_outbox") == [(1,)], "it was not acknowledged"
+        drain(two)
+        assert name_of(two) == name_of(one) == "new"
+
+    def test_data_of_the_middle_of_a_run_that_are_back_before_its_end(
+        self, sql: Callable[..., Any], govs: Pair, server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The first number is there, and the invalidation is not."""
+        one, two = govs
+        sql(UPDATE.format("a", "new"))
+        pipeline = redis_of(one).pipeline
+
+        def in_two(commands: Any, *args: Any, **options: Any) -> Any:
+            before = pipeline(commands[:1], *args, **options)
+            server.snapshot_data()
+            after = pipeline(commands[1:], *args, **options)
+            server.kill()
+            server.restart("old")
+            return before + after
+
+        with monkeypatch.context() as patch:
+            patch.setattr(redis_of(one), "pipeline", in_two)
             assert drain(one) is None
         assert sql("SELECT count(*) FROM govredis_outbox") == [(1,)], "it was not acknowledged"
         drain(two)
@@ -420,7 +443,7 @@ class TestRuns:
         self, sql: Callable[..., Any], pair: Pair, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         one, two = pair
-        one.internal.freshness.relay._patience_ms = "50"  # type: ignore[union-attr]
+        lease_of(one).relay._patience_ms = "50"
         pipeline = redis_of(one).pipeline
 
         def stops(*args: Any, **options: Any) -> Any:
@@ -478,7 +501,7 @@ class TestRuns:
         assert sql("SELECT count(*) FROM govredis_epochs") == [(1,)]
         assert sql("SELECT count(*) FROM govredis_outbox") == [(0,)], "nothing is kept for it"
         drain(gone)
-        gone.internal.freshness._snapshot = None  # type: ignore[union-attr]
+        lease_of(gone)._snapshot = None
         assert cached(gone) is None
         assert name_of(gone) == "new"
 
@@ -488,7 +511,7 @@ class TestRuns:
         sql(UPDATE.format("a", "new"))
         drain(pair[1])
         assert counted(pair[1], "guard.epochs") == 1
-        pair[0].internal.freshness._snapshot = None  # type: ignore[union-attr]
+        lease_of(pair[0])._snapshot = None
         assert name_of(pair[0]) == "new"
 
     def test_a_clock_that_is_set_back_is_noticed(
@@ -517,7 +540,7 @@ class TestRuns:
         cursor = late.cursor()
         cursor.execute(UPDATE.format("a", "new"))
         cursor.execute("SELECT govredis_outbox_clean(1000)")
-        pair[0].internal.freshness._snapshot = None  # type: ignore[union-attr]
+        lease_of(pair[0])._snapshot = None
         drain(pair[1])
         assert name_of(pair[0]) == "old"
         late.commit()
@@ -533,14 +556,13 @@ class TestReading:
         for _ in range(100):
             assert gov.metadata.get("a") == 1
         assert plain_redis.info("commandstats")["cmdstat_time"]["calls"] == asked
-        assert gov.internal.freshness.look().epoch == gov.internal.freshness.last_epoch  # type: ignore[union-attr]
+        assert lease_of(gov).look().epoch == lease_of(gov).last_epoch
 
     def test_in_the_last_third_of_its_life_it_is_renewed_in_the_background(
         self, pair: Pair, clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         gov = pair[0]
-        freshness = gov.internal.freshness
-        assert freshness is not None
+        freshness = lease_of(gov)
         gov.metadata.get_or_load("a", lambda _: 1)
         clock.stop()
         freshness._threads = True
@@ -550,8 +572,8 @@ class TestReading:
         assert freshness._thread is None
         clock.sleep(X * 0.2)
         renewed = threading.Event()
-        renew = FreshnessLease._renew
-        monkeypatch.setattr(FreshnessLease, "_renew", lambda self: (renew(self), renewed.set()))
+        renew = NodeLease._renew
+        monkeypatch.setattr(NodeLease, "_renew", lambda self: (renew(self), renewed.set()))
         statements = threading.current_thread(), gov.postgres.statements
         assert gov.metadata.get("a") == 1
         assert renewed.wait(20)
@@ -564,8 +586,7 @@ class TestReading:
     def test_an_answer_that_another_thread_has_overtaken_takes_nothing_back(
         self, pair: Pair, clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        freshness = pair[0].internal.freshness
-        assert freshness is not None
+        freshness = lease_of(pair[0])
         clock.stop()
         pair[0].metadata.get_or_load("a", lambda _: 1)
         clock.sleep(X * 0.7)
@@ -590,7 +611,7 @@ class TestReading:
         clock.sleep(X * 0.9)
         drain(two)
         ticks = counted(one, "guard.ticks")
-        one.internal.freshness._renew()  # type: ignore[union-attr]
+        lease_of(one)._renew()
         clock.sleep(X * 0.5)
         assert one.metadata.get("a") == 1
         assert counted(one, "guard.ticks") == ticks
@@ -601,7 +622,7 @@ class TestReading:
         gov = pair[0]
         clock.stop()
         gov.metadata.get_or_load("a", lambda _: 1)
-        gov.internal.freshness._threads = True  # type: ignore[union-attr]
+        lease_of(gov)._threads = True
 
         def refuses(_: Any) -> None:
             raise RuntimeError("can't start new thread")
@@ -617,8 +638,8 @@ class TestReading:
         self, pair: Pair, clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         gov = pair[0]
-        monkeypatch.setattr(freshness_module, "_PATIENCE", 0.02)
-        assert gov.internal.freshness._claim()  # type: ignore[union-attr]
+        monkeypatch.setattr(node_lease, "_PATIENCE", 0.02)
+        assert lease_of(gov)._claim()
         # An exception strikes here: between this line and the next there is none that gives it back.
         assert gov.metadata.get_or_load("a", lambda _: 1) == 1
         assert gov.metadata.stats()["bypassed"] == 1
@@ -653,7 +674,7 @@ class TestReading:
     ) -> None:
         gov = pair[0]
         gov.metadata.get_or_load("a", lambda _: 1)
-        monkeypatch.setattr(FreshnessLease, "stands", lambda *_: False)
+        monkeypatch.setattr(NodeLease, "stands", lambda *_: False)
         assert gov.metadata.get("a") is None
         assert gov.metadata.get_or_load("a", lambda _: 2) == 2
 
@@ -671,7 +692,7 @@ class TestReading:
     def test_a_child_asks_for_itself(self, pair: Pair) -> None:
         gov = pair[0]
         gov.metadata.get_or_load("a", lambda _: 1)
-        assert in_child(lambda: (gov.internal.freshness._snapshot, gov.metadata.get("a"))) == (None, 1)  # type: ignore[union-attr]
+        assert in_child(lambda: (lease_of(gov)._snapshot, gov.metadata.get("a"))) == (None, 1)
 
     def test_missing_tables_are_named(
         self, make_gov: Callable[..., GovRedis], redis_server: RedisServer, postgres_server: PostgresServer
@@ -697,7 +718,7 @@ class TestBypass:
 
     @pytest.fixture(autouse=True)
     def no_relay_can_run(self, sql: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(freshness_module, "_PATIENCE", 0.02)
+        monkeypatch.setattr(node_lease, "_PATIENCE", 0.02)
         sql(HELD.format("pg_advisory_lock"))
 
     def test_values_are_loaded_and_none_is_stored(self, pair: Pair, redis_server: RedisServer) -> None:
@@ -783,7 +804,7 @@ class TestPostgresAway:
         while not away.postgres.breaker.closed:
             pass
         assert cached(away) == "x"
-        assert away.internal.freshness.blind is False  # type: ignore[union-attr]
+        assert lease_of(away).blind is False
         assert away.metadata.get_many(["b", "c"]) == {}, "nobody watched over these"
 
     @pytest.mark.parametrize("many", [False, True])
@@ -795,8 +816,8 @@ class TestPostgresAway:
 
         def found(agent_id: str) -> Any:
             with monkeypatch.context() as patch:
-                patch.setattr(away.internal.freshness.relay, "run", lambda: None)  # type: ignore[union-attr]
-                assert away.internal.freshness.look() is None  # type: ignore[union-attr]
+                patch.setattr(lease_of(away).relay, "run", lambda: None)
+                assert lease_of(away).look() is None
 
                 def load(by: Callable[[Any], Any], asked: Any) -> Any:
                     patch.undo()
@@ -823,8 +844,8 @@ class TestPostgresAway:
             waits.set()
             assert ended.wait(PATIENCE)
 
-        monkeypatch.setattr(away.internal.freshness.relay, "run", wait)
-        relay = Background(away.internal.freshness.look)
+        monkeypatch.setattr(lease_of(away).relay, "run", wait)
+        relay = Background(lease_of(away).look)
         assert waits.wait(PATIENCE)
         try:
             for _ in range(2):  # a single refusal proves nothing
@@ -839,8 +860,8 @@ class TestPostgresAway:
 
     def test_postgres_is_asked_once_a_second(self, away: GovRedis) -> None:
         assert away.internal.freshness is not None
-        now = [away.internal.freshness._clock() + X]
-        away.internal.freshness._clock = lambda: now[0]
+        now = [lease_of(away)._clock() + X]
+        lease_of(away)._clock = lambda: now[0]
         redis_of(away).call("DEL", "govredis:guard")
         for tries in (1, 1, 1, 2, 2):
             if tries > counted(away, "guard.degraded.postgres"):
@@ -873,4 +894,4 @@ def test_redis_away_is_counted_by_a_drain(
     mortal_redis.kill()
     assert drain(gov) is None
     assert counted(gov, "guard.degraded.redis") == 1
-    assert gov.internal.freshness.blind is False  # type: ignore[union-attr]
+    assert lease_of(gov).blind is False

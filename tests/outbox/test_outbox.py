@@ -13,7 +13,7 @@ from typing import Any
 import psycopg2
 import pytest
 from clocked_pair import X, name_of
-from support import redis_of
+from support import lease_of, redis_of
 
 from govredis import BackendError, Config, GovRedis
 from govredis.health import Check
@@ -72,7 +72,7 @@ class TestWatch:
         pair[0].metadata.get_or_load("1", lambda _: "another namespace")
         sql(write)
         drained(pair[1])
-        pair[0].internal.freshness._snapshot = None  # type: ignore[union-attr]
+        lease_of(pair[0])._snapshot = None
         assert set("12345") - set(cache.get_many([*"12345"])) == set(gone)
         assert (pair[0].metadata.get("1") is None) == ("TRUNCATE" in write)
 
@@ -81,7 +81,7 @@ class TestWatch:
         cache.get_or_load("1", lambda _: "perhaps from before a write that nobody was told of")
         Outbox(pair[1].postgres).watch("theirs.users", "user id", "user_meta")
         drained(pair[1])
-        pair[0].internal.freshness._snapshot = None  # type: ignore[union-attr]
+        lease_of(pair[0])._snapshot = None
         assert cache.get("1") is None
 
     def test_a_writer_needs_no_rights_of_ours_nor_our_search_path(
@@ -179,7 +179,7 @@ class TestPartitions:
 
         def look() -> list[str]:
             drained(pair[1])
-            pair[0].internal.freshness._snapshot = None  # type: ignore[union-attr]
+            lease_of(pair[0])._snapshot = None
             found = list(cache.get_many([*"123"]))
             cache.get_many([*"123"], lambda ids: dict.fromkeys(ids, "cached"))
             return found
@@ -250,7 +250,7 @@ class TestPartitions:
         sql("TRUNCATE parts.high")
         assert parts() == []
         drained(other)
-        other.internal.freshness._snapshot = None  # type: ignore[union-attr]
+        lease_of(other)._snapshot = None
         assert other.cache("thing").get("3") is None
 
 
@@ -281,7 +281,8 @@ class TestHealth:
         assert ago is not None
         assert X + 1 <= int(ago[1]) < X + 100, "of a minute ago: by the age of the entries, not of the last run"
         redis_server.command("DEL", "govredis:guard")
-        assert "outbox" not in [check.name for check in gov.health._check_outbox()]
+        gov.health._last = None
+        assert "outbox" not in [check.name for check in gov.health.check().checks]
         drained(gov)
         assert check().status == "pass"
         assert gov.postgres.fetch("SELECT count(*) FROM govredis_epochs") == [(1,)], "the one before is forgotten"
@@ -320,9 +321,8 @@ def test_the_commands_of_the_outbox(command: Callable[..., Any], users: None, go
     assert "has not been told of 1 change, the oldest" in command("outbox", "status").stdout
     assert command("outbox", "unwatch", "theirs.users").stdout == "theirs.users is not watched any more\n"
     again = command("outbox", "unwatch", "theirs.users")
-    assert (again.returncode, again.stderr) == (
-        1, "Error: table is 'theirs.users'; it must be one that is watched\n",
-    )  # fmt: skip
+    assert again.returncode == 2
+    assert again.stderr.endswith("\nError: table is 'theirs.users'; it must be one that is watched\n")
 
 
 def test_the_commands_of_cached_values(command: Callable[..., Any], gov: GovRedis) -> None:
@@ -338,7 +338,7 @@ def test_the_commands_of_cached_values(command: Callable[..., Any], gov: GovRedi
     gov.cache("report").set("r", 1)
     assert command("metadata", "--namespace", "report", "get", "r").stdout == "1\n"
     other = command("metadata", "--namespace", "report", "verify")
-    assert (other.returncode, other.stderr.startswith("Error: only agent_meta can be verified")) == (1, True)
+    assert (other.returncode, "\nError: only agent_meta can be verified" in other.stderr) == (2, True)
 
 
 def test_verify_finds_what_is_stale_for_too_long(

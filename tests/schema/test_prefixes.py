@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from schema_world import OLD, Migrate, Sql
+from support import lease_of
 
 from govredis import GovRedis, Limit
 from govredis.keys import Keys, is_prefix
@@ -148,17 +149,22 @@ class TestTenants:
                 "INSERT INTO govredis_health_snapshots VALUES (%s, now() - interval '31 days', '{}')",
                 (gov.internal.context.keys.health_history(),),
             )
+            gov.postgres.fetch(
+                "INSERT INTO govredis_health_hours VALUES (%s, now() - interval '91 days', now(), 0, '{}')",
+                (gov.internal.context.keys.health_history(),),
+            )
         sql = tenants[mine].postgres.fetch
         sql("UPDATE govredis_sessions SET expires_at = now() - interval '1 hour'")
         sql("UPDATE govredis_session_agents SET revoked_at = now() - interval '2 days'")
         impatient = make_gov(redis_enabled=False, database_url=postgres_server.url, key_prefix=mine, session_ttl=1)
-        assert (impatient.sessions.purge(), impatient.limits.purge(), impatient.health.purge()) == (1, 2, 1)
+        assert (impatient.sessions.purge(), impatient.limits.purge(), impatient.health.purge()) == (1, 2, 2)
         for table, column in (
             ("sessions", "session"), ("session_agents", "agent"), ("limit_windows", "key"), ("limit_counters", "key"),
         ):  # fmt: skip
             left = {row for (row,) in sql(f"SELECT {column} FROM govredis_{table}")}
             assert {row.rpartition("\x1f")[0] for row in left} == {*TENANTS} - {mine}, table
-        assert sql("SELECT count(*) FROM govredis_health_snapshots") == [(len(TENANTS) - 1,)]
+        for table in "health_snapshots", "health_hours":
+            assert sql(f"SELECT count(*) FROM govredis_{table}") == [(len(TENANTS) - 1,)]
 
     def test_limits_in_postgresql_are_each_tenants_own(
         self, make_gov: MakeGov, postgres_server: PostgresServer
@@ -283,6 +289,6 @@ class TestUpgrade:
         gov.postgres.migrate()
         assert gov.internal.freshness is not None
         gov.internal.freshness.drain()
-        gov.internal.freshness._snapshot = None  # X is over
+        lease_of(gov)._snapshot = None  # X is over
         assert gov.sessions.get_agent_id("s") == "x"
         assert gov.metadata.get_or_load("x", lambda i: gov.agents.get(i) or "none") != "none"

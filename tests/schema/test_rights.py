@@ -22,7 +22,10 @@ from govredis.testing.servers import RedisServer
 pytestmark = [pytest.mark.once, pytest.mark.one_redis]
 
 #: These have the rights of their owner: they write to our tables, in the transactions of roles that may not.
-DEFINERS = {"govredis_outbox_add", "govredis_outbox_changed", "govredis_agents_changed"}
+DEFINERS = {
+    *("govredis_outbox_add", "govredis_outbox_changed", "govredis_agents_changed"),
+    *("govredis_event_add", "govredis_agents_event"),
+}
 
 _OURS = """
 SELECT p.oid::regprocedure::text, p.proname, p.prosecdef, p.proconfig,

@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg2
 import pytest
+from support import lease_of
 
 from govredis import BackendError, ConfigurationError, GovRedis, SessionAlreadyBound
 from govredis.sessions.backends.redis_backend import RedisSessionBackend
@@ -148,7 +149,7 @@ class TestHealthy:
             plain_redis.pexpire(f"session:{sid}", 3_000_000)
         assert gov.sessions.touch("s")
         plain_redis.delete("govredis:guard")  # the copy is not believed any more
-        gov.internal.freshness._snapshot = None  # type: ignore[union-attr]
+        lease_of(gov)._snapshot = None
         assert backend(gov, "t") == "postgres"
         assert gov.sessions.touch("t")
         plain_redis.flushall()
@@ -340,14 +341,14 @@ class TestLateInRedisAlone:
         self, make_gov: MakeGov, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, end: str
     ) -> None:
         gov, other = (make_gov(redis_url=redis_server.url) for _ in range(2))
-        binding = RedisSessionBackend._binding
+        binding = RedisSessionBackend.binding
 
         def late(self: Any, *args: Any) -> Any:
             monkeypatch.undo()
             other.sessions.unbind("s") if end == "unbind" else other.sessions.unbind_agent("a")
             return binding(self, *args)
 
-        monkeypatch.setattr(RedisSessionBackend, "_binding", late)
+        monkeypatch.setattr(RedisSessionBackend, "binding", late)
         gov.sessions.bind("s", "a")
         assert gov.sessions.get("s") is None
         assert gov.counters.get("sessions.overtaken") == 1

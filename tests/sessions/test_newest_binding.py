@@ -15,10 +15,10 @@ from typing import Any
 import psycopg2
 import pytest
 from async_service.blocking import BlockingService
-from support import redis_of
+from support import lease_of, redis_of
 
 from govredis import GovRedis, SessionAlreadyBound
-from govredis.breaker import _nobody, _Prober
+from govredis._sole import SoleMark, nobody
 from govredis.sessions.backends.redis_backend import RedisSessionBackend
 from govredis.sessions.backends.row_cache import RowCache
 from govredis.sessions.backends.rows import SessionRows
@@ -84,7 +84,7 @@ def relay(gov: GovRedis) -> None:
 
 def new_epoch(gov: GovRedis, redis: Any) -> None:
     redis.delete("govredis:guard")
-    gov.internal.freshness._snapshot = None  # type: ignore[union-attr]
+    lease_of(gov)._snapshot = None
 
 
 def cut_off(gov: GovRedis) -> Callable[[], None]:
@@ -92,12 +92,12 @@ def cut_off(gov: GovRedis) -> Callable[[], None]:
     record = gov.sessions._backends.server
     assert record is not None
     breaker = record.breaker
-    breaker._prober = _Prober  # somebody is at it: no probe of its own
+    breaker._probing.holder = SoleMark  # somebody is at it: no probe of its own
     breaker.trip("a test")
 
     def back() -> None:
         breaker._try_probe()
-        breaker._prober = _nobody
+        breaker._probing.holder = nobody
         assert breaker.closed
 
     return back
@@ -146,7 +146,7 @@ class TestBoundDuringABind:
     def between(self, either: GovRedis, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         """Returns a function that has calls made between look and write, one at each try."""
         durable = either.config.database_url is not None
-        owner, name = (SessionRows, "bind") if durable else (RedisSessionBackend, "_binding")
+        owner, name = (SessionRows, "bind") if durable else (RedisSessionBackend, "binding")
 
         def have(*calls: Callable[[], Any]) -> None:
             step, waiting = getattr(owner, name), list(calls)
@@ -544,7 +544,7 @@ class TestRevokedWhileCutOff:
     ) -> None:
         """It began before the revocation was told, and after it was made; or before both."""
         durable = either.config.database_url is not None
-        owner, name = (SessionRows, "bind") if durable else (RedisSessionBackend, "_binding")
+        owner, name = (SessionRows, "bind") if durable else (RedisSessionBackend, "binding")
         step = getattr(owner, name)
         ends = [("unbind", "s"), ("unbind_agent", "s"), ("unbind_agent", "unknown")]
         for older, end, sid in [(older, *how) for older in (False, True) for how in ends]:
@@ -568,6 +568,13 @@ class TestRevokedWhileCutOff:
             another.sessions.bind(sid, "a")
             assert another.sessions.get_agent_id(sid) == "a"
             another.sessions.unbind(sid)
+
+
+def without_redis(make_gov: MakeGov, gov: GovRedis) -> GovRedis:
+    """A process of the same PostgreSQL. The agent has an entry there, as each one that was bound has."""
+    process = make_gov(redis_enabled=False, database_url=gov.config.database_url)
+    process.sessions.bind("another", "a")
+    return process
 
 
 class TestRows:
@@ -656,11 +663,11 @@ class TestRows:
         gov.sessions.bind("s", "a")
         service.sessions.bind("s", "theirs")
         breaker = redis_of(gov).breaker
-        breaker._prober = _Prober
+        breaker._probing.holder = SoleMark
         breaker.trip("a test")
         assert gov.sessions.bind("s", "b").backend == "postgres"
         breaker._try_probe()
-        breaker._prober = _nobody
+        breaker._probing.holder = nobody
         assert gov.sessions.get_agent_id("s") == "b"
         assert service.sessions.get("s")["agent_id"] == "b"
 
@@ -673,18 +680,75 @@ class TestRows:
             service.sessions.bind(sid, "a")
             assert gov.sessions.get_agent_id(sid) == "a"
         breaker = redis_of(gov).breaker
-        breaker._prober = _Prober
+        breaker._probing.holder = SoleMark
         breaker.trip("a test")
         for sid in ("again", "over"):
             gov.sessions.unbind(sid) if end == "unbind" else gov.sessions.unbind_agent("a")
         service.sessions.bind("again", "a")
         assert other.sessions.get_agent_id("again") == "a"
         breaker._try_probe()
-        breaker._prober = _nobody
+        breaker._probing.holder = nobody
         relay(gov)
         for process in (gov, other):
             assert [process.sessions.get_agent_id(sid) for sid in ("again", "over")] == ["a", None]
         assert service.sessions.get("over") is None
+
+    @pytest.mark.parametrize("adopted", ["later", "after a purge", "meanwhile"])
+    def test_an_agent_is_revoked_without_redis_and_a_session_that_redis_alone_has_is_over(
+        self,
+        gov: GovRedis,
+        make_gov: MakeGov,
+        alone: GovRedis,
+        plain_redis: Any,
+        postgres_server: PostgresServer,
+        monkeypatch: pytest.MonkeyPatch,
+        adopted: str,
+    ) -> None:
+        other = make_gov(redis_url=gov.config.redis_url, database_url=gov.config.database_url)
+        note = SessionRows.untold_agent
+
+        def late(self: SessionRows, agent_id: str) -> None:
+            if adopted == "meanwhile":
+                assert other.sessions.get_agent_id("s") == "a"
+            note(self, agent_id)
+
+        monkeypatch.setattr(SessionRows, "untold_agent", late)
+        alone.sessions.bind("s", "a")
+        alone.sessions.bind("of another", "b")
+        breaker = redis_of(gov).breaker
+        breaker._probing.holder = SoleMark
+        breaker.trip("a test")
+        assert gov.sessions.unbind_agent("a") == (1 if adopted == "meanwhile" else 0), "a row knows of it, or none"
+        alone.sessions.bind("bound later", "a")
+        if adopted == "after a purge":
+            query(postgres_server, "UPDATE govredis_session_agents SET revoked_at = revoked_at - interval '2 days'")
+            other.sessions.purge()
+        if adopted == "meanwhile":
+            relay(other)  # which tells Redis that its row has ended, within X
+        expected = [None, "b", "a"]
+        sids = ["s", "of another", "bound later"]
+        assert [other.sessions.get_agent_id(sid) for sid in sids] == expected
+        breaker._try_probe()
+        breaker._probing.holder = nobody
+        relay(gov)
+        assert [gov.sessions.get_agent_id(sid) for sid in sids] == expected
+        assert not plain_redis.exists("session:s")
+        alone.sessions.bind("s", "a")
+        assert [process.sessions.get_agent_id("s") for process in (gov, other)] == ["a", "a"]
+
+    def test_after_it_a_session_that_says_no_time_is_none_of_an_earlier_one(
+        self, gov: GovRedis, make_gov: MakeGov, plain_redis: Any
+    ) -> None:
+        without_redis(make_gov, gov).sessions.unbind_agent("a")
+        plain_redis.set("session:s", '{"agent_id": "a"}')
+        assert gov.sessions.get_agent_id("s") == "a"
+
+    def test_a_process_without_redis_revokes_what_redis_alone_has(
+        self, gov: GovRedis, make_gov: MakeGov, alone: GovRedis
+    ) -> None:
+        alone.sessions.bind("s", "a")
+        without_redis(make_gov, gov).sessions.unbind_agent("a")
+        assert gov.sessions.get_agent_id("s") is None
 
     @pytest.mark.parametrize("twice", [False, True])
     def test_a_foreign_binding_after_the_relay_is_newer(
@@ -695,12 +759,12 @@ class TestRows:
         for sid in ("s", "t"):
             service.sessions.bind(sid, "a")
         breaker = redis_of(gov).breaker
-        breaker._prober = _Prober
+        breaker._probing.holder = SoleMark
         breaker.trip("a test")
         for sid in ("s", "t"):
             gov.sessions.unbind(sid)
         breaker._try_probe()
-        breaker._prober = _nobody
+        breaker._probing.holder = nobody
         relay(gov)
         service.sessions.bind("s", "b")
         if twice:
@@ -744,12 +808,12 @@ class TestRows:
         gov.sessions.unbind("revoked")
         query(postgres_server, "UPDATE govredis_sessions SET expires_at = clock_timestamp() - interval '1 day'")
         breaker = redis_of(gov).breaker
-        breaker._prober = _Prober
+        breaker._probing.holder = SoleMark
         breaker.trip("a test")
         assert gov.sessions.purge() == 1
         assert query(postgres_server, "SELECT session FROM govredis_sessions") == [("over",)]
         breaker._try_probe()
-        breaker._prober = _nobody
+        breaker._probing.holder = nobody
 
     def test_an_update_writes_over_nothing_newer(
         self, gov: GovRedis, service: BlockingService, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ import pytest
 from support import redis_of
 
 from govredis import BackendError, GovRedis, SessionAlreadyBound
-from govredis.breaker import _nobody, _Prober
+from govredis._sole import SoleMark, nobody
 from govredis.testing.servers import PostgresServer, RedisServer
 
 Plant = Callable[[Any, str], None]
@@ -331,7 +331,7 @@ def test_pending_writes_are_told_beside_them(
         for sid in ("s", "t", "u"):
             gov.sessions.bind(sid, "a")
         breaker = redis_of(gov).breaker
-        breaker._prober = _Prober  # somebody is at it: no probe of its own
+        breaker._probing.holder = SoleMark  # somebody is at it: no probe of its own
         breaker.trip("a test")
         assert gov.sessions.unbind("s")
         gov.sessions.unbind("t")
@@ -343,7 +343,7 @@ def test_pending_writes_are_told_beside_them(
             mortal_redis.command("DEL", f"{{session:{sid}}}:revoked")
             mortal_redis.command("LPUSH", f"{{session:{sid}}}:revoked", "x")
         breaker._try_probe()
-        breaker._prober = _nobody
+        breaker._probing.holder = nobody
         assert breaker.closed
         assert [gov.sessions.get_agent_id(sid) for sid in ("s", "t", "u", "w")] == [None, None, "a", "b"]
         gov.sessions.bind("v", "b")

@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg2
 import pytest
-from support import copied_postgres, eventually
+from support import copied_postgres, eventually, lease_of
 
 from govredis import BackendUnavailable, GovRedis
 from govredis.postgres import Postgres
@@ -229,11 +229,10 @@ def test_cached_values_are_loaded_while_no_relay_can_run(
     read_only(True)
     sql("UPDATE govredis_agents SET metadata = '{\"n\": 2}'")
     redis_server.command("DEL", "govredis:guard")
-    assert gov.internal.freshness is not None
-    gov.internal.freshness._snapshot = None
+    lease_of(gov)._snapshot = None
     assert strict.get_or_load("a", gov.agents.get)["metadata"] == {"n": 2}
     assert gov.metadata.get_or_load("a", gov.agents.get)["metadata"] == {"n": 2}
-    assert not gov.internal.freshness.blind
+    assert not lease_of(gov).blind
     assert gov.counters.read()["guard.degraded.postgres"] >= 1
     assert "guard.degraded.redis" not in gov.counters.read()
 

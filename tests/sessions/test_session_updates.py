@@ -12,7 +12,7 @@ import pytest
 from support import POSTGRES_AWAY, REDIS_AWAY, redis_of
 
 from govredis import BackendError, GovRedis, SessionChanged, SessionStoreUnavailable
-from govredis.breaker import _nobody, _Prober
+from govredis._sole import SoleMark, nobody
 from govredis.sessions import SessionCache, updates
 from govredis.sessions.backends.postgres_backend import PostgresSessionBackend
 from govredis.sessions.backends.redis_backend import RedisSessionBackend
@@ -358,17 +358,19 @@ class TestOnRedis:
         client = redis_of(alone)
         assert client is not None
         alone.sessions.bind("s", "a", data=0)
-        run = type(client).run
+        pipeline = type(client).pipeline
         meanwhile: list[Callable[[], Any]] = [lambda: None, lambda: alone.sessions.update("s", lambda data: data + 100)]
 
-        def twice(self: Any, *args: Any) -> Any:
-            monkeypatch.setattr(type(client), "run", run)
-            assert run(self, *args) == 1
+        def twice(self: Any, commands: Any, *args: Any, **options: Any) -> Any:
+            if not any(":update:" in argument for argument in commands[0]):
+                return pipeline(self, commands, *args, **options)
+            monkeypatch.setattr(type(client), "pipeline", pipeline)
+            assert pipeline(self, commands, *args, **options) == [1]
             meanwhile.pop(0)()
-            return run(self, *args)
+            return pipeline(self, commands, *args, **options)
 
         for expected in (1, 102):
-            monkeypatch.setattr(type(client), "run", twice)
+            monkeypatch.setattr(type(client), "pipeline", twice)
             calls: list[int] = []
             alone.sessions.update("s", lambda data, calls=calls: calls.append(data) or data + 1)
             assert len(calls) == 1
@@ -443,12 +445,12 @@ def trip(gov: GovRedis) -> Callable[[], None]:
     record = gov.sessions._backends.server
     assert record is not None
     breaker = record.breaker
-    breaker._prober = _Prober  # somebody is at it: no probe of its own
+    breaker._probing.holder = SoleMark  # somebody is at it: no probe of its own
     breaker.trip("a test")
 
     def back() -> None:
         breaker._try_probe()
-        breaker._prober = _nobody
+        breaker._probing.holder = nobody
         assert breaker.closed
 
     return back

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
 
 import pytest
-from support import POSTGRES_AWAY, REDIS_AWAY, redis_of
+from support import OF_SENTINELS, POSTGRES_AWAY, REDIS_AWAY, redis_of
 
 from govredis import BackendError, GovRedis, SessionAlreadyBound
 from govredis.client import Script
@@ -22,7 +22,7 @@ UTC = timezone.utc
 
 def sent(plain_redis: Any) -> set[str]:
     """The commands that reached the server since CONFIG RESETSTAT, the asking excepted."""
-    names = {name.removeprefix("cmdstat_") for name in plain_redis.info("commandstats")}
+    names = {name.removeprefix("cmdstat_") for name in plain_redis.info("commandstats").keys() - OF_SENTINELS}
     return {name for name in names if not name.startswith(("config", "info", "client", "select"))}
 
 
@@ -537,9 +537,9 @@ class TestOnRedis:
         client = redis_of(redis_alone)
         pipeline = type(client).pipeline
 
-        def twice(self: Any, commands: Any, scripts: Any = ()) -> Any:
-            replies = pipeline(self, commands, scripts)
-            return pipeline(self, commands, scripts) if len(commands) == 1 else replies
+        def twice(self: Any, commands: Any, scripts: Any = (), **options: Any) -> Any:
+            replies = pipeline(self, commands, scripts, **options)
+            return pipeline(self, commands, scripts, **options) if len(commands) == 1 else replies
 
         monkeypatch.setattr(type(client), "pipeline", twice)
         bound = redis_alone.sessions.bind("s", "a", data=[1], ttl=50)

@@ -42,7 +42,7 @@ class Race:
         self.overlapped = 0
         self._session = threading.local()
         race = self
-        binding, started = RedisSessionBackend._binding, SessionRows.started
+        binding, started = RedisSessionBackend.binding, SessionRows.started
 
         def binding_noted(self: Any, order: Any, *args: Any) -> Any:
             race.has_begun(order.session_id)
@@ -53,7 +53,7 @@ class Race:
             race.has_begun(race._session.id)
             return version
 
-        monkeypatch.setattr(RedisSessionBackend, "_binding", binding_noted)
+        monkeypatch.setattr(RedisSessionBackend, "binding", binding_noted)
         monkeypatch.setattr(SessionRows, "started", started_noted)
 
     def has_begun(self, session_id: str) -> None:

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from support import redis_of
 
 from govredis import GovRedis, SessionAlreadyBound
-from govredis.breaker import _nobody, _Prober
+from govredis._sole import SoleMark, nobody
 from govredis.testing.servers import PostgresServer, RedisServer
 
 pytestmark = [pytest.mark.once, pytest.mark.one_redis]
@@ -113,7 +113,7 @@ class SessionMachine(RuleBasedStateMachine):
         if not self.away[who]:
             self.away[who] = True
             breaker = redis_of(self.govs[who]).breaker
-            breaker._prober = _Prober  # somebody is at it: no probe of its own
+            breaker._probing.holder = SoleMark  # somebody is at it: no probe of its own
             breaker.trip("a test")
 
     @rule(who=WHO)
@@ -122,7 +122,7 @@ class SessionMachine(RuleBasedStateMachine):
             self.away[who] = False
             breaker = redis_of(self.govs[who]).breaker
             breaker._try_probe()
-            breaker._prober = _nobody
+            breaker._probing.holder = nobody
             assert breaker.closed
 
     @rule()

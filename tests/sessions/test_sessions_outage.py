@@ -11,7 +11,7 @@ import pytest
 from support import PATIENT, Child, Gate, eventually, redis_of
 
 from govredis import BackendUnavailable, GovRedis, SessionAlreadyBound, SessionStoreUnavailable
-from govredis.breaker import _nobody, _Prober
+from govredis._sole import SoleMark, nobody
 from govredis.sessions import SessionCache
 from govredis.testing.servers import RedisServer
 
@@ -242,15 +242,15 @@ class TestRecovery:
         cut.sessions.bind("s", "mine")
         persistent_redis.kill()
         breaker = redis_of(cut).breaker
-        prober = _Prober()
-        while breaker._prober() is not prober:  # hold its recovery off: `other` comes first
+        prober = SoleMark()
+        while breaker._probing.holder() is not prober:  # hold its recovery off: `other` comes first
             with breaker._lock:
-                if breaker._prober() is None:
-                    breaker._prober = lambda: prober
+                if breaker._probing.holder() is None:
+                    breaker._probing.holder = lambda: prober
         persistent_redis.restart("empty")
         other.sessions.bind("s", "theirs", ttl=50)
         assert cut.sessions.get_agent_id("s") == "mine"
-        breaker._prober = _nobody
+        breaker._probing.holder = nobody
         back(cut)
         assert cut.sessions.get_agent_id("s") == "theirs"
         assert cut.counters.get("sessions.replays_refused") == 1

@@ -127,7 +127,7 @@ class TestTheLeaseComesAfterTheRow:
             if late:
                 time.sleep(x * 1.1)
                 two.sessions.get("t")
-                assert one.sessions._backends.primary._cache.epoch() > 1  # type: ignore[union-attr]
+                assert one.sessions._backends.primary._cache.epoch("s") > 1  # type: ignore[union-attr]
 
         between(lose)
         one.sessions.get("s")

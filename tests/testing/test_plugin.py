@@ -78,7 +78,8 @@ def test_a_run_that_uses_no_fixture_imports_nothing_of_ours_but_the_plugin(run: 
             for name in ("govredis", "redis", "fakeredis", "hiredis", "ssl"):
                 assert name not in sys.modules
     """
-    assert passed(run(source, "-p", "no:hypothesispytest", "-p", "no:anyio")) == 1
+    others = [part for name in ("hypothesispytest", "anyio", "valkey") for part in ("-p", f"no:{name}")]
+    assert passed(run(source, *others)) == 1
 
 
 def test_without_the_extra_a_run_is_as_before_and_the_fixtures_say_what_to_install(run: Run) -> None:

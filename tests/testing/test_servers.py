@@ -20,6 +20,7 @@ from typing import Any
 import psycopg2
 import pytest
 import redis
+from secured import certificate
 from support import PATIENCE, Background, eventually
 
 from govredis.testing import _base_server, _binaries, servers
@@ -180,6 +181,12 @@ class TestRedis:
         with RedisServer(config=["requirepass secret"]) as server, pytest.raises(redis.AuthenticationError):
             server.command("GET", "a")
 
+    def test_takes_a_password(self, tmp_path: Path) -> None:
+        for folder, unix_socket in ((None, False), (tmp_path, True)):
+            with RedisServer(folder, unix_socket=unix_socket, password="a/b") as server:
+                assert "//:a%2Fb@" in server.url
+                assert server.command("CONFIG", "GET", "requirepass")[1] == "a/b"
+
     def test_a_given_folder_keeps_the_data_over_close(self, tmp_path: Path) -> None:
         with RedisServer(tmp_path / "a b", persistent=True) as server:
             server.command("SET", "a", 1)
@@ -289,7 +296,7 @@ class TestGroups:
         with RedisCluster(binary=binary) as cluster:
             assert len(cluster.nodes) == 6
             assert [node.command("ROLE")[0] for node in cluster.nodes] == ["master"] * 3 + ["slave"] * 3
-            with contextlib.closing(redis.RedisCluster.from_url(cluster.url)) as client:
+            with contextlib.closing(redis.RedisCluster.from_url(cluster.nodes[0].url)) as client:
                 for n in range(100):
                     client.set(f"key{n}", n)
             assert sum(node.command("DBSIZE") for node in cluster.nodes[:3]) == 100
@@ -300,6 +307,15 @@ class TestGroups:
             assert cluster.nodes[0].command("DBSIZE") == 0
             pids = [pid for node in cluster.nodes for pid in processes_of(node)]
         assert not any(map(alive, pids))
+
+    def test_a_persistent_primary_of_sentinels_keeps_its_data(self, binary: str) -> None:
+        with RedisSentinel(binary=binary, persistent=True) as group:
+            primary = group.nodes[0]
+            primary.command("SET", "k", "v")
+            assert primary.command("WAIT", 2, 20_000) == 2
+            primary.kill()
+            primary.restart("keep")
+            assert primary.command("GET", "k") == "v"
 
     def test_sentinel_comes_up_and_fails_over(self, binary: str) -> None:
         with RedisSentinel(binary=binary, master_name="main") as group:
@@ -316,6 +332,24 @@ class TestGroups:
                 assert group.master.command("GET", "a") == "1"
         assert not any(map(alive, pids))
         group.close()
+
+    def test_sentinel_with_tls_and_a_password(self, system_binary: Callable[[str], str], tmp_path: Path) -> None:
+        tls = certificate(tmp_path)
+        with RedisSentinel(binary=system_binary("redis-server"), tls=tls, password="a/b") as group:
+            assert group.url.startswith("rediss+sentinel://:a%2Fb@127.0.0.1:")
+            assert group.url.endswith(f"/mymaster?ssl_ca_certs={tls}&sentinel_password=a%2Fb")
+            for server in group.servers:
+                wrong = server.url.replace(":a%2Fb@", ":x@")
+                with pytest.raises(redis.ConnectionError), redis.Redis(port=server.port, password="a/b") as client:
+                    client.ping()
+                with pytest.raises(redis.AuthenticationError), redis.Redis.from_url(wrong) as client:
+                    client.ping()
+            master = group.master
+            master.command("SET", "a", 1)
+            assert master.command("WAIT", 2, 20_000) == 2
+            master.kill()
+            eventually(lambda: group.master is not master and group.master.command("ROLE")[0] == "master")
+            assert group.master.command("GET", "a") == "1"
 
     def test_a_group_that_does_not_come_up_leaves_nothing(self) -> None:
         group = RedisCluster(config=["nonsense 1"])

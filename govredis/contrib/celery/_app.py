@@ -9,9 +9,11 @@ from celery.local import Proxy
 
 from ...api import GovRedis
 from ._broker import warn_if_unbounded
-from ._gov import INTERVALS, gov_of, govs, intervals, queue_of
+from ._events import EventForwarder, forwarders
+from ._gov import INTERVALS, gov_of, govs, intervals, liveness_file_of, queue_of
 from ._parking import lot_of
 from ._publisher import Publisher
+from ._pulse import Pulse
 from ._scheduled import scheduled_by
 from ._tasks import TASKS
 
@@ -20,25 +22,28 @@ def init_celery(app: Celery, gov: GovRedis | None = None) -> None:
     """Put our tasks and their beat entries into `app`, when it is finalized, or now if it has been.
 
     Tasks: `govredis.invalidate_metadata(agent_id)`, `govredis.drain_outbox()`, `govredis.health_snapshot()`,
-    `govredis.purge()`, `govredis.heartbeat()`; all but the first are scheduled, `drain_outbox` where there is an
-    outbox, that is, with PostgreSQL. Nothing in the app is replaced: a task of the same name stays, and a task that its
-    `beat_schedule` has already, by its own name or the entry's, is not scheduled again.
+    `govredis.census()`, `govredis.purge()`, `govredis.heartbeat()`; all but the first are scheduled, `drain_outbox`
+    where there is an outbox, that is, with PostgreSQL. Nothing in the app is replaced: a task of the same name stays,
+    and a task that its `beat_schedule` has already, by its own name or the entry's, is not scheduled again.
 
     They go to the app's default queue, or to the queue that `govredis_queue` names. Some worker must read it: where
     workers are started with -Q, and beat is alive, health warns of a queue that nobody reads. A scheduled message
     expires when the next is due. RabbitMQ removes it then; a Redis broker keeps it until a worker reads the queue, and
-    drops it. Once three heartbeats in a row were not run, beat publishes only heartbeats of ours until a worker runs
+    drops it. Once two heartbeats in a row were not run, beat publishes only heartbeats of ours until a worker runs
     one.
 
     Where nothing bounds how long a publisher waits for a Redis broker that hangs, a warning names the settings that do.
     While the broker is away, messages that beat cannot publish are counted as celery.unpublished, and logged once.
 
     A worker of the app publishes the messages that `rate_limited` has parked, in a thread that looks ten times a
-    second.
+    second. With the heartbeat's interval it tells health that it lives, which queues it reads, and how many messages
+    are in these and in those that the app's configuration names.
 
     Settings, in the app's configuration: `govredis_` and the name of a field of Config, put over the environment's;
-    `govredis_drain_interval` (1), `govredis_heartbeat_interval` (15), `govredis_snapshot_interval` (60) and
-    `govredis_purge_interval` (3600): seconds, or None for not at all; `govredis_queue`: a queue's name.
+    `govredis_drain_interval` (1), `govredis_census_interval` (10), `govredis_heartbeat_interval` (15),
+    `govredis_snapshot_interval` (60) and `govredis_purge_interval` (3600): seconds, or None for not at all;
+    `govredis_queue`: a queue's name; `govredis_liveness_file`: a file that a worker, and beat, touch with each
+    heartbeat.
 
     Args:
         app: the Celery app.
@@ -71,6 +76,7 @@ def _install(app: Celery) -> None:
             made.append(app.task(function, name=name, shared=False, base=base, **options))
     warn_if_unbounded(app)
     gov, queue = gov_of(app), queue_of(app)
+    liveness_file_of(app)
     if queue is not None:
         for task in made:
             task.queue = queue
@@ -92,7 +98,8 @@ def _task_of(entry: Any) -> Any:
 
 
 class _WorkerStep(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Keeps a worker with wrong settings from starting, and says why; has a worker publish parked messages."""
+    """Keeps a worker with wrong settings from starting, and says why; has a worker publish parked messages
+    and the tasks of events."""
 
     # After the pool's processes are forked: a fork with fewer threads goes wrong less.
     requires = ("celery.worker.components:Pool",)
@@ -100,8 +107,8 @@ class _WorkerStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def __init__(self, parent: Any, **kwargs: Any) -> None:
         super().__init__(parent, **kwargs)
         self._gov = gov_of(parent.app)
-        self._publisher: Publisher | None = None
-        intervals(parent.app), queue_of(parent.app)
+        self._threads: list[Publisher | EventForwarder | Pulse] = []
+        intervals(parent.app), queue_of(parent.app), liveness_file_of(parent.app)
 
     def create(self, parent: Any) -> _WorkerStep:
         return self
@@ -109,11 +116,16 @@ class _WorkerStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def start(self, parent: Any) -> None:
         lot = lot_of(parent.app, self._gov)
         if lot is not None:
-            self._publisher = Publisher(parent.app, self._gov, lot)
-            self._publisher.start()
+            self._threads.append(Publisher(parent.app, self._gov, lot))
+        self._threads += forwarders(parent.app, self._gov, parent.hostname)
+        every = intervals(parent.app).get("govredis.heartbeat")
+        if every is not None:
+            self._threads.append(Pulse(parent.app, self._gov, parent.hostname, every))
+        for thread in self._threads:
+            thread.start()
 
     def stop(self, parent: Any) -> None:
-        if self._publisher is not None:
-            self._publisher.stop()
+        for thread in self._threads:
+            thread.stop()
 
     terminate = stop

@@ -97,7 +97,7 @@ def rate_limited(
     spec = LimitSpec(rate, key, operation, cost, exempt)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R | None]:
-        _refuse_tasks(function, "rate_limited")
+        refuse_tasks(function, "rate_limited")
         read = spec.reader_of(function)
 
         @_wraps(function)
@@ -169,7 +169,7 @@ def exclusive(
         check_ttl(ttl)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R | None]:
-        _refuse_tasks(function, "exclusive")
+        refuse_tasks(function, "exclusive")
         name_of = name_of_calls(key, function)
 
         @_wraps(function)
@@ -199,7 +199,7 @@ def exclusive(
     return decorate
 
 
-def _refuse_tasks(function: Any, decorator: str) -> None:
+def refuse_tasks(function: Any, decorator: str) -> None:
     # Celery's proxy stands for a task that is not made yet: a look into it would finalize the app.
     if issubclass(type(function), (Proxy, Task)):
         raise ValueError(f"@{decorator} stands above @app.task; it must stand below it, next to the function")

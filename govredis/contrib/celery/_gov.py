@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -16,6 +17,7 @@ from ...errors import ConfigurationError, check_ttl
 
 #: For each periodic task, the setting that says how often it runs, and its default, in seconds.
 INTERVALS = {
+    "govredis.census": ("census_interval", 10.0),
     "govredis.drain_outbox": ("drain_interval", 1.0),
     "govredis.heartbeat": ("heartbeat_interval", 15.0),
     "govredis.health_snapshot": ("snapshot_interval", 60.0),
@@ -24,6 +26,8 @@ INTERVALS = {
 
 #: The setting that names the queue of our tasks.
 _QUEUE = "govredis_queue"
+#: The setting that names the file that a worker and beat touch.
+_LIVENESS = "govredis_liveness_file"
 
 #: Celery's settings are in small letters, and its redis_* belong to its result backend: so ours have one form there.
 _NAMES = {f.name: f"govredis_{f.name}" for f in fields(Config)}
@@ -36,7 +40,7 @@ def gov_of(app: Celery) -> GovRedis:
     """The GovRedis that `init_celery` gave the app, else the process-wide GovRedis. Raises ConfigurationError."""
     gov = govs.get(app)
     if gov == "":
-        also = [_QUEUE, *(f"govredis_{setting}" for setting, _ in INTERVALS.values())]
+        also = [_QUEUE, _LIVENESS, *(f"govredis_{setting}" for setting, _ in INTERVALS.values())]
         config = Config.from_app(_settings(app), _NAMES, also)
         # Two threads may make one each; one of the two, which has not connected yet, is forgotten.
         gov = govs[app] = govs[app] or (None if config is None else GovRedis(config))
@@ -78,6 +82,14 @@ def queue_of(app: Celery) -> str | None:
     if queue is None or (isinstance(queue, str) and queue):
         return queue
     raise ConfigurationError(f"{_QUEUE} is {queue!r}; it must be the name of a queue, or None")
+
+
+def liveness_file_of(app: Celery) -> str | None:
+    """The file that shows that a process of the app lives, where its settings name one. Raises ConfigurationError."""
+    path = _settings(app).get(_LIVENESS)
+    if path is None or (isinstance(path, str | os.PathLike) and os.fspath(path)):
+        return None if path is None else os.fspath(path)
+    raise ConfigurationError(f"{_LIVENESS} is {path!r}; it must be the path of a file, or None")
 
 
 def _write_pending(**_: Any) -> None:

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from celery import Celery, Task
 from celery.canvas import Signature
@@ -25,6 +24,7 @@ from ...errors import BackendError, BackendUnavailable, RateLimitExceeded
 from ...limits import RateLimitResult
 from ...limits.parked import Arrival, ParkingLot
 from ...limits.rates import Limit, Rate, parse_rate
+from ._broker import broker_of
 from ._republish import encoding, jittered, republish, signature_of
 
 #: The header that tells a parked message from others of the same run: "{times parked}:{publication}:{run}", where the
@@ -37,9 +37,6 @@ _PATIENCE = 0.5
 
 #: Seconds after which a task is tried again for which no connection was free.
 _CROWDED = 1.0
-
-#: The broker that each app publishes to, without credentials.
-_brokers: WeakKeyDictionary[Celery, str] = WeakKeyDictionary()
 
 
 def admit_or_park(gov: GovRedis, task: Task, identity: Any, rate: Rate, operation: str, cost: int = 1) -> None:
@@ -94,13 +91,7 @@ def lot_of(app: Celery, gov: GovRedis) -> ParkingLot | None:
     """The parking lot for the broker of an app. None: Redis is disabled."""
     if gov.internal.parked is None:
         return None
-    broker = _brokers.get(app)
-    if broker is None:
-        with app.connection_for_write() as connection:
-            info = connection.info()
-        path = str(info["virtual_host"]).strip("/") or ("0" if info["transport"] == "redis" else "")
-        broker = _brokers[app] = f"{info['transport']}://{info['hostname']}:{info['port']}/{path}"
-    return gov.internal.parked.lot(broker)
+    return gov.internal.parked.lot(broker_of(app))
 
 
 def park(

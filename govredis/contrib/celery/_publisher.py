@@ -3,20 +3,18 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-from typing import Any
 
 from celery import Celery
 from kombu.exceptions import OperationalError
 
 from ..._latch import Latch
 from ...api import GovRedis
-from ...errors import BackendError, BackendUnavailable, printable
+from ...errors import BackendUnavailable, printable
 from ...limits.parked import ParkingLot, Taken
-from ._broker import broker_secrets
 from ._parking import decode, still_to_wait, to_publish
+from ._producer import BrokerProducer
 
 log = logging.getLogger("govredis")
 
@@ -24,10 +22,6 @@ log = logging.getLogger("govredis")
 _POLL = 0.1
 #: Seconds before the next try where Redis or the broker is away.
 _RETRY = 1.0
-
-#: AMQP confirms a message before it is removed from Redis. This thread logs that a broker is away, and tries again;
-#: kombu would try up to every 30 s, and log nothing.
-_TRANSPORT_OPTIONS = {"confirm_publish": True, "max_retries": 0}
 
 
 class Publisher(threading.Thread):
@@ -45,8 +39,7 @@ class Publisher(threading.Thread):
         self._app, self._gov, self._lot = app, gov, lot
         self._stopped = Latch()
         self._away = False
-        self._connection: Any = None
-        self._producer: Any = None
+        self._producer = BrokerProducer(app)
 
     def run(self) -> None:
         """Work until `stop` is called."""
@@ -58,11 +51,11 @@ class Publisher(threading.Thread):
             except BackendUnavailable:
                 wait = _RETRY  # Redis is away: its breaker logs that
             except Exception as error:  # noqa: BLE001 - each transport has errors of its own
-                self._disconnect()
+                self._producer.disconnect()
                 if not self._away:
-                    log.warning("parked tasks cannot be published, and stay parked: %s", self._said(error))
+                    log.warning("parked tasks cannot be published, and stay parked: %s", self._producer.said(error))
                 self._away, wait = True, _RETRY
-        self._disconnect()
+        self._producer.disconnect()
 
     def stop(self) -> None:
         """Stop after the message that is being published."""
@@ -92,13 +85,13 @@ class Publisher(threading.Thread):
             if wait:
                 self._lot.postpone(taken.entry, wait)
                 continue
-            producer = self._connected()
+            producer = self._producer.connected()
             try:
                 producer.publish(body, **options)
             except Exception as error:
-                if isinstance(error, (OperationalError, *self._connection.connection_errors)):
+                if isinstance(error, (OperationalError, *self._producer.connection_errors)):
                     raise
-                self._disconnect()  # AMQP closes the channel
+                self._producer.disconnect()  # AMQP closes the channel
                 refused.append((taken, error))
                 continue
             published += 1
@@ -114,7 +107,7 @@ class Publisher(threading.Thread):
         return next_in
 
     def _put_aside(self, taken: Taken, error: Exception) -> None:
-        why = f"{type(error).__name__}: {self._said(error)}"
+        why = f"{type(error).__name__}: {self._producer.said(error)}"
         tries = self._lot.put_aside(taken.entry, why)
         if tries:
             self._gov.counters.add("celery.set_aside")
@@ -122,21 +115,3 @@ class Publisher(threading.Thread):
             log.error(
                 "parked task %s is set aside, as it cannot be published (try %d): %s", printable(entry), tries, why
             )
-
-    def _said(self, error: Exception) -> str:
-        if isinstance(error, BackendError):
-            return str(error)  # has no secrets
-        return printable(broker_secrets(self._app).hide(str(error)))
-
-    def _connected(self) -> Any:
-        """The producer, over one connection, made when the first message is due."""
-        if self._producer is None:
-            self._connection = self._app.connection_for_write(transport_options=_TRANSPORT_OPTIONS)
-            self._producer = self._app.amqp.Producer(self._connection, auto_declare=False)
-        return self._producer
-
-    def _disconnect(self) -> None:
-        connection, self._connection, self._producer = self._connection, None, None
-        if connection is not None:
-            with contextlib.suppress(Exception):  # it may be broken
-                connection.release()

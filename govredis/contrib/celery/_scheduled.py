@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import time
 from typing import Any
 
 from celery import Celery, Task
@@ -13,6 +16,7 @@ from ...errors import printable
 from ...health.heartbeat import MISSED
 from ._broker import broker_secrets
 from ._gov import gov_of
+from ._liveness import touch
 
 log = logging.getLogger("govredis")
 
@@ -28,10 +32,17 @@ class _BeatState:
     Attributes:
         away_said: the log says that the broker is away.
         unread: heartbeats in a row that no worker has run.
+        published_at: when the last heartbeat was published, by the monotonic clock.
     """
 
     away_said = False
     unread = 0
+    published_at: float | None = None
+
+    def lag(self, every: float) -> float:
+        """Seconds by which the heartbeat that is published now comes late."""
+        last, self.published_at = self.published_at, time.monotonic()
+        return 0.0 if last is None else max(0.0, self.published_at - last - every)
 
 
 class _Scheduled:
@@ -56,6 +67,8 @@ class _Scheduled:
         if self.beat.unread >= MISSED and not beats:
             gov.counters.add("celery.unpublished")
             return None
+        if beats:
+            touch(self.app)
         try:
             result = super().apply_async(args, kwargs, producer=producer, **options)  # type: ignore[misc]
         except OperationalError as error:
@@ -70,6 +83,8 @@ class _Scheduled:
             log.info("beat publishes our tasks again")
         if beats:
             every = (kwargs or {}).get("every", 15.0)
+            told = {"lag": round(self.beat.lag(every), 3)}
+            gov.internal.fleet.note("beat", f"{socket.gethostname()}:{os.getpid()}", every, told)
             self.beat.unread = gov.internal.heartbeat.note_published(every, self._queue(options))
         return result
 

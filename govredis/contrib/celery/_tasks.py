@@ -6,7 +6,7 @@ from typing import Any
 
 from celery import Task
 
-from ...errors import BackendUnavailable
+from ...errors import BackendError, BackendUnavailable
 from ...keys import Id
 from ._gov import gov_of
 from ._republish import jittered, republish
@@ -26,18 +26,34 @@ def invalidate_metadata(self: Task, agent_id: Id) -> None:
 
 
 def drain_outbox(self: Task) -> int | None:
-    """Tell Redis which cached values were changed, by any writer, as the outbox has it.
+    """Tell Redis which cached values were changed, by any writer, as the outbox has it; and of transactions' events.
 
-    Returns how many; None where it could not be done, or another process is doing it.
+    Returns how many values; None where it could not be done, or another process is doing it.
     """
-    freshness = gov_of(self.app).internal.freshness
-    return None if freshness is None else freshness.drain()
+    gov = gov_of(self.app)
+    told = None if gov.internal.freshness is None else gov.internal.freshness.drain()
+    if gov.events.relay is not None:
+        gov.events.relay.run_quietly()
+    return told
 
 
 def health_snapshot(self: Task) -> dict[str, Any]:
     """Check the health and store the report. Returns its status, and where it is stored; None if it could not be."""
     report = gov_of(self.app).health.snapshot()
     return {"status": report.status, "stored": report.stored}
+
+
+def census(self: Task) -> bool | None:
+    """Go on with the census of Redis's keys, for half a second.
+
+    Returns whether all keys have been counted; None where Redis is away, or refuses.
+    """
+    gov = gov_of(self.app)
+    try:
+        return gov.health.count_keys()
+    except BackendError:
+        gov.counters.add("health.degraded.census")
+        return None
 
 
 def purge(self: Task) -> int:
@@ -61,6 +77,7 @@ TASKS = {
     # Nobody asks for these results: they would only fill the result backend.
     "govredis.health_snapshot": (health_snapshot, {"bind": True, "ignore_result": True}),
     "govredis.drain_outbox": (drain_outbox, {"bind": True, "ignore_result": True}),
+    "govredis.census": (census, {"bind": True, "ignore_result": True}),
     "govredis.purge": (purge, {"bind": True, "ignore_result": True}),
     "govredis.heartbeat": (heartbeat, {"bind": True, "ignore_result": True}),
 }

@@ -15,16 +15,19 @@ from werkzeug.exceptions import Unauthorized
 from ...api import GovRedis
 from ...config import Config, variables
 from ...errors import refuse
+from ...events import Event
 from ...keys import Id
 from ...limits.rates import Rate
 from ...sessions import SessionBinding
 from . import _logins, _problems, _session_interface
+from ._dashboard import dashboard
 from ._decoration import BareViews, name_of
 from ._default_limits import DefaultLimits
 from ._endpoints import commands, endpoints
+from ._events import event_stream
 from ._problems import problem
 from ._settings import read_settings
-from ._state import COOKIE, DETAILS, EXTENSION, HEADER, PREFIX, SECURE, AppState, app_gov
+from ._state import COOKIE, DASHBOARD, DETAILS, EXTENSION, HEADER, PREFIX, SECURE, AppState, app_gov
 from ._view_limits import ViewLimit, agent_or_address, show
 from ._view_limits import exempt as exempt_view
 
@@ -43,6 +46,8 @@ class FlaskGovRedis:
     - `/govredis/live` (200, touches nothing), `/govredis/ready` (503 only where health says fail) and
       `/govredis/health` (the same; for those who may see it, the whole report, which names hosts). They are
       application/health+json, and never cached;
+    - `/govredis/metrics` for Prometheus, for those who may see the whole report, else 403; with the extra `prometheus`;
+    - `/govredis/dashboard`, where GOVREDIS_DASHBOARD enables it: a page for people on call;
     - status 429 for RateLimitExceeded out of any view, and 503 for BackendUnavailable (SessionStoreUnavailable and
       LockUnavailable too). Both have Retry-After and an application/problem+json body (RFC 9457); or a page or a text,
       where the request's Accept prefers that. Outside the view the two are werkzeug's HTTPExceptions as well. So the
@@ -60,8 +65,10 @@ class FlaskGovRedis:
     - `GOVREDIS_SESSION_COOKIE_SECURE` (True): False for development without https. The cookie is then named
       "govredis_session", if you gave it no name;
     - `GOVREDIS_URL_PREFIX` ("/govredis"), the path of the endpoints; None: there are none;
-    - `GOVREDIS_HEALTH_DETAILS` (False), for the whole report: True for everybody, or a callable without arguments that
-      reads flask.request.
+    - `GOVREDIS_HEALTH_DETAILS` (False), for the whole report and the metrics: True for everybody, or a callable without
+      arguments that reads flask.request.
+    - `GOVREDIS_DASHBOARD` (False: there is none): a callable without arguments that reads flask.request, and returns
+      True for those who may see the dashboard. Others get a 403, unless it aborts with an answer of its own.
 
     Works under prefork servers, `--preload` included, and with threads. While Redis is away requests go on, on the
     fallbacks of each feature.
@@ -90,12 +97,14 @@ class FlaskGovRedis:
         """
         if EXTENSION in app.extensions:
             raise ValueError(f"app {app.name!r} has a FlaskGovRedis already; init_app is called once for an app")
-        config = Config.from_app(app.config, variables(), (HEADER, COOKIE, SECURE, PREFIX, DETAILS))
+        config = Config.from_app(app.config, variables(), (HEADER, COOKIE, SECURE, PREFIX, DETAILS, DASHBOARD))
         read_settings(app)
         if self._is_flask_session:
             _session_interface.check(app)
         if (prefix := app.config[PREFIX]) is not None:
             app.register_blueprint(endpoints, url_prefix=prefix)
+        if app.config[DASHBOARD]:
+            app.register_blueprint(dashboard, url_prefix=f"{prefix}/dashboard")
         made = self._gov or (None if config is None else GovRedis(config))
         state = app.extensions[EXTENSION] = AppState(made, self._defaults)
         app.before_request(lambda: self._refuse_unreached(app, state))
@@ -328,6 +337,21 @@ class FlaskGovRedis:
         """
         limit = self._limit(rate, key, "default" if operation is None else operation, cost, exempt, count_when, methods)
         self._defaults.add(scope, limit, operation)
+
+    def events(self, topic: str, *, only: Callable[[Event], bool] | None = None, heartbeat: float = 15.0) -> Response:
+        """A response that sends events as they come (Server-Sent Events): return it from a view of yours.
+
+        The view decides who may see the topic. A browser that comes again with Last-Event-ID gets what it has missed.
+        Each response keeps a thread, or greenlet, until its client has gone.
+
+        Args:
+            topic: as in `EventBus.listen`.
+            only: gets each event, outside of the request; where it returns False, the event is not sent.
+            heartbeat: seconds after which something is sent, so that a client that has gone is noticed.
+
+        Raises ValueError for bad arguments.
+        """
+        return event_stream(app_gov(), topic, only, heartbeat)
 
     def exempt(self, target: T) -> T:
         """A view, or the class of a MethodView, for which no default limit holds. Its own limits hold.

@@ -8,7 +8,7 @@ from flask import Flask
 
 from ...errors import ConfigurationError
 from ._decoration import is_plain
-from ._state import COOKIE, DETAILS, HEADER, PREFIX, SECURE
+from ._state import COOKIE, DASHBOARD, DETAILS, HEADER, PREFIX, SECURE
 
 #: A token of RFC 9110 and RFC 6265: the name of a header or a cookie.
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -45,3 +45,14 @@ def read_settings(app: Flask) -> None:
         raise ConfigurationError(
             f"{DETAILS} is {details!r}; it must be True, False or a plain callable without arguments"
         )
+    dashboard = app.config.setdefault(DASHBOARD, False)
+    if dashboard is None or dashboard is False:
+        return
+    if not (callable(dashboard) and is_plain(dashboard)):
+        raise ConfigurationError(
+            f"{DASHBOARD} is {dashboard!r}; it must be False for no dashboard, or a plain callable without arguments"
+            " that reads flask.request and returns True for those who may see it. The page names hosts, agents and"
+            " locks, and behind a proxy every request seems to come from this host"
+        )
+    if prefix is None:
+        raise ConfigurationError(f"{DASHBOARD} is set, and {PREFIX} is None, so that it has no URL; give it a path")

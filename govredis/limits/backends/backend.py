@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from ...errors import BackendError
 from ..rates import Limit
+
+if TYPE_CHECKING:
+    from ...client import RedisNode
 
 Mode = Literal["hit", "peek", "record"]
 
@@ -135,7 +138,8 @@ class LimitBackend(ABC):
     def hit_many(self, hits: Sequence[tuple[str, Sequence[Limit], int]]) -> list[Outcome | BackendError]:
         """`decide` in mode "hit" for each key, limits and cost, in order.
 
-        A BackendError stands in place of an Outcome where the backend refused that hit alone.
+        A BackendError stands in place of an Outcome where the backend refused that hit alone. A BackendUnavailable does
+        where the part of it that keeps that key is away.
         """
         return [self.decide(key, limits, cost, "hit") for key, limits, cost in hits]
 
@@ -217,11 +221,14 @@ class ServerLimitBackend(LimitBackend):
     on_server = True
 
     @abstractmethod
-    def replicate(self, admissions: Sequence[Admission], now: float) -> tuple[int, BackendError | None]:
+    def replicate(
+        self, admissions: Sequence[Admission], now: float, node: RedisNode | None = None
+    ) -> tuple[int, BackendError | None]:
         """Record admissions of another backend, each at the time that lies as long ago, by the server's clock.
 
         Args:
             now: as `Admission.at` counts.
+            node: the one that has these keys, where the backend has nodes.
 
         Returns how many it could not record because of what their keys hold, and the first error among these. After an
         error (also ConfigurationError) some may have been recorded.

@@ -120,7 +120,7 @@ class PostgresLimitBackend(ServerLimitBackend):
             (self._row(key), self._row(key)),
         )
 
-    def replicate(self, admissions: Sequence[Admission], now: float) -> tuple[int, None]:
+    def replicate(self, admissions: Sequence[Admission], now: float, node: object = None) -> tuple[int, None]:
         """As `ServerLimitBackend.replicate`, in one statement. An admission that arrives twice is recorded twice."""
         self._postgres.fetch(
             _REPLICATE,

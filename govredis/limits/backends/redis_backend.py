@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from ..._fork import renew_in_child
 from ...breaker import Rejected
-from ...client import RedisClient, Script
+from ...client import NotServedHere, RedisClient, RedisNode, Script
 from ...errors import BackendError, BackendUnavailable
 from ...keys import sibling
 from ..rates import MAX_COST, Limit, pairs_of
@@ -149,9 +149,13 @@ class RedisLimitBackend(ServerLimitBackend):
             return self._counter_script, (sibling(key, "counter"),)
         return self._script, (key, sibling(key, "window"))
 
-    def replicate(self, admissions: Sequence[Admission], now: float) -> tuple[int, BackendError | None]:
+    def replicate(
+        self, admissions: Sequence[Admission], now: float, node: RedisNode | None = None
+    ) -> tuple[int, BackendError | None]:
         """As `ServerLimitBackend.replicate`. An admission that arrives twice is recorded once."""
+        client = node or self._client
         refused, first_error = 0, None
+        elsewhere: NotServedHere | None = None
         for batch in _batches(admissions):
             by_key: dict[str, list[Admission]] = {}
             for admission in batch:
@@ -162,11 +166,18 @@ class RedisLimitBackend(ServerLimitBackend):
                 for admission in of_key:
                     args += (str(admission.age_us(now)), str(admission.cost), admission.name)
                 commands.append(self._replicate.call((key, sibling(key, "window")), args))
-            replies = self._client.pipeline(commands, (self._replicate,), each=True)
+            replies = client.pipeline(commands, (self._replicate,), each=True)
             for reply, (key, of_key) in zip(replies, by_key.items(), strict=True):
+                if isinstance(reply, NotServedHere):
+                    elsewhere = reply  # a slot that has moved, say
+                    continue
+                if isinstance(reply, BackendUnavailable):
+                    raise reply
                 if isinstance(reply, BackendError):
                     refused += len(of_key)
                     first_error = first_error or _at(key, reply)
+        if elsewhere is not None:
+            raise elsewhere  # all of them are told once more
         return refused, first_error
 
     def _member(self) -> str:
@@ -188,7 +199,7 @@ def _batches(admissions: Sequence[Admission]) -> Iterator[list[Admission]]:
 
 def _at(key: str, error: BackendError) -> BackendError:
     """The error with which Redis answers for a limit's key, or for a sibling, with the key's name."""
-    if isinstance(error, Rejected):
+    if isinstance(error, Rejected | BackendUnavailable):
         return error
     return BackendError(f"the limit at {key}: {error}")
 

@@ -6,5 +6,5 @@ local function clock(given)
   local now = tonumber(given)
   if now then return now end
   local time = redis.call('TIME')
-  return tonumber(time[1]) * 1000000 + tonumber(time[2])
+  return time[1] * 1000000 + time[2]
 end

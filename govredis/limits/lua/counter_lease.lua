@@ -35,7 +35,7 @@ elseif admitted then
   local more = math.min(wanted - cost, math.floor(least / 2))
   granted, least = cost + more, least - more
   if more > 0 then at = now + lease end
-  count(counters, granted, at, now, {'calls', note(calls, member), 'origin', origin}, #windows + 2)
+  count(counters, windows, granted, at, now, {'calls', note(calls, member), 'origin', origin}, #windows + 2)
 end
 
 local reset_after = until_empty(counters[deciding], now)

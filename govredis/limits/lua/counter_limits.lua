@@ -28,12 +28,12 @@ local function decide(limits, held, needed, unasked, glanced, now)
   return counters, admitted, deciding, least, wait
 end
 
--- Count `cost` in each of the counters, at a time, and write them with the other fields in `written`. `known`: how many
--- fields these are in all, and those of other windows go when they have ended.
-local function count(counters, cost, at, now, written, known)
+-- Count `cost` in each of the counters, of these windows, at a time, and write them with the other fields in `written`.
+-- `known`: how many fields these are in all, and those of other windows go when they have ended.
+local function count(counters, windows, cost, at, now, written, known)
   local begun = false
-  for _, counter in ipairs(counters) do
-    written[#written + 1] = string.format('%d', counter.window)
+  for i, counter in ipairs(counters) do
+    written[#written + 1] = windows[i]
     if counter.counts then
       if add(counter, cost, at) then begun = true end
       written[#written + 1] = fold(counter)

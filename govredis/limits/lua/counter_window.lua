@@ -14,7 +14,8 @@
 local mode, cost, member = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local now, limits = clock(ARGV[4]), {unpack(ARGV, 5)}
 
-local held = redis.call('HMGET', KEYS[1], 'calls', 'origin', unpack(windows_of(limits)))
+local windows = windows_of(limits)
+local held = redis.call('HMGET', KEYS[1], 'calls', 'origin', unpack(windows))
 local calls = held[1]
 
 local again = mode == 'hit' and noted(calls, member)
@@ -23,7 +24,7 @@ local counters, admitted, deciding, least, wait =
 if not counters then return admitted end
 
 if admitted and mode ~= 'peek' and not again then
-  count(counters, cost, now, now, {'calls', note(calls, member)}, #limits / 2 + (held[2] and 2 or 1))
+  count(counters, windows, cost, now, now, {'calls', note(calls, member)}, #windows + (held[2] and 2 or 1))
 end
 
 return {admitted and 1 or 0, deciding, math.max(0, least), wait, until_empty(counters[deciding], now), now}

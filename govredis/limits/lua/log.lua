@@ -17,9 +17,12 @@
 -- So a log holds at most the entries that its clients admit within the longest window that any of them has used: since the
 -- log was last empty for so long, 366 days at most, and 366 days where no TTL says less.
 
--- A key outlives its entries by a minute, as those of other clients; by up to a second less, as it is renewed once a second.
+-- A key outlives its entries by a minute, as those of other clients; by up to ten seconds less, as it is renewed that often.
 -- A longer minute than theirs would hide a window of theirs that is a little longer than ours.
-local SLACK_MS, KEPT_EACH_MS = 60000, 1000
+local SLACK_MS, KEPT_EACH_MS = 60000, 10000
+-- TTLs that one script gives two keys may differ by so much, or are read so: Redis 6.2's clock goes on within a script, also
+-- where the machine stalls.
+local APART_MS = 1000
 -- The widest window, twice: a second may start at the end of the first.
 local LONGEST_KEPT_MS = 2 * 366 * 86400 * 1000 + SLACK_MS
 local LONGEST_WINDOW = 366 * 86400 * 1000000
@@ -147,27 +150,27 @@ end
 -- Returns how many of the entries were not there yet, and the microsecond of the last entry that is now or later, else
 -- `at`. Third: how many milliseconds from now on that entry may count.
 --
--- To keep costs more than to decide. So that is left out where it was done within the last second: the TTL is the longest
--- known window's, with a slack that is shorter by less than that. And it is ours: the sibling has it too, or a longer one.
--- No entry is still to come then.
+-- To keep costs more than to decide. So that is left out where it was done within the last ten seconds: the TTL is the
+-- longest known window's, with a slack that is shorter by less than that. And it is ours: the sibling has it too, or a
+-- longer one. No entry is still to come then.
 local function write(now, window, old, at, cost, member, ahead)
-  local known, others_ms = longest_used(), redis.call('PTTL', KEYS[1])
+  -- The sibling's TTL is read first and set last. So it is longer, by far less than a millisecond, unless others set the
+  -- key's.
+  local known, left_ms, others_ms = longest_used(), redis.call('PTTL', KEYS[2]), redis.call('PTTL', KEYS[1])
   local newest = ahead and math.max(at, microseconds(ahead)) or at
   local full = kept_for(known)
-  local kept = known >= window and newest <= now and others_ms <= full and others_ms > full - KEPT_EACH_MS
-    and redis.call('PTTL', KEYS[2]) >= others_ms
+  local is_ours = left_ms >= others_ms and left_ms <= others_ms + APART_MS
+  local kept = known >= window and newest <= now and is_ours and others_ms <= full and others_ms > full - KEPT_EACH_MS
 
   local longest = math.max(known, window)
-  if not kept then
-    -- The sibling's TTL is read first and set last. So it is longer, by far less than a millisecond, unless others set the
-    -- key's.
-    local left_ms = redis.call('PTTL', KEYS[2])
-    others_ms = redis.call('PTTL', KEYS[1])
-    if others_ms > 0 and others_ms > left_ms then
-      -- An entry that is still to come is a lease's, or reserved: it is not theirs.
-      local past = redis.call('ZCOUNT', KEYS[1], '-inf', seconds(now))
-      local newest = past > 0 and redis.call('ZRANGE', KEYS[1], past - 1, past - 1, 'WITHSCORES')[2] or 0
-      local theirs = others_ms * 1000 + math.max(0, now - microseconds(newest))
+  if others_ms > 0 and not is_ours then
+    -- An entry that is still to come is a lease's, or reserved: it is not theirs.
+    local past = redis.call('ZCOUNT', KEYS[1], '-inf', seconds(now))
+    local newest = past > 0 and redis.call('ZRANGE', KEYS[1], past - 1, past - 1, 'WITHSCORES')[2] or 0
+    local theirs = others_ms * 1000 + math.max(0, now - microseconds(newest))
+    -- Where it is shorter than the sibling's, a lease or a reservation has raised both, and they have set the key's since.
+    -- That tells of a longer window if it is more than we would have given the key without these.
+    if others_ms > left_ms or theirs > (full + APART_MS) * 1000 then
       longest = math.max(longest, math.min(theirs, LONGEST_WINDOW))
     end
   end

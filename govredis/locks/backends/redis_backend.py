@@ -9,13 +9,16 @@ import os
 import socket
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ..._counters import Counters
 from ..._fork import renew_in_child
-from ...client import RedisClient, Script, pack_command
+from ...client import Command, NotServedHere, RedisClient, RedisNode, Script, pack_command
 from ...errors import BackendError, BackendUnavailable
+from ..held_list import HeldLockList
 from ..host_lock.record import FENCE_KEPT, LockRecord
 from ..resource import Resource
+from .late_releases import LateReleases, Release
 
 _FENCE_KEPT_MS = f"{FENCE_KEPT * 1000:.0f}"
 
@@ -34,6 +37,10 @@ class ScriptFiles(NamedTuple):
     extend: tuple[str, ...]
     release: tuple[str, ...]
     force: tuple[str, ...] | None = None
+
+
+class UnconfirmedGrant(BackendUnavailable):
+    """Redis has granted a lock, no replica has confirmed that, and the lock was released again."""
 
 
 _EXCLUSIVE, _SHARED = ("queue.lua", "hand.lua"), ("queue.lua", "slots.lua")
@@ -70,17 +77,24 @@ class RedisLockBackend:
     Args:
         redis: None where Redis is disabled; nothing but `owner` is called then.
         files: of the scripts.
-        index: the key of the list of held locks.
+        held_list: the list of held locks.
+        counters: of the GovRedis.
+        confirm: a grant counts only once a replica has it.
     """
 
-    def __init__(self, redis: RedisClient | None, files: ScriptFiles, index: str) -> None:
+    def __init__(
+        self, redis: RedisClient | None, files: ScriptFiles, held_list: HeldLockList, counters: Counters, confirm: bool
+    ) -> None:
         self.redis = redis
         self.acquire_script: Script = Script(__package__, *files.acquire)
         self.extend_script: Script = Script(__package__, *files.extend)
         self.release_script: Script = Script(__package__, *files.release)
         self.force_script: Script | None = None if files.force is None else Script(__package__, *files.force)
         self._list_script = Script(__package__, "list.lua")
-        self._index = index
+        self._list = held_list
+        self._counters = counters
+        self.confirm: bool = confirm
+        self.late_releases: LateReleases = LateReleases(self._release_late)
         if redis is not None:
             redis.on_recovery(self._replay)
         self.renew_after_fork()
@@ -95,7 +109,7 @@ class RedisLockBackend:
         self.extending: threading.RLock = threading.RLock()
         #: Releases and lost acquires that Redis has not answered: these grants may be nobody's. Without a mutex, which
         #: a signal handler or a destructor that releases might find taken by the code that it interrupts.
-        self.pending_releases: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
+        self.pending_releases: set[Release] = set()
 
     def owner(self, kind: str) -> str:
         """A new owner token. slots.lua knows a writer by its first letter."""
@@ -105,15 +119,16 @@ class RedisLockBackend:
     def acquire(
         self, resource: Resource, owner: str, ttl: float, floor: int, waits: bool, dead: LockRecord | None = None
     ) -> tuple[int, int]:
-        """Returns (1, fencing token), or (0, anything) where others hold it. Raises BackendUnavailable.
+        """Returns (1, fencing token), or (0, anything) where others hold it.
+
+        Raises BackendUnavailable; an UnconfirmedGrant is one.
 
         Args:
             dead: the record of a "lock"'s holder whose process is dead. Its lock is released for it.
         """
         assert self.redis is not None
-        granted, token = self.redis.run(
-            self.acquire_script,
-            resource.keys,
+        keys = (*resource.keys, _wake_list(resource, owner)) if waits else resource.keys
+        args = (
             owner,
             _ms(ttl),
             str(floor),
@@ -122,6 +137,14 @@ class RedisLockBackend:
             *resource.script_args,
             *(() if dead is None else (dead.owner, str(dead.token))),
         )
+        if not self.confirm:
+            granted, token = self.redis.run(self.acquire_script, keys, *args)
+            return granted, token
+        (granted, token), confirmed = self.redis.run_confirmed(self.acquire_script, keys, *args)
+        if granted and not confirmed:
+            self._counters.add("locks.unconfirmed")
+            self.release(resource, owner, token)
+            raise UnconfirmedGrant("no replica has confirmed the grant in time (GOVREDIS_CONFIRM=1)")
         return granted, token
 
     def confirmation(self, resource: Resource, owner: str, ttl: float) -> bytes:
@@ -135,7 +158,7 @@ class RedisLockBackend:
         Raises BackendUnavailable.
         """
         assert self.redis is not None
-        token = self.redis.pop(f"{resource.keys[2]}:{owner}", seconds)
+        token = self.redis.pop(_wake_list(resource, owner), seconds)
         return None if token is None else int(token)
 
     def extend(self, resource: Resource, owner: str, token: int, ttl: float) -> bool | BackendError:
@@ -150,57 +173,75 @@ class RedisLockBackend:
         except BackendError as error:
             return error
 
-    def extend_each(self, renewals: Sequence[Renewal]) -> tuple[list[bool | BackendError], bool]:
+    def extend_each(self, renewals: Sequence[Renewal]) -> list[tuple[bool | BackendError | None, bool]]:
         """Extend leases and list them, in one pipeline. The caller holds `extending`.
 
-        Returns what `extend` would for each that extends, in order; and whether all are on the list of held locks.
+        Returns for each what `extend` would, None if it is not extended; and whether it is on the list of held locks.
         """
         assert self.redis is not None
-        script = self.extend_script
-        extensions = [
-            script.call(r.resource.keys, _extension(r.owner, r.token, r.ttl, r.resource)) for r in renewals if r.extends
-        ]
-        entries = [arg for r in renewals for arg in (r.listed, _ms(r.ttl))]
-        listing = self._list_script.call((self._index,), entries)
+        commands: list[Command] = []
+        entries: dict[str, list[str]] = {}
+        for r in renewals:
+            if r.extends:
+                args = _extension(r.owner, r.token, r.ttl, r.resource)
+                commands.append(self.extend_script.call(r.resource.keys, args))
+            entries.setdefault(self._list.key_for(r.resource.key), []).extend((r.listed, _ms(r.ttl)))
+        commands += [self._list_script.call((key,), args) for key, args in entries.items()]
+        replies: list[Any]
         try:
-            *replies, gone = self.redis.pipeline([*extensions, listing], (script, self._list_script), each=True)
+            replies = self.redis.pipeline(commands, (self.extend_script, self._list_script), each=True)
         except BackendError as error:
-            return [error] * len(extensions), False
-        extended = [reply if isinstance(reply, BackendError) else bool(reply) for reply in replies]
-        return extended, not isinstance(gone, BackendError)
+            replies = [error] * len(commands)
+        left = iter(replies)
+        extended = [next(left) if r.extends else None for r in renewals]
+        listed = {key: not isinstance(reply, BackendError) for key, reply in zip(entries, left, strict=True)}
+        return [
+            (
+                reply if reply is None or isinstance(reply, BackendError) else bool(reply),
+                listed[self._list.key_for(r.resource.key)],
+            )
+            for r, reply in zip(renewals, extended, strict=True)
+        ]
 
     def release(self, resource: Resource, owner: str, token: int, listed: str | None = None) -> bool:
-        """Returns whether the lock was still the owner's. Where Redis is away, True: it is released on recovery.
+        """Returns whether the lock was still the owner's. True as well where nobody could be asked, and it is released
+        later: on recovery, or when its slot has arrived.
 
         Args:
             listed: its entry on the list of held locks.
         """
         assert self.redis is not None
         before = self.redis.resends()
-        args = (owner, str(token), _FENCE_KEPT_MS, *resource.script_args)
+        release = _release(resource, owner, token)
         try:
             if listed is None:
-                released = self.redis.run(self.release_script, resource.keys, *args)
+                released = self.redis.run(self.release_script, release.keys, *release.args)
             else:
-                commands = [self.release_script.call(resource.keys, args), ("ZREM", self._index, listed)]
-                try:
-                    released = self.redis.pipeline(commands, (self.release_script,))[0]
-                except BackendUnavailable:
-                    raise
-                except BackendError:
-                    # Perhaps only the ZREM failed. The release alone tells, and may arrive twice.
-                    released = self.redis.run(self.release_script, resource.keys, *args)
+                commands = [self.release_script.call(*release), ("ZREM", self._list.key_for(resource.key), listed)]
+                # An entry that stays is removed from the list at the end of its lease.
+                released = self.redis.pipeline(commands, (self.release_script,), each=True)[0]
+                if isinstance(released, BackendError):
+                    try:
+                        raise released
+                    finally:
+                        del released  # see client/wire.py
+        except NotServedHere:
+            self.late_releases.add(release)
+            return True
         except BackendUnavailable:
-            self.release_on_recovery(resource, owner, token)
+            self._release_on_recovery(release)
             return True
         # If it was sent twice, the first may have released it, and others may have held it before the second.
         return bool(released) or self.redis.resends() != before
 
     def release_on_recovery(self, resource: Resource, owner: str, token: int) -> None:
         """Have it released when Redis is back, before this process uses Redis for anything else."""
-        self.pending_releases.add((resource.keys, (owner, str(token), _FENCE_KEPT_MS, *resource.script_args)))
+        self._release_on_recovery(_release(resource, owner, token))
+
+    def _release_on_recovery(self, release: Release) -> None:
+        self.pending_releases.add(release)
         if self.redis is not None:
-            self.redis.replay_soon("locks wait to be released on it")
+            self.redis.replay_soon("locks wait to be released on it", release.keys[0])
 
     def force_release(self, resource: Resource) -> bool:
         """Take the lock from its holder. Returns whether there was a holder. Raises BackendUnavailable."""
@@ -208,13 +249,43 @@ class RedisLockBackend:
         assert self.force_script is not None
         return bool(self.redis.run(self.force_script, resource.keys, _FENCE_KEPT_MS))
 
-    def _replay(self, redis: RedisClient) -> None:
+    def _replay(self, node: RedisNode) -> None:
         """Release grants that may be nobody's: a server that hangs executes timed-out commands when it wakes."""
-        pending = list(self.pending_releases)
+        pending = [release for release in list(self.pending_releases) if node.covers(release.keys[0])]
         if not pending:
             return
-        redis.pipeline([self.release_script.call(keys, args) for keys, args in pending], (self.release_script,))
-        self.pending_releases.difference_update(pending)
+        commands = [self.release_script.call(*release) for release in pending]
+        failed: BackendError | None = None
+        for release, reply in zip(pending, node.pipeline(commands, (self.release_script,), each=True), strict=True):
+            if isinstance(reply, NotServedHere):
+                self.late_releases.add(release)
+            elif isinstance(reply, BackendError):
+                failed = reply
+                continue
+            self.pending_releases.discard(release)
+        if failed is not None:
+            try:
+                raise failed
+            finally:
+                del failed  # see client/wire.py
+
+    def _release_late(self, release: Release) -> None:
+        assert self.redis is not None
+        try:
+            self.redis.run(self.release_script, release.keys, *release.args)
+        except NotServedHere:
+            raise
+        except BackendUnavailable:
+            self._release_on_recovery(release)
+
+
+def _release(resource: Resource, owner: str, token: int) -> Release:
+    return Release(resource.keys, (owner, str(token), _FENCE_KEPT_MS, *resource.script_args))
+
+
+def _wake_list(resource: Resource, owner: str) -> str:
+    """The list that wakes a waiter: see queue.lua."""
+    return f"{resource.keys[2]}:{owner}"
 
 
 def _extension(owner: str, token: int, ttl: float, resource: Resource) -> tuple[str, ...]:

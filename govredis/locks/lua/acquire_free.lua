@@ -10,11 +10,12 @@
 --
 -- Reply: as acquire.lua's; none where others hold it or wait for it.
 
-if ARGV[5] ~= '2' and not redis.call('GET', KEYS[1]) and redis.call('ZCARD', KEYS[3]) == 0 then
-  local time = redis.call('TIME')
-  local last, floor = tonumber(redis.call('GET', KEYS[2])) or 0, tonumber(ARGV[3])
-  local fence = math.max(last + 1, tonumber(time[1]) * 1000000 + tonumber(time[2]), floor + 1)
-  redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-  redis.call('SET', KEYS[2], string.format('%d', fence), 'PX', string.format('%d', ARGV[2] + ARGV[4]))
-  return {1, fence}
+if ARGV[5] ~= '2' and redis.call('ZCARD', KEYS[3]) == 0 then
+  local last = redis.call('GET', KEYS[2])
+  if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then
+    local time = redis.call('TIME')
+    local fence = math.max((tonumber(last) or 0) + 1, time[1] * 1000000 + time[2], ARGV[3] + 1)
+    redis.call('SET', KEYS[2], string.format('%d', fence), 'PX', string.format('%d', ARGV[2] + ARGV[4]))
+    return {1, fence}
+  end
 end

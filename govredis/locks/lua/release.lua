@@ -26,11 +26,11 @@ if not holder and token > 0 and last == token + 1 then return 1 end
 
 local waiter = first_waiter()
 if waiter then
-  hand_to(waiter, fence_after(math.max(last, token)), ARGV[3])
   if holder then
     redis.call('HSET', KEYS[4], '', mark)
     redis.call('PEXPIRE', KEYS[4], KEPT_MS)
   end
+  hand_to(waiter, fence_after(math.max(last, token)), ARGV[3])
   return holder and 1 or 0
 end
 

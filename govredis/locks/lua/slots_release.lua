@@ -16,14 +16,15 @@ local released = redis.call('ZREM', KEYS[1], ARGV[1])
 forget(ARGV[1])
 if released == 0 and string.find(marks, mark .. ';', 1, true) then return 1 end
 
-local last, whole, made = read_fence()
-local before = last
-last, whole = hand_over(last, whole, tonumber(ARGV[4]))
-if last > before then write_fence(last, whole, made, ARGV[3]) end
 if released == 1 or ARGV[2] ~= '0' then
   -- Several releases: others may release before the same call arrives again. Also slots that were no longer the caller's:
   -- an extension that is still on its way finds that its slot is over, whatever was lost before.
   redis.call('HSET', KEYS[4], '', string.sub(mark .. (released == 1 and ';' or ',') .. marks, 1, 1000))
   redis.call('PEXPIRE', KEYS[4], KEPT_MS)
 end
+-- Last: Redis ends a script that comes to a key which is missing while its slot is on its way to another node.
+local last, whole, made = read_fence()
+local before = last
+last, whole = hand_over(last, whole, tonumber(ARGV[4]))
+if last > before then write_fence(last, whole, made, ARGV[3]) end
 return released

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
-from ...errors import ConfigurationError
+from ...errors import BackendUnavailable, ConfigurationError
 from ..binding import BindRequest, SessionBinding, UpdateBase
 from ..parity import SessionParity
-from ..pending import AgentRevocation, Pending, Revocation
+
+
+class Unconfirmed(BackendUnavailable):
+    """Carried out, and no replica has said in time that it has it. Private: callers see a SessionStoreUnavailable."""
 
 
 class SessionBackend(ABC):
@@ -53,21 +55,8 @@ class SessionBackend(ABC):
 class PrimarySessionBackend(SessionBackend):
     """The backend that all processes share, and that decides which sessions there are.
 
-    A process goes on without it while it is away, and tells it of its pending writes on its return, by the methods
-    `tell_*`. They change nothing that others have bound since.
+    A process goes on without it while it is away, and tells it of its pending writes on its return: see ReplayTarget.
     """
-
-    @abstractmethod
-    def tell_unbound(self, pending: Sequence[tuple[str, Revocation]]) -> None:
-        """Sessions that were ended."""
-
-    @abstractmethod
-    def tell_agent_unbound(self, pending: tuple[str, AgentRevocation]) -> None:
-        """An agent whose sessions were ended."""
-
-    @abstractmethod
-    def tell_bound(self, pending: Sequence[tuple[Pending, BindRequest]]) -> list[SessionBinding | None]:
-        """Sessions that were bound. Returns for each the binding of another that stands in its place, or None."""
 
     def stand_in(self) -> SessionBackend | None:
         """The backend that shows others what changes while this one is away; None where there is none."""

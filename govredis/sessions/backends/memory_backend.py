@@ -41,7 +41,7 @@ class MemorySessionBackend(SessionBackend):
         #: Counts the ends of sessions that were noted here.
         self.ends: int = 0
         #: Sessions whose revocation the primary was told of, and in which outage, which may not be over yet.
-        self._ended: OrderedDict[str, int] = OrderedDict()
+        self._ended: OrderedDict[str, object] = OrderedDict()
         self.renew_after_fork()
         renew_in_child(self)
 
@@ -155,7 +155,7 @@ class MemorySessionBackend(SessionBackend):
 
     # -- what pending writes make of its answers ---------------------------------------------------------------------
 
-    def knows(self, session_id: str, outage: int = 0) -> bool:
+    def knows(self, session_id: str, outage: object = 0) -> bool:
         """Does this process know that the session is bound, or that it was revoked here in this outage?"""
         with self._lock:
             return (
@@ -164,14 +164,25 @@ class MemorySessionBackend(SessionBackend):
                 or self._ended.get(session_id) == outage
             )
 
-    def is_revoked(self, session_id: str, agent_id: str | None) -> bool:
-        """Was the session, bound to that agent, revoked here, and was the primary not told yet?"""
+    def is_revoked(self, binding: SessionBinding) -> bool:
+        """Was this session revoked here, and was the primary not told yet?
+
+        Its agent's revocation has ended those that were bound before it, by the clocks, as the primary will be told.
+        """
         if not self._to_unbind and not self._to_unbind_agents:
             return False
+        session_id = binding.session_id
         with self._lock:
             if session_id in self._to_bind:
                 return False
-            return session_id in self._to_unbind or agent_id in self._to_unbind_agents
+            of_agent = self._to_unbind_agents.get(binding.agent_id)
+            return session_id in self._to_unbind or (of_agent is not None and binding.bound_at <= of_agent.at)
+
+    def revoked_with(self, agent_id: str) -> frozenset[str]:
+        """The sessions that were revoked here together with their agent."""
+        with self._lock:
+            revocation = self._to_unbind_agents.get(agent_id)
+            return frozenset() if revocation is None else revocation.told
 
     def bound_here(self, session_id: str) -> SessionBinding | None:
         """The binding made here that the primary was not told of; None if there is none."""
@@ -204,15 +215,17 @@ class MemorySessionBackend(SessionBackend):
 
     def pending(
         self,
-    ) -> tuple[list[tuple[str, Revocation]], list[tuple[str, AgentRevocation]], list[tuple[Pending, SessionBinding]]]:
+    ) -> tuple[
+        list[tuple[str, Revocation]],
+        list[tuple[str, AgentRevocation]],
+        list[tuple[tuple[str, PendingBind], SessionBinding]],
+    ]:
         """Sessions revoked, agents revoked, and bindings, to be told in this order."""
         with self._lock:
-            bindings: list[tuple[Pending, SessionBinding]] = [
-                (write, b) for write in list(self._to_bind.items()) if (b := self._live(write[0])) is not None
-            ]
+            bindings = [(write, b) for write in list(self._to_bind.items()) if (b := self._live(write[0])) is not None]
             return list(self._to_unbind.items()), list(self._to_unbind_agents.items()), bindings
 
-    def told(self, writes: Sequence[Pending], outage: int = 0) -> None:
+    def told(self, writes: Sequence[Pending], outage: object = 0) -> None:
         """The primary was told of these, at the end of this outage. A write made anew meanwhile is still pending."""
         with self._lock:
             every: tuple[dict[str, Any], ...] = self._to_unbind, self._to_unbind_agents, self._to_bind

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import timedelta
 
@@ -31,7 +31,6 @@ from ..binding import (
     unreadable,
 )
 from ..parity import SessionParity
-from ..pending import AgentRevocation, Pending, Revocation
 from .backend import PrimarySessionBackend, SessionBackend
 from .row_cache import ANY, COPIES, CacheEntry, FillLease, Replaced, RowCache, of_agent, same
 from .rows import Predecessor, SessionRow, SessionRows
@@ -145,22 +144,12 @@ class PostgresSessionBackend(PrimarySessionBackend):
     def unbind_agent(self, agent_id: str) -> int:
         ended, lived = self._rows.unbind_agent(agent_id)
         lived |= self._drop(ended, of_agent(agent_id))
-        return len(lived) + self._unbind_others(agent_id, ended)
-
-    def tell_unbound(self, pending: Sequence[tuple[str, Revocation]]) -> None:
-        for session_id, revocation in pending:
-            _, version = self._rows.unbind(session_id, revocation)
-            if version is not None and self._cache is not None:
-                self._cache.drop({session_id: version}, COPIES)
-
-    def tell_agent_unbound(self, pending: tuple[str, AgentRevocation]) -> None:
-        agent_id, revocation = pending
-        ended, _ = self._rows.unbind_agent(agent_id, revocation)
-        if self._cache is not None:
-            self._cache.drop(ended, COPIES)
-
-    def tell_bound(self, pending: Sequence[tuple[Pending, BindRequest]]) -> list[SessionBinding | None]:
-        return [self._tell_bound(request) for _, request in pending]
+        others, is_told = self._unbind_others(agent_id, ended)
+        if not is_told:  # then no row adopts what is left there; rows that have done so meanwhile end now
+            self._rows.untold_agent(agent_id)
+            ended, more = self._rows.unbind_agent(agent_id)
+            lived |= more | self._drop(ended, of_agent(agent_id))
+        return len(lived) + others
 
     def stand_in(self) -> SessionBackend | None:
         return None if self._cache is None else self._cache.records
@@ -195,7 +184,7 @@ class PostgresSessionBackend(PrimarySessionBackend):
     def _lease_to_change(self, session_id: str) -> FillLease | None:
         if self._cache is not None:
             try:
-                return self._cache.lease(session_id, self._cache.epoch(), time.monotonic())
+                return self._cache.lease(session_id, self._cache.epoch(session_id), time.monotonic())
             except BackendUnavailable:
                 self._counters.add("sessions.degraded.postgres")
         return None
@@ -337,43 +326,43 @@ class PostgresSessionBackend(PrimarySessionBackend):
                 self._counters.add("sessions.degraded.unguarded")
         return row.until(record.binding.expires_at)
 
-    def _tell_bound(self, request: BindRequest) -> SessionBinding | None:
-        outcome, row = self._rows.bind(request._replace(if_absent=True), None)
-        mine = (row.agent_id, row.bound_at) == (request.agent_id, request.bound_at)
-        return row.binding(request.session_id, "postgres") if outcome == "held" and not mine else None
-
     def _drop(self, versions: Mapping[str, int], over: Replaced) -> set[str]:
         """Sessions were revoked: delete what Redis has of them. Returns those that it had something of."""
         if self._cache is None:
             return set()
-        dropped = self._cache.drop(versions, over)
-        if dropped is None:
-            epoch = self._cache.last_epoch()
+        dropped, untold = self._cache.drop(versions, over)
+        by_epoch: dict[int, dict[str, int]] = {}
+        for sid in untold:
+            by_epoch.setdefault(self._cache.last_epoch(sid), {})[sid] = versions[sid]
+        for epoch, some in by_epoch.items():
             if epoch:
                 with contextlib.suppress(BackendUnavailable):  # without that note the clocks decide
-                    self._rows.untold(versions, epoch)
-            return set()
+                    self._rows.untold(some, epoch)
         return dropped
 
-    def _unbind_others(self, agent_id: str, ended: Mapping[str, int]) -> int:
-        """End the agent's other sessions that Redis has. Returns how many."""
+    def _unbind_others(self, agent_id: str, ended: Mapping[str, int]) -> tuple[int, bool]:
+        """End the agent's other sessions that Redis has. Returns how many, and whether it was told of all."""
         if self._cache is None:
-            return 0
+            return 0, False  # other processes may have a Redis
         records = self._cache.records
         try:
-            others = records.unbind_of(agent_id, [sid for sid in records.named(agent_id) if sid not in ended])
+            others, failed = records.unbind_of(agent_id, [sid for sid in records.named(agent_id) if sid not in ended])
         except Unreadable:
-            return 0  # the index names no session, and is counted; our rows have ended
+            return 0, False  # the index names no session, and is counted; our rows have ended
         except BackendUnavailable:
             self._counters.add("sessions.degraded.postgres")
-            return 0
+            return 0, False
+        if isinstance(failed, BackendUnavailable):
+            self._counters.add("sessions.degraded.postgres")
+        elif failed is not None:
+            raise failed
         # If a row had not adopted it yet, the row's binding was over before.
         rows = self._rows.get_many(others) if others else {}
         for session_id in rows:
             _, version = self._rows.unbind(session_id)
             assert version is not None  # which only a late revocation has not
             self._drop({session_id: version}, COPIES)
-        return len(others)
+        return len(others), failed is None
 
     def _extended(self, versions: Mapping[str, int]) -> Collection[str] | None:
         """Extend the rows of sessions that live on, since the async service has extended their copies alone.

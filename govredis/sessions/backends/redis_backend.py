@@ -1,10 +1,13 @@
 """Sessions in Redis alone: records, the agents' indexes, and the marks that revocations leave.
 
 A bind takes two round trips, so that a bind that began before a revocation does not survive it, however late it is
-carried out. The first notes the session in its agent's index, and reads the session's record and mark. The second
+carried out. The first reads the session's record and mark, and then notes the session in its agent's index. The second
 writes the new record, if the old one is still what was read and no newer mark is there. So the mark that `unbind`
 leaves stops it. `unbind_agent` reads the index: either it finds the session there and leaves it such a mark, or it came
 before the bind. Such binds compare marks that the server made: no clock has to agree with another.
+
+In a Redis Cluster an agent's index and its sessions have slots of their own, and each node carries out what concerns
+its keys. Steps that must follow one another are round trips of their own there: a bind takes three.
 
 A process that was cut off tells of its changes later. Its revocation ends the record that this process knew, and no
 other, whatever the clocks say; if it knew none, a record that is older by the clocks. The revocation leaves a mark of
@@ -22,16 +25,16 @@ finds nothing there. A value that cannot be read is counted as `sessions.malform
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..._context import Context
-from ...client import Arg, Command, RedisClient, Script
+from ...client import Arg, Command, RedisClient, RedisNode, Script
 from ...errors import BackendError, BackendUnavailable
 from ...keys import is_id, sibling
 from ..binding import (
@@ -50,8 +53,8 @@ from ..binding import (
     same_binding,
     touch_is_due,
 )
-from ..pending import AgentRevocation, Pending, Revocation
-from .backend import PrimarySessionBackend
+from .backend import PrimarySessionBackend, Unconfirmed
+from .marks import read_mark
 
 #: A command whose reply was lost may arrive a second time within so many milliseconds.
 _AGAIN_MS = "10000"
@@ -59,7 +62,6 @@ _AGAIN_MS = "10000"
 _NOTHING = -2
 #: Milliseconds for which an index names a session without end, and the most for any session.
 _ENDLESS, _LONGEST = 366 * 24 * 3600 * 1000, 10**12
-_TWO_NUMBERS = re.compile(rb"([0-9]{1,20}) ?([0-9]{0,20}) ?([0-9a-f]*)")
 #: How often a record may change between look and write.
 _TRIES = 100
 
@@ -98,6 +100,7 @@ class RedisSessionBackend(PrimarySessionBackend):
     def __init__(self, context: Context, redis: RedisClient, *, now: Callable[[], datetime]) -> None:
         self._keys = context.keys
         self._client = redis
+        self._confirms = context.config.confirm and context.postgres is None
         self._ttl_ms = int(context.config.session_ttl * 1000)
         self._counters = context.counters
         self._now = now
@@ -105,21 +108,38 @@ class RedisSessionBackend(PrimarySessionBackend):
         #: By session: those that the async service has bound or extended.
         self._noted: dict[str, IndexNote] = {}
         redis.on_recovery(lambda _: self._noted.clear())
-        self._bind = Script(__package__, "values.lua", "bind.lua")
+        self.bind_script: Script = Script(__package__, "values.lua", "bind.lua")
         self._update = Script(__package__, "values.lua", "update.lua")
         self._touch = Script(__package__, "touch.lua")
-        self._unbind = Script(__package__, "values.lua", "unbind.lua")
+        self.unbind_script: Script = Script(__package__, "values.lua", "unbind.lua")
         self.index: Script = Script(__package__, "index.lua")
+
+    def on(self, node: RedisNode) -> RedisSessionBackend:
+        """This backend, asking that node alone."""
+        backend = copy.copy(self)
+        backend._client = node
+        return backend
+
+    def replay_soon(self, session_ids: Iterable[str], agent_id: str | None = None) -> None:
+        """There are pending writes for these: the nodes that keep them are used no more until they were told."""
+        keys = [] if agent_id is None else [self._keys.agent_sessions(agent_id)]
+        by_node: dict[RedisNode | None, str] = {}
+        for key in (*keys, *map(self._keys.session, session_ids)):
+            try:
+                by_node[self._client.at(key)] = key
+            except BackendUnavailable:
+                by_node[None] = key  # no node has it
+        for key in by_node.values():
+            self._client.replay_soon("sessions were changed without it", key)
 
     def bind(self, request: BindRequest) -> tuple[SessionBinding, bool]:
         key = self._keys.session(request.session_id)
-        commands = [
-            self.indexing(request.agent_id, request.session_id, request.ttl_ms),
-            ("MGET", key, sibling(key, "revoked")),
-        ]
+        reads: list[Command] = [("MGET", key, sibling(key, "revoked"))]
         if request.origin is not None:
-            commands.append(("MGET", self._keys.session(request.origin)))
-        _, (raw, marks), *origin = self._client.pipeline(commands, (self.index,))
+            reads.append(("MGET", self._keys.session(request.origin)))
+        indexing = self.indexing(request.agent_id, request.session_id, request.ttl_ms)
+        # In this order: a mark that was left because the index names the session must not be among those read.
+        (raw, marks), *origin = self._in_order(reads, (indexing,), (self.index,))[:-1]
         seen, indexed = Observed(raw, False), request.ttl_ms
         for _ in range(_TRIES):
             old: SessionRecord | None = None
@@ -142,8 +162,8 @@ class RedisSessionBackend(PrimarySessionBackend):
                 count = old.binding.bind_count
                 if request.origin is None and old.binding.agent_id == request.agent_id:
                     members = members_of(old.raw)
-            command = self._binding(request, marks or b"", seen, count + 1, members, indexed)
-            ((status, there, ttl_ms),) = self._client.pipeline((command,), (self._bind,))
+            command = self.binding(request, marks or b"", seen, count + 1, members, indexed)
+            ((status, there, ttl_ms),) = self._client.pipeline((command,), (self.bind_script,))
             if status > 0:
                 return request.binding("redis", ends_at(self._now(), ttl_ms), count + 1), True
             if status < 0:
@@ -176,15 +196,20 @@ class RedisSessionBackend(PrimarySessionBackend):
         record: SessionRecord = base.state
         key = self._keys.session(record.binding.session_id)
         keys = key, sibling(key, f"update:{secrets.token_hex(8)}")
-        written = self._client.run(self._update, keys, record.raw, encode_changed(record.raw, data), _AGAIN_MS)
+        command = self._update.call(keys, (record.raw, encode_changed(record.raw, data), _AGAIN_MS))
+        (written,) = self._client.pipeline((command,), (self._update,))
         return replace(record.binding, data=None if data is None else json.loads(data)) if written else None
 
-    def look(self, session_id: str) -> tuple[bytes | None, int]:
-        """The value there, b"" for a type other than a string, None for nothing; and its PTTL."""
-        key = self._keys.session(session_id)
-        (raw,), ttl_ms = self._client.pipeline((("MGET", key), ("PTTL", key)))
+    def look(self, session_id: str, node: RedisNode | None = None) -> tuple[bytes | None, int]:
+        """The value there, b"" for a type other than a string, None for nothing; and its PTTL.
+
+        Args:
+            node: ask this one, and no other that has the session by then.
+        """
+        key, client = self._keys.session(session_id), node or self._client
+        (raw,), ttl_ms = client.pipeline((("MGET", key), ("PTTL", key)))
         if raw is None and ttl_ms != _NOTHING:  # else it was bound between the two
-            raw = None if self._client.call("TYPE", key) in (b"string", b"none") else b""
+            raw = None if client.call("TYPE", key) in (b"string", b"none") else b""
         return raw, ttl_ms
 
     def read_many(self, session_ids: Sequence[str]) -> dict[str, SessionRecord]:
@@ -202,64 +227,58 @@ class RedisSessionBackend(PrimarySessionBackend):
         binding = record.binding
         if not touch_is_due(record.ttl_ms, wanted_ms):
             return binding
-        commands = [self._touch.call((self._keys.session(binding.session_id),), (str(wanted_ms),))]
-        if is_id(binding.agent_id):
-            # First: an index may name a session too many, never one too few.
-            commands.insert(0, self.indexing(binding.agent_id, binding.session_id, wanted_ms))
+        touching = self._touch.call((self._keys.session(binding.session_id),), (str(wanted_ms),))
+        # First: an index may name a session too many, never one too few.
+        named = is_id(binding.agent_id)
+        indexing = (self.indexing(binding.agent_id, binding.session_id, wanted_ms),) if named else ()
         try:
-            existed = self._client.pipeline(commands, (self.index, self._touch))[-1]
+            existed = self._in_order(indexing, (touching,), (self.index, self._touch))[-1]
         except BackendUnavailable:
             self._counters.add("sessions.degraded.touch")
             return binding
         return replace(binding, expires_at=self._now() + timedelta(milliseconds=wanted_ms)) if existed else binding
 
     def unbind(self, session_id: str) -> bool:
-        return bool(self._client.pipeline((self._unbinding(session_id),), (self._unbind,))[0])
+        if self._confirms:
+            return self._unbind_confirmed(session_id)
+        return bool(self._client.pipeline((self.unbinding(session_id),), (self.unbind_script,))[0])
 
     def for_agent(self, agent_id: str) -> list[str]:
         found = self.read_many(self.named(agent_id))
         return sorted(sid for sid, record in found.items() if record.binding.agent_id == agent_id)
 
     def unbind_agent(self, agent_id: str) -> int:
-        return len(self.unbind_of(agent_id, self.named(agent_id)))
+        named = self.named(agent_id)
+        ended, failed = self.unbind_of(agent_id, named)
+        if failed is not None:
+            raise failed
+        if self._confirms:  # a replica that has a node's last write has those before
+            for sid in {self._client.at(self._keys.session(sid)): sid for sid in named}.values():
+                self._unbind_confirmed(sid, agent_id)
+        return len(ended)
 
-    def unbind_of(self, agent_id: str, session_ids: Sequence[str]) -> list[str]:
-        """End those of these sessions that are the agent's, and return them."""
-        commands = [self._unbinding(sid, agent_id) for sid in session_ids]
-        replies = self._client.pipeline(commands, (self._unbind,)) if commands else []
-        return [sid for sid, had in zip(session_ids, replies, strict=True) if had]
+    def unbind_of(self, agent_id: str, session_ids: Sequence[str]) -> tuple[list[str], BackendError | None]:
+        """End those of these sessions that are the agent's.
 
-    def tell_unbound(self, pending: Sequence[tuple[str, Revocation]]) -> None:
-        self._tell_ended({sid: (revocation, None) for sid, revocation in pending})
-
-    def tell_agent_unbound(self, pending: tuple[str, AgentRevocation]) -> None:
-        agent_id, revocation = pending
-        unknown = Revocation(revocation.at)
-        self._tell_ended({sid: (unknown, agent_id) for sid in self.named(agent_id) if sid not in revocation.told})
-
-    def tell_bound(self, pending: Sequence[tuple[Pending, BindRequest]]) -> list[SessionBinding | None]:
-        commands = []
-        for _, request in pending:
-            marks = _us(request.bound_at)
-            commands += [
-                self.indexing(request.agent_id, request.session_id, request.ttl_ms),
-                self._binding(request, f"{marks} {marks}", Observed(None, False), 1, None, request.ttl_ms),
-            ]
-        replies = self._client.pipeline(commands, (self.index, self._bind))[1::2]
-        standing: list[SessionBinding | None] = []
-        for (_, request), (status, raw, ttl_ms) in zip(pending, replies, strict=True):
-            record = self.readable(request.session_id, raw, ttl_ms) if status == 0 else None
-            if status == 0 and record is None:
-                self._counters.add("sessions.replays_failed")
-            mine = record is not None and same_binding(record.binding, request.binding("redis"))
-            standing.append(None if record is None or mine else record.binding)
-        return standing
+        Returns them, and the error of those that could not be ended: a BackendUnavailable, if any was one.
+        """
+        if not session_ids:
+            return [], None
+        commands = [self.unbinding(sid, agent_id) for sid in session_ids]
+        try:
+            replies = self._client.pipeline(commands, (self.unbind_script,), each=True)
+        except BackendUnavailable as error:
+            return [], error
+        failed = [reply for reply in replies if isinstance(reply, BackendError)]
+        failed.sort(key=lambda error: not isinstance(error, BackendUnavailable))
+        ended = [sid for sid, had in zip(session_ids, replies, strict=True) if had == 1]
+        return ended, failed[0] if failed else None
 
     def named(self, agent_id: str) -> list[str]:
         """The sessions that the agent's index names; some of them may have ended."""
         key = self._keys.agent_sessions(agent_id)
         try:
-            members = self._client.call("ZRANGE", key, "0", "-1")
+            (members,) = self._client.pipeline((("ZRANGE", key, "0", "-1"),))
         except BackendUnavailable:
             raise
         except BackendError as error:
@@ -304,6 +323,12 @@ class RedisSessionBackend(PrimarySessionBackend):
 
     # -- inside --------------------------------------------------------------------------------------------------
 
+    def _in_order(self, first: Sequence[Command], then: Sequence[Command], scripts: Sequence[Script]) -> list[Any]:
+        """The replies to commands, and to others that are carried out after them."""
+        if isinstance(self._client, RedisNode) or not first:  # one server carries them out as they come
+            return self._client.pipeline((*first, *then), scripts)
+        return self._client.pipeline(first, scripts) + self._client.pipeline(then, scripts)
+
     def _note(self, record: SessionRecord) -> None:
         """Note a session that another client has bound or extended in its agent's index, once."""
         binding = record.binding
@@ -324,29 +349,7 @@ class RedisSessionBackend(PrimarySessionBackend):
             agent_id, binding.bound_at, None if ttl_ms is None else ends_at(self._now(), ttl_ms)
         )
 
-    def _tell_ended(self, told: Mapping[str, tuple[Revocation, str | None]]) -> None:
-        """Tell of revocations made while Redis was away; with an agent, only where the session is that agent's."""
-        waiting = dict(told)
-        for _ in range(_TRIES):
-            raws = self._client.pipeline([("MGET", self._keys.session(sid)) for sid in waiting])
-            commands, asked = [], []
-            for (sid, (revocation, agent_id)), (raw,) in zip(waiting.items(), raws, strict=True):
-                record = None if raw is None else self.readable(sid, raw, NO_END)
-                if agent_id is not None and record is not None and record.binding.agent_id != agent_id:
-                    continue
-                ends = record is None or revocation.ends(record.binding)
-                key = self._keys.session(sid)
-                keys = key, sibling(key, "revoked"), sibling(key, "lease")
-                args = "", _us(revocation.at), str(self._ttl_ms), raw or b"", str(int(ends))
-                commands.append(self._unbind.call(keys, args))
-                asked.append(sid)
-            replies = self._client.pipeline(commands, (self._unbind,)) if commands else []
-            waiting = {sid: told[sid] for sid, reply in zip(asked, replies, strict=True) if reply < 0}
-            if not waiting:
-                return
-        raise BackendError(f"{len(waiting)} sessions changed at each of {_TRIES} tries to end them")
-
-    def _binding(
+    def binding(
         self,
         request: BindRequest,
         marks: Arg,
@@ -359,28 +362,27 @@ class RedisSessionBackend(PrimarySessionBackend):
         text = encode(request.agent_id, request.bound_at, request.data, bind_count, members)
         keeps = str(NO_END if indexed is None else indexed) if request.keeps_ttl else ""
         ttl_ms = str(NO_END if request.ttl_ms is None else request.ttl_ms)
-        args = seen.raw or b"", str(int(seen.is_other)), text, ttl_ms, keeps, marks, _us(request.bound_at)
-        return self._bind.call((key, sibling(key, "revoked")), args)
+        args = seen.raw or b"", str(int(seen.is_other)), text, ttl_ms, keeps, marks, str(microseconds(request.bound_at))
+        return self.bind_script.call((key, sibling(key, "revoked")), args)
 
-    def _unbinding(self, session_id: str, agent_id: str = "") -> Command:
+    def unbinding(
+        self, session_id: str, agent_id: str = "", at: str = "", seen: bytes = b"", is_over: str = ""
+    ) -> Command:
+        """The command that ends a session; its arguments are those of unbind.lua."""
+        return self.unbind_script.call(self._ended_keys(session_id), (agent_id, at, str(self._ttl_ms), seen, is_over))
+
+    def _ended_keys(self, session_id: str) -> tuple[str, str, str]:
         key = self._keys.session(session_id)
-        keys = key, sibling(key, "revoked"), sibling(key, "lease")
-        return self._unbind.call(keys, (agent_id, "", str(self._ttl_ms), "", ""))
+        return key, sibling(key, "revoked"), sibling(key, "lease")
 
-
-def read_two(found: bytes | None) -> tuple[int, int, str]:
-    """The same as two_numbers() in values.lua."""
-    match = _TWO_NUMBERS.fullmatch(found or b"")
-    if match is None:
-        return 0, 0, ""
-    one, other, digest = int(match[1]), int(match[2] or b"0"), match[3].decode()
-    return one if one < 2**53 else 0, other if other < 2**53 else 0, digest
-
-
-def read_mark(reply: list[bytes | None]) -> int:
-    """The newer one of a session's two marks."""
-    return max(read_two(reply[0])[:2])
-
-
-def _us(at: datetime) -> str:
-    return str(microseconds(at))
+    def _unbind_confirmed(self, session_id: str, agent_id: str = "") -> bool:
+        """End a session. Raises Unconfirmed."""
+        args = agent_id, "", str(self._ttl_ms), "", ""
+        had, is_confirmed = self._client.run_confirmed(self.unbind_script, self._ended_keys(session_id), *args)
+        if not is_confirmed:
+            self._counters.add("sessions.unconfirmed")
+            raise Unconfirmed(
+                f"{self._client.name} has carried out the revocation, and no replica has confirmed it in time"
+                " (GOVREDIS_CONFIRM=1): a failover may undo it. Revoke again"
+            )
+        return bool(had)

@@ -20,16 +20,17 @@ import contextlib
 import hashlib
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ..._context import Context
-from ...client import Command, RedisClient, Script
-from ...errors import BackendUnavailable
+from ...client import Command, NotServedHere, RedisClient, Script
+from ...errors import BackendError, BackendUnavailable
 from ...keys import is_id, sibling
-from ...outbox import FreshnessLease
+from ...outbox import FreshnessLease, FreshnessSnapshot, NodeLease
 from ..binding import NO_END, BindRequest, CopyStamp, SessionRecord, encode, members_of
-from .redis_backend import RedisSessionBackend, read_mark, read_two
+from .marks import read_mark, read_two
+from .redis_backend import RedisSessionBackend
 from .rows import Predecessor, SessionRow, bounded
 
 #: A copy that takes more seconds than this is not put. Versions are remembered for longer than that and a fill lease
@@ -120,13 +121,20 @@ class RowCache:
         self._checked: dict[str, tuple[bytes, int]] = {}
         if freshness is not None:
             freshness.watch("session", self._invalidations, (self._drop,))
-            redis.on_recovery(lambda _: _catch_up(freshness))
+            redis.on_recovery(lambda node: _catch_up(freshness.of(node)))
 
     def read(self, session_id: str) -> CacheEntry:
         """The value of a session, and whether it may be believed."""
-        for _ in range(2):  # the first time, perhaps, over a new connection
-            snapshot = None if self._freshness is None else self._freshness.look()
-            raw, ttl_ms = self.records.look(session_id)
+        snapshot: FreshnessSnapshot | None = None
+        for is_last in (False, True):  # the first time, perhaps, over a new connection
+            snapshot = self._look(session_id)
+            try:
+                raw, ttl_ms = self.records.look(session_id, None if snapshot is None else snapshot.node)
+            except NotServedHere:
+                if not is_last:
+                    continue  # the session has moved to another node
+                snapshot = None  # it is on its way
+                raw, ttl_ms = self.records.look(session_id)
             record = None if raw is None else self.records.readable(session_id, raw, ttl_ms)
             if record is None or snapshot is None or self._freshness is None:
                 break
@@ -148,9 +156,9 @@ class RowCache:
         """The same as FillLease.mark."""
         return self.records.mark(session_id)
 
-    def epoch(self) -> int:
+    def epoch(self, session_id: str) -> int:
         """The freshness lease's epoch now; 0: none is valid."""
-        snapshot = None if self._freshness is None else self._freshness.look()
+        snapshot = self._look(session_id)
         return _NO_EPOCH if snapshot is None else snapshot.epoch
 
     def stood(self, session_id: str) -> tuple[bytes | None, int]:
@@ -162,9 +170,11 @@ class RowCache:
             stood = max(stood, told)
         return raw, stood
 
-    def last_epoch(self) -> int:
+    def last_epoch(self, session_id: str) -> int:
         """The epoch that this process has seen last; 0: none."""
-        return _NO_EPOCH if self._freshness is None else self._freshness.last_epoch or _NO_EPOCH
+        if self._freshness is None:
+            return _NO_EPOCH
+        return self._freshness.last_epoch(self._keys.session(session_id)) or _NO_EPOCH
 
     def lease(self, session_id: str, epoch: int, asked_at: float, adopted: SessionRecord | None = None) -> FillLease:
         """Take a fill lease after the row was read.
@@ -178,7 +188,12 @@ class RowCache:
         if adopted is not None and is_id(adopted.binding.agent_id):
             ttl_ms = None if adopted.ttl_ms == NO_END else adopted.ttl_ms
             commands.append(self.records.indexing(adopted.binding.agent_id, session_id, ttl_ms))
-        token, mark, *_ = self._client.pipeline(commands, (self._lease, self.records.index))
+        token, mark, *indexed = self._client.pipeline(commands, (self._lease, self.records.index), each=True)
+        for reply in (token, mark):
+            if isinstance(reply, BackendError):
+                raise reply
+        if indexed and self._is_away(indexed[0]):
+            token = None
         return FillLease(None if time.monotonic() - asked_at > _LATE else token, epoch, read_mark(mark))
 
     def lease_to_bind(self, request: BindRequest) -> tuple[FillLease, Predecessor, bytes | None]:
@@ -186,7 +201,7 @@ class RowCache:
 
         Also returns what stands at the key, as SessionRows.bind and as fill_bound take it.
         """
-        epoch = self.epoch()
+        epoch = self.epoch(request.session_id)
         commands = [
             self.records.indexing(request.agent_id, request.session_id, request.ttl_ms),
             self._leasing(request.session_id),
@@ -194,13 +209,19 @@ class RowCache:
         ]
         if request.keeps_ttl:
             commands.append(("PTTL", self._keys.session(request.session_id)))
-        _, token, (raw,), *left = self._client.pipeline(commands, (self.records.index, self._lease))
+        indexed, *replies = self._client.pipeline(commands, (self.records.index, self._lease), each=True)
+        for reply in replies:
+            if isinstance(reply, BackendError):
+                raise reply
+        token, (raw,), *left = replies
+        if self._is_away(indexed):
+            token = None
         before = Predecessor() if raw is None else self._predecessor(request, raw, *left)
         if before.left_ms is not None and not 0 <= before.left_ms <= (request.ttl_ms or 0):
             ttl_ms = None if before.left_ms == NO_END else before.left_ms
-            self._client.pipeline(
-                (self.records.indexing(request.agent_id, request.session_id, ttl_ms),), (self.records.index,)
-            )
+            indexing = self.records.indexing(request.agent_id, request.session_id, ttl_ms)
+            if self._is_away(self._client.pipeline((indexing,), (self.records.index,), each=True)[0]):
+                token = None
         return FillLease(token, epoch, 0), before, raw
 
     def fill(self, session_id: str, row: SessionRow, lease: FillLease, over: Replaced, keeps_ttl: bool = False) -> bool:
@@ -217,24 +238,35 @@ class RowCache:
         """Put a copy of a row that was just bound. Returns whether it is there; None if another client bound the
         session since `seen` was read: that counts as newer.
         """
+        if lease.token is None:
+            self.drop({request.session_id: row.version}, COPIES)
+            return False
         put = self._put(request.session_id, row, lease, seen_by_bind(seen), _left_ms(row), request.keeps_ttl)
         return None if put < 0 else put == 1
 
-    def drop(self, versions: Mapping[str, int], over: Replaced) -> set[str] | None:
-        """Delete what the change of these rows ends. Returns the sessions that had something; None: Redis is away.
+    def drop(self, versions: Mapping[str, int], over: Replaced) -> tuple[set[str], set[str]]:
+        """Delete what the change of these rows ends.
 
         Args:
             versions: the rows' versions, by session.
+
+        Returns the sessions that had something, and those whose Redis is away. Raises BackendError.
         """
         commands = [self._dropping(sid, version, over) for sid, version in versions.items()]
         if not commands:
-            return set()
+            return set(), set()
+        replies: Sequence[Any]
         try:
-            replies = self._client.pipeline(commands, (self._drop,))
-        except BackendUnavailable:
-            self._untold()
-            return None
-        return {sid for sid, had in zip(versions, replies, strict=True) if had}
+            replies = self._client.pipeline(commands, (self._drop,), each=True)
+        except BackendUnavailable as error:
+            replies = [error] * len(commands)
+        untold = {sid for sid, reply in zip(versions, replies, strict=True) if isinstance(reply, BackendUnavailable)}
+        if untold:
+            self._untold(untold)
+        for reply in replies:
+            if isinstance(reply, BackendError) and not isinstance(reply, BackendUnavailable):
+                raise reply
+        return {sid for sid, had in zip(versions, replies, strict=True) if had == 1}, untold
 
     def living(self, versions: Mapping[str, int]) -> dict[str, int]:
         """The sessions that have a copy of that version of the row, and how much it has left, as PTTL says it."""
@@ -267,13 +299,32 @@ class RowCache:
             return int(self._client.run(self._fill, (*self._keys_of(key), sibling(key, "revoked")), *args))
         except BackendUnavailable:
             if over[0] != "same":
-                self._untold()
+                self._untold((session_id,))
             return 0
 
-    def _untold(self) -> None:
+    def _untold(self, session_ids: Iterable[str]) -> None:
         """Redis was not told. On its recovery the outbox relay does so, before this process uses it again."""
         self._counters.add("sessions.degraded.untold")
-        self._client.replay_soon("sessions were changed without it")
+        self.records.replay_soon(session_ids)
+
+    def _is_away(self, indexed: Any) -> bool:
+        """Is the node of a Cluster away that has the index, by the reply to `indexing`? Then no copy is put: without
+        PostgreSQL only the index tells which sessions an agent has.
+        """
+        if not isinstance(indexed, BackendError):
+            return False
+        if not isinstance(indexed, BackendUnavailable):
+            raise indexed
+        self._counters.add("sessions.degraded.index")
+        return True
+
+    def _look(self, session_id: str) -> FreshnessSnapshot | None:
+        """The freshness lease of the node that has the session, if it is valid and says something of that."""
+        if self._freshness is None:
+            return None
+        key = self._keys.session(session_id)
+        snapshot = self._freshness.look(key)
+        return snapshot if snapshot is not None and snapshot.covers(key) else None
 
     def _leasing(self, session_id: str) -> Command:
         lease = sibling(self._keys.session(session_id), "lease")
@@ -309,9 +360,14 @@ def _left_ms(row: SessionRow) -> str:
     return str(NO_END if row.left_ms is None else max(row.left_ms, 1))
 
 
-def _catch_up(freshness: FreshnessLease) -> None:
-    """Run the outbox relay. A run of another process's may have begun before our row was written."""
+def _catch_up(lease: NodeLease) -> None:
+    """Run the outbox relay. A run of another process's may have begun before our row was written.
+
+    Raises BackendUnavailable where Redis does not serve yet: a node of a Cluster that was restarted waits for the
+    others first.
+    """
+    lease.relay.read()
     for _ in range(_TRIES):
-        if freshness.drain() is not None:
+        if lease.drain() is not None:
             break
         time.sleep(_BETWEEN_TRIES)

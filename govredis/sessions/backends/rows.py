@@ -154,7 +154,8 @@ class SessionRows:
         """Make a row of a record of the async service's, or have the row say the same.
 
         Args:
-            was: the row as it was. If it has changed since, it stays, and the answer is None.
+            was: the row as it was. If it has changed since, it stays, and the answer is None. So too where there was
+                none, and its agent's sessions were ended since without Redis: then there is a revoked row.
         """
         binding = record.binding
         params = (
@@ -264,6 +265,14 @@ class SessionRows:
             (epoch, [self._keys.row(sid, "session_id") for sid in versions], list(versions.values())),
         )
 
+    def untold_agent(self, agent_id: str) -> None:
+        """Note that Redis was away when the agent's sessions were ended."""
+        self._postgres.fetch(
+            "WITH noted AS (UPDATE @schema@.govredis_session_agents SET untold = clock_timestamp() WHERE agent = %s"
+            " RETURNING 1) SELECT count(*) FROM noted",
+            (self._keys.row(agent_id, "agent_id"),),
+        )
+
     def for_agent(self, agent_id: str) -> tuple[list[str], dict[str, int]]:
         """The agent's sessions; and the versions of those that have ended, unless they live on in Redis."""
         rows = self._postgres.fetch(
@@ -312,8 +321,9 @@ class SessionRows:
                 break
         self._postgres.fetch(
             "DELETE FROM @schema@.govredis_session_agents WHERE revoked_at < clock_timestamp() - interval '1 day'"
+            " AND (untold IS NULL OR untold < clock_timestamp() - greatest(%s, interval '30 days'))"
             " AND @schema@.govredis_is_of(agent, %s::text)",
-            (self._keys.prefix,),
+            (self._ttl, self._keys.prefix),
         )
         return deleted
 

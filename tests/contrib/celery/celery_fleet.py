@@ -19,7 +19,7 @@ from support import PATIENCE, eventually
 HERE = Path(__file__).parent
 
 #: Beat publishes none of our tasks.
-NEVER = {"drain_interval": None, "heartbeat_interval": None, "snapshot_interval": None, "purge_interval": None}
+NEVER = {f"{name}_interval": None for name in ("drain", "census", "heartbeat", "snapshot", "purge")}
 
 
 def in_app(settings: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -31,10 +31,14 @@ from govredis.contrib.celery import exclusive, init_celery, rate_limited
 from govredis.contrib.celery._gov import gov_of
 from govredis.testing.servers import RedisServer
 
-TASKS = {
-    f"govredis.{name}" for name in ("drain_outbox", "health_snapshot", "heartbeat", "invalidate_metadata", "purge")
+NAMES = "census", "drain_outbox", "health_snapshot", "heartbeat", "invalidate_metadata", "purge"
+TASKS = {f"govredis.{name}" for name in NAMES}
+PERIODIC = {
+    "govredis.census": 10,
+    "govredis.health_snapshot": 60,
+    "govredis.heartbeat": 15,
+    "govredis.purge": 3600,
 }
-PERIODIC = {"govredis.health_snapshot": 60, "govredis.heartbeat": 15, "govredis.purge": 3600}
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +153,7 @@ class TestSchedule:
             "govredis.purge": crontab(hour=3),
             "often": 1.0,
             "daily": schedule(86_400),
+            "govredis.census": 10,
             "govredis.health_snapshot": 60,
         }
         assert mine == before, "the user's own dict, which may be another app's too"
@@ -162,10 +167,11 @@ class TestSchedule:
         }
         init_celery(app)
         app.finalize()
-        assert set(app.conf.beat_schedule) == {"mine", "govredis.heartbeat", "govredis.health_snapshot"}
+        assert set(app.conf.beat_schedule) == {"mine", *PERIODIC} - {"govredis.purge"}
 
     def test_intervals(self) -> None:
-        app = make_app(govredis_heartbeat_interval=0.5, govredis_snapshot_interval=None, govredis_purge_interval=7)
+        never = {"govredis_census_interval": None, "govredis_snapshot_interval": None}
+        app = make_app(govredis_heartbeat_interval=0.5, govredis_purge_interval=7, **never)
         init_celery(app)
         assert scheduled(app) == {"govredis.heartbeat": 0.5, "govredis.purge": 7}
         assert ours(app) == TASKS, "to be called, by whoever wants to"
@@ -177,7 +183,7 @@ class TestSchedule:
         assert scheduled(app) == {**PERIODIC, "govredis.drain_outbox": interval.get("govredis_drain_interval", 1)}
 
     @pytest.mark.parametrize("interval", ["often", 0, -1, True, float("nan")])
-    @pytest.mark.parametrize("which", ["drain", "heartbeat", "snapshot", "purge"])
+    @pytest.mark.parametrize("which", ["drain", "census", "heartbeat", "snapshot", "purge"])
     def test_refuses_a_wrong_interval(self, which: str, interval: Any) -> None:
         app = make_app(**{f"govredis_{which}_interval": interval})
         app.finalize()
@@ -235,6 +241,9 @@ class TestUnboundedBroker:
         assert "hunter2" not in caplog.text
         assert self.said(caplog, "redis://h", broker_transport_options={"visibility_timeout": 9}) == 1
         assert "{'visibility_timeout': 9, 'socket_timeout': 1," in caplog.text, "the user's own stay"
+        of_sentinels = {"master_name": "m", "sentinel_kwargs": {"password": "hunter2", "username": "u"}}
+        assert self.said(caplog, "sentinel://h", broker_transport_options=of_sentinels) == 1
+        assert "hunter2" not in caplog.text
 
     def test_nothing_is_said_where_it_is_bounded_or_no_redis(self, caplog: pytest.LogCaptureFixture) -> None:
         assert self.said(caplog, "redis://h", broker_transport_options={"socket_timeout": 5}) == 0

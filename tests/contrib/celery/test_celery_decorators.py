@@ -392,6 +392,7 @@ class TestWithoutAWorker:
         """The function is used on its own: then Celery's current app says whose GovRedis it is, else process-wide."""
         from govredis import configure
 
+        Celery("of nobody", broker="memory://", set_as_current=True)  # not another test's
         configure(gov)
         function = limited("1/hour", operation="alone")(lambda agent: agent)
         assert function("a") == "a"

@@ -19,7 +19,7 @@ from govredis.testing.servers import PostgresServer, RedisServer
 
 pytestmark = [pytest.mark.once, pytest.mark.one_redis]
 
-NEVER = {"drain_interval": None, "heartbeat_interval": None, "snapshot_interval": None, "purge_interval": None}
+NEVER = {f"{name}_interval": None for name in ("drain", "census", "heartbeat", "snapshot", "purge")}
 
 #: The beginning of a traceback that is not ours: greenlets of Celery's meet in the connection of its result backend.
 CELERYS_OWN = re.compile(r"Exception ignored in:[^\n]*(?:\n[^\n]*)?AsyncResult\.__del__[^\n]*\n[^\n]*Traceback")

@@ -919,7 +919,7 @@ def test_the_commands_work_on_the_apps_govredis(
     FlaskGovRedis(app)
     close_apps.append(app)
     runner = app.test_cli_runner()
-    shown = runner.invoke(args=["govredis", "health"])
+    shown = runner.invoke(args=["govredis", "health", "--json"])
     assert shown.exit_code == 0, shown.output
     assert set(json.loads(shown.output)["checks"]) >= {"redis", "postgres"}
     assert runner.invoke(args=["govredis", "migrate"]).output == "up to date\n"
@@ -927,7 +927,7 @@ def test_the_commands_work_on_the_apps_govredis(
 
 def test_health_on_the_command_line_exits_with_1_on_fail(app: Flask, away: GovRedis) -> None:
     FlaskGovRedis(app, away)
-    done = app.test_cli_runner().invoke(args=["govredis", "health"])
+    done = app.test_cli_runner().invoke(args=["govredis", "health", "--json"])
     assert (json.loads(done.output)["status"], done.exit_code) == ("fail", 1)
 
 
@@ -936,10 +936,10 @@ def test_an_error_on_the_command_line_is_one_sentence(app: Flask, monkeypatch: p
     FlaskGovRedis(app)
     monkeypatch.setenv("REDIS_SESSION_TTL", "an hour")
     done = app.test_cli_runner().invoke(args=["govredis", "health"])
-    assert done.exit_code == 1
+    assert done.exit_code == 3
     assert done.output.startswith("Error: REDIS_SESSION_TTL is 'an hour'")
     monkeypatch.setenv("REDIS_SESSION_TTL", "7")
     monkeypatch.delenv("GOVREDIS_DATABASE_URL", raising=False)
     done = app.test_cli_runner().invoke(args=["govredis", "migrate"])
-    assert (done.exit_code, done.output[:46]) == (1, "Error: GOVREDIS_DATABASE_URL is not set; it mu")
+    assert (done.exit_code, done.output[:46]) == (3, "Error: GOVREDIS_DATABASE_URL is not set; it mu")
     configure(None)

@@ -82,3 +82,16 @@ def test_redis_killed_under_load_no_request_fails_or_waits_for_a_timeout(
             assert "fallbacks are in use" in redis["output"]
     assert {answer.status for answer in during} == {200, 429}
     assert {answer.status for answer in warned + back} == {200}
+
+
+def test_the_metrics_of_any_worker_are_of_all(serve: Callable[..., Gunicorn], one_redis: RedisServer) -> None:
+    one_redis.command("FLUSHALL")
+    gunicorn = serve("--preload", redis_url=one_redis.url, socket_timeout=10, connect_timeout=10, health_details="true")
+    served = gunicorn.ask(f"/visit/{10**6}", all_workers)
+    hits = f"govredis_limits_allowed_total {float(len(served) + 1)}\n"  # one before the fork, by the parent
+
+    def all_know(answers: list[Answer]) -> bool:
+        assert all(answer.status == 200 for answer in answers)
+        return all_workers([answer for answer in answers if hits in answer.body.decode()])
+
+    gunicorn.ask("/govredis/metrics", all_know, pause=0.05)

@@ -487,6 +487,7 @@ def test_the_list_of_routes_says_how_each_is_limited(app: Flask, ext: FlaskGovRe
         ["GET", "/free", "none"],
         ["GET", "/govredis/health", "none"],
         ["GET", "/govredis/live", "none"],
+        ["GET", "/govredis/metrics", "none"],
         ["GET", "/govredis/ready", "none"],
         ["GET", "/one", f"{default}: one"],
         ["GET", "/static/<path:filename>", "none"],
