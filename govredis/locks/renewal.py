@@ -1,7 +1,7 @@
 """The renewal thread: one per process, for all locks held in it.
 
-Leases that are due are renewed together, in pipelines. After each round trip this thread waits for its turn, up to 5 ms
-for each thread that computes.
+Leases that are due are renewed together, in pipelines. After each round trip, and often after a look at a lock file,
+this thread waits for its turn, up to 5 ms for each thread that computes. While many are renewed, turns are shorter.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import heapq
 import logging
 import threading
 from collections.abc import Iterable
+from contextlib import nullcontext
 from operator import attrgetter
 from typing import Protocol
 from weakref import WeakSet
@@ -20,6 +21,7 @@ from .._fork import renew_in_child
 from ..errors import BackendError
 from .backends.redis_backend import RedisLockBackend, Renewal
 from .host_lock.sweep import Sweep
+from .turns import short_turns
 
 log: logging.Logger = logging.getLogger("govredis")
 
@@ -32,6 +34,9 @@ _IDLE = 5.0
 
 #: Leases of one pipeline; with the command that lists them, 100 commands.
 _AT_ONCE = 99
+
+#: So many leases are worth short turns: fewer bear the usual ones.
+_MANY = 10
 
 
 class RenewedLease(Protocol):
@@ -149,7 +154,8 @@ class Renewer:
             groups.setdefault(lease.backend, []).append(lease)
         for backend, leases in groups.items():
             try:
-                renew_together(backend, leases)
+                with short_turns if len(leases) >= _MANY else nullcontext():
+                    renew_together(backend, leases)
             except Exception:
                 log.exception("locks could not be renewed together")
                 for lease in leases:

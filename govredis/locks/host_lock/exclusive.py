@@ -174,7 +174,7 @@ class ExclusiveHostLock(OpenFile):
                 or reaches(pair.passer, mine)
                 or self._is_fresh(pair.holder)
                 or self._is_fresh(pair.passer)
-                or not self._is_in_place()
+                or self._in_place() is None
             ):
                 self._expired = None
                 return False
@@ -195,7 +195,7 @@ class ExclusiveHostLock(OpenFile):
         if not self.inside:
             return 0.0
         try:
-            if not self._is_in_place():
+            if self._in_place() is None:
                 return 0.0
             self._process.liveness.keep()
             until = max(deadline, self._vouched_until)
@@ -215,13 +215,14 @@ class ExclusiveHostLock(OpenFile):
         return self._vouched_until if clock() < self._vouched_until else 0.0
 
     def _refresh_without_record(self, deadline: float) -> float:
-        """`refresh` by the flock alone. The file is touched, so that cleaners of old files leave it alone."""
+        """`refresh` by the flock alone."""
         if not self.inside:
             return 0.0
         try:
-            if not self._is_in_place():
+            found = self._in_place()
+            if found is None:
                 return 0.0
-            os.utime(self._files[0])
+            self._keep_from_cleaners(found)
         except OSError as error:
             log.warning("lock file %s cannot be kept fresh: %s", self._path, error.strerror)
         return deadline
@@ -320,17 +321,17 @@ class ExclusiveHostLock(OpenFile):
     def _is_fresh(self, record: LockRecord | None) -> bool:
         return record is not None and record.boot == self._process.boot and clock() < record.deadline
 
-    def _is_in_place(self) -> bool:
-        """Whether this has the same file open as others."""
+    def _in_place(self) -> os.stat_result | None:
+        """The file's status, if this has the same file open as others; otherwise None."""
         if not self._files or self._stat() is None:
-            return False
+            return None
         try:
             found = os.stat(self._path, follow_symlinks=False)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
-                return False
+                return None
             raise
-        return (found.st_dev, found.st_ino) == self._inode
+        return found if (found.st_dev, found.st_ino) == self._inode else None
 
     def _write(self, place: int, raw: bytes) -> None:
         os.pwrite(self._files[0], raw, place)

@@ -11,6 +11,7 @@ import os
 import struct
 from weakref import WeakValueDictionary
 
+from ..._boottime import clock
 from ..._fork import renew_in_child
 from .open_file import OpenFile
 
@@ -45,15 +46,22 @@ class Liveness(OpenFile):
         self.name: str = ""
         if SETLK is not None and state is not None and self._namespace:
             self.name = f"{self._namespace:x}.{pid:x}.{state[1]:x}.{self._byte:x}"
+        self._next_look = 0.0
         self.keep()
         renew_in_child(self)
 
     def keep(self) -> None:
-        """Keep the file fresh, so that no cleaner of old files removes it; open it anew if one did. Raises OSError."""
-        if not self.name:
+        """Keep the file from cleaners of old files; open it anew if one removed it. Raises OSError.
+
+        Looks once a second at most: all locks of this process call it at each renewal.
+        """
+        now = clock()
+        if not self.name or now < self._next_look:
             return
-        if self._is_in_folder():
-            os.utime(self._files[0])
+        self._next_look = now + 1.0
+        found = self._stat() if self._files else None
+        if found is not None and found.st_nlink > 0:
+            self._keep_from_cleaners(found)
         else:
             self._close()
             self._inode = None
@@ -61,11 +69,6 @@ class Liveness(OpenFile):
             self._stat()
         # Every time: an exception may have struck before the first.
         lock_range(self._files[0], fcntl.F_WRLCK, self._byte, 1)
-
-    def _is_in_folder(self) -> bool:
-        """Whether this has the same file open as others."""
-        found = self._stat() if self._files else None
-        return found is not None and found.st_nlink > 0
 
     def has_ended(self, name: str) -> bool:
         """Whether the process of that liveness is certainly dead. Raises OSError."""
@@ -79,7 +82,9 @@ class Liveness(OpenFile):
             return False
         if namespace == self._namespace and _lives(pid, started):
             return False
-        return self._is_in_folder()
+        # No death is certain by the bytes of a file that others do not see.
+        status = self._stat()
+        return status is not None and status.st_nlink > 0
 
     def renew_after_fork(self) -> None:
         # Close, never unlock: the parent lives.
