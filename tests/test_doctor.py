@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import ssl
 import subprocess
 import sys
 import time
@@ -14,8 +15,10 @@ from types import SimpleNamespace
 
 import psycopg2
 import pytest
+import trustme
 from click.testing import CliRunner, Result
 from support import REDIS_AWAY, eventually
+from tls_proxy import TlsProxy
 
 import govredis
 from govredis import Config, GovRedis
@@ -133,11 +136,17 @@ def test_the_commonest_faults_have_remedies(
     for url, remedy in (
         (f"redis://{at}/77", "name another database in REDIS_URL: this Redis lacks that one: 77"),
         (f"redis://:pw@{at}/0", "take the password out of REDIS_URL: this Redis has none"),
+        (f"redis://nobody:pw@{at}/0", "correct the user and the password in REDIS_URL, or the ACL of that user"),
     ):
         assert ask(**both, REDIS_URL=url).faults["redis"]["change"] == remedy
     hasty = {"GOVREDIS_CONNECT_TIMEOUT": "0.2", "GOVREDIS_SOCKET_TIMEOUT": "0.2"}
     tls = ask(REDIS_URL=f"rediss://{at}/0", **hasty)
     assert "if that port does not speak TLS, REDIS_URL must begin with redis://" in tls.faults["redis"]["change"]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    with TlsProxy(mortal_redis.port, context) as proxy:
+        plain = ask(REDIS_URL=f"redis://{proxy.netloc}/0")
+    assert "if that port speaks TLS, REDIS_URL must begin with rediss://" in plain.faults["redis"]["change"]
     away = ask(REDIS_URL=mortal_redis.url, GOVREDIS_DATABASE_URL="postgresql://u:hunter2@127.0.0.1:1/d")
     assert away.faults.keys() == {"postgres"}
     assert "hunter2" not in json.dumps(away.faults)

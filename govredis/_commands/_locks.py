@@ -11,7 +11,7 @@ import click
 
 from ..errors import LockUnavailable, printable
 from ..locks import LockHolder
-from ._invocation import answer_no, invoked_gov
+from ._invocation import CommandFailed, answer_no, invoked_gov
 from ._output import json_option, print_json, print_table, say
 
 
@@ -20,8 +20,8 @@ from ._output import json_option, print_json, print_table, say
 def locks(as_json: bool) -> None:
     """Show the locks that are held, and release one.
 
-    Shows locks of every kind, an async service's too. Looks at all keys of the database. A line on stderr names the
-    nodes of a Cluster that do not answer.
+    Shows locks of every kind, an async service's too. Looks at all keys of the database. If nodes of a Cluster do not
+    answer, the locks of the others are shown, an error names those nodes, and the exit code is 3.
     """
     if click.get_current_context().invoked_subcommand is None:
         with invoked_gov() as gov:
@@ -33,8 +33,7 @@ def locks(as_json: bool) -> None:
         else:
             say("no locks are found" if held.unanswered else "no locks are held")
         if held.unanswered:
-            missing = f"locks are missing: no answer from {', '.join(held.unanswered)}"
-            click.echo(printable(missing), err=True)  # stdout is a program's, with --json
+            raise CommandFailed(printable(f"locks are missing: no answer from {', '.join(held.unanswered)}"))
 
 
 @locks.command()

@@ -258,7 +258,8 @@ def test_held_says_which_nodes_did_not_answer(
         assert (counts.held, counts.unanswered) == (1, (f"Redis at 127.0.0.1:{node.port}",))
         shown = CliRunner().invoke(main, ["locks", "--json"], env={"REDIS_URL": mortal_cluster.url})
         assert [holder["name"] for holder in json.loads(shown.stdout)] == [here]
-        assert shown.stderr == f"locks are missing: no answer from Redis at 127.0.0.1:{node.port}\n"
+        assert shown.exit_code == 3
+        assert shown.stderr == f"Error: locks are missing: no answer from Redis at 127.0.0.1:{node.port}\n"
         for other in mortal_cluster.nodes:
             if other is not node:
                 other.kill()

@@ -21,6 +21,11 @@ _REMEDIES = (
         "take the password out of REDIS_URL: this Redis has none",
     ),
     (
+        "redis",
+        r"rejected our credentials: (?!.*(?:without any password|no password is set))",
+        "correct the user and the password in REDIS_URL, or the ACL of that user",
+    ),
+    (
         "postgres",
         r"unsupported startup parameter\b.*\boptions",
         "take options= out of GOVREDIS_DATABASE_URL, or name it in ignore_startup_parameters of PgBouncer",
@@ -33,6 +38,7 @@ _REMEDIES = (
     ("clients", "", "raise maxclients, or lower GOVREDIS_REDIS_CONNECTIONS"),
     ("beat", r"^(?!.*cannot be read)", "look whether a single beat runs, and a worker that reads its queue"),
 )
+_CUT_OFF = re.compile(r"Connection closed|Connection reset")
 _NO_ANSWER = re.compile(r"[Tt]imed? ?out|Connection closed|WRONG_VERSION_NUMBER|wrong version number")
 
 
@@ -44,5 +50,7 @@ def remedy(check: Check, redis_url: str) -> str:
     parts = urlsplit(redis_url)
     if check.name == "redis" and parts.scheme == "rediss" and _NO_ANSWER.search(check.output):
         found.append("if that port does not speak TLS, REDIS_URL must begin with redis://")
+    if check.name == "redis" and parts.scheme == "redis" and _CUT_OFF.search(check.output):
+        found.append("if that port speaks TLS, REDIS_URL must begin with rediss://")
     number = parts.path.strip("/")
     return "; ".join(text.format(database=number and f": {number}") for text in found)
