@@ -259,8 +259,8 @@ def test_json_has_all_that_the_tables_have(run: Run, make_gov: MakeGov, redis_se
 
 
 def test_a_check_without_words_shows_its_figures() -> None:
-    redis = Check("redis", "pass", "", {"seconds": 0.0012, "keys": 7, "maxclients": 10_000, "redis_version": "7.0"})
-    assert _shown(redis) == "seconds 0.0012, keys 7"
+    redis = Check("redis", "pass", "", {"seconds": 0.0012, "used_memory": 8_450_123, "maxclients": 9, "os": "Linux"})
+    assert _shown(redis) == "seconds 0.0012, used_memory 8450123"
     keys = Check("keys", "pass", "", {"session": 3, "lock": 0, "ours": {"a.b": 2}, "c.d": 1, "at": "now"})
     assert _shown(keys) == "session 3, lock 0, ours.a.b 2, c.d 1"
     data = {"counts": {"limits.denied": 9}, "hit_ratios": {"minute": {}, "hour": {"agent_meta": 0.97}}}

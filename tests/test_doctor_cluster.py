@@ -27,7 +27,7 @@ EVERYWHERE = {"postgres", "persistence"}
 
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ask:
-    """Its faults and notes: what each is about, what is wrong, and the remedy."""
+    """Its faults and notes: what each is about, what is wrong, and the remedy. The faults' reasons, and the facts."""
     for field in Config.__dataclass_fields__.values():
         if field.metadata["variable"] is not None:
             monkeypatch.delenv(field.metadata["variable"], raising=False)
@@ -45,6 +45,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ask:
             kind: [(each["about"], each["what"], each["change"]) for each in found[kind]]
             for kind in ("faults", "notes")
         }
+        listed["whys"] = [(each["about"], each["why"], "") for each in found["faults"]]
         listed["facts"] = [(each["about"], each["seen"], "") for each in found["facts"]]
         return listed
 
@@ -183,6 +184,11 @@ def test_a_node_that_is_away_is_a_fault_and_the_others_are_looked_at(ask: Ask, r
         ((_, what, change),) = [each for each in said["faults"] if each[0] == "redis"]
         assert f"1 of 3 nodes are away: Redis at {address(group.nodes[1])} is away: " in what
         assert change == "start the redis-server that is away, or give its slots to another node"
+        assert (
+            "redis",
+            "calls whose keys lie on such a node take their fallback, or fail where there is none",
+            "",
+        ) in said["whys"]
         assert len(about(said["facts"], "redis")) == 2
 
 

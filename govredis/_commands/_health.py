@@ -75,7 +75,7 @@ def _print_report(report: HealthReport, *, anew: bool) -> None:
 
 def _node(each: Mapping[str, Any]) -> tuple[str, ...]:
     figures = (each.get(name) for name in _TITLES.values())
-    return each["address"], each["status"], *("-" if value is None else f"{value:.6g}" for value in figures)
+    return each["address"], each["status"], *("-" if value is None else _number(value) for value in figures)
 
 
 def _shown(check: Check) -> str:
@@ -84,9 +84,13 @@ def _shown(check: Check) -> str:
         return check.output
     names = _FIRST.get(check.name, tuple(check.data))
     found = (figure for name in names for figure in _figures(name, _at(name, check.data)))
-    words = [f"{name} {value:.6g}" for name, value in found]
+    words = [f"{name} {_number(value)}" for name, value in found]
     source = check.data.get("source", "redis")
     return ", ".join(words if source == "redis" else [*words, f"as far as {source} knows"])
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.6g}"
 
 
 def _at(name: str, data: Mapping[str, Any]) -> Any:

@@ -48,9 +48,15 @@ def faults_of_health(gov: GovRedis) -> Iterator[Diagnosis]:
     for check in gov.health.check().checks:
         if check.status != "pass":
             more = not_told if check.name == "outbox" else ""
-            yield Diagnosis(check.name, check.output + more, _WHY.get(check.name, ""), _change(check, gov))
+            yield Diagnosis(check.name, check.output + more, _why(check), _change(check, gov))
         elif "unknown" in check.output:
             yield Diagnosis(check.name, check.output, "a fault there is not found", "", is_fault=False)
+
+
+def _why(check: Check) -> str:
+    if check.name == "redis" and any(node["status"] == "pass" for node in check.data.get("nodes", ())):
+        return "calls whose keys lie on such a node take their fallback, or fail where there is none"
+    return _WHY.get(check.name, "")
 
 
 def _change(check: Check, gov: GovRedis) -> str:
