@@ -122,6 +122,17 @@ def test_the_primary_of_sentinels_likewise(ask: Ask, redis_binary: str) -> None:
         assert about(ask(group.url)["notes"], "replication") == []
 
 
+def test_a_sentinel_that_hangs_is_a_fault(ask: Ask, redis_binary: str) -> None:
+    with RedisSentinel(binary=redis_binary) as group:
+        assert about(ask(group.url)["faults"], "sentinels") == []
+        hung = group.sentinel_servers[1]
+        hung.pause()
+        ((_, what, change),) = [each for each in ask(group.url)["faults"] if each[0] == "sentinels"]
+        assert what == f"no answer, or a refusal, from 1 of 3 Sentinels: 127.0.0.1:{hung.port}"
+        assert change.startswith("start them, or correct their addresses")
+        hung.resume()
+
+
 def test_a_redis_alone_has_no_replicas_to_wait_for(ask: Ask, redis_server: RedisServer) -> None:
     assert {name for name, *_ in ask(redis_server.url)["notes"]} <= EVERYWHERE
 

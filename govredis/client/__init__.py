@@ -41,6 +41,7 @@ __all__ = [
     "RedisClient",
     "RedisNode",
     "Script",
+    "SentinelClient",
     "TryAgain",
     "connect",
     "pack_command",

@@ -165,7 +165,12 @@ class Primary:
 
     @property
     def names(self) -> str:
-        return ", ".join(f"{host}:{port}" for host, port in sorted(self._sentinels))
+        return ", ".join(map(_text, sorted(self._sentinels)))
+
+    @property
+    def failing(self) -> list[str]:
+        """The addresses of those Sentinels that did not answer last time, or refused us."""
+        return [_text(sentinel) for sentinel in sorted(self._failing)]
 
     # -- rounds --------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,20 @@ class SentinelClient(RedisNode):
         self._sentinels = sentinels
         super().__init__(config)
 
+    def ask_sentinels(self) -> None:
+        """Ask each Sentinel now, and wait for the answers, or for all timeouts together. Raises nothing."""
+        self._primary.ask_all()
+
+    @property
+    def failing_sentinels(self) -> list[str]:
+        """The addresses of those that did not answer last time, or refused us."""
+        return self._primary.failing
+
+    @property
+    def sentinels(self) -> int:
+        """How many there are, by the settings."""
+        return len(self._sentinels.hosts)
+
     def _new_options(self, config: Config) -> dict[str, Any]:
         options = connection_options(config, lambda: self._primary.locate())
         kind, of_sentinels = sentinel_options(options, self._sentinels)

@@ -12,7 +12,7 @@ from support import PATIENT, eventually, redis_of
 
 from govredis import BackendUnavailable, GovRedis
 from govredis.health import Check, verdict
-from govredis.testing.servers import PostgresServer, RedisServer
+from govredis.testing.servers import PostgresServer, RedisSentinel, RedisServer
 
 pytestmark = pytest.mark.one_redis
 
@@ -33,6 +33,28 @@ def faults(info: dict[str, str], **data: Any) -> list[tuple[str, str]]:
     """The checks of an INFO with these fields, without the words."""
     fine = {"maxmemory": "0", "maxmemory_policy": "noeviction", "role": "master"}
     return [(check.name, check.status) for check in verdict.of_info({**fine, **info}, data)]
+
+
+def test_sentinels_that_do_not_answer_or_refuse_us_are_named(make_gov: MakeGov, redis_binary: str) -> None:
+    with RedisSentinel(binary=redis_binary) as group:
+        gov = make_gov(redis_url=group.url, **PATIENT)
+        assert "sentinels" not in checks(gov)
+        (away, strict, _), primary = group.sentinel_servers, group.master.port
+        away.kill()
+        strict.command("SENTINEL", "REMOVE", "mymaster")
+        names = sorted(f"127.0.0.1:{sentinel.port}" for sentinel in (away, strict))
+
+        def found() -> Check | None:
+            return checks(gov).get("sentinels")
+
+        said = eventually(lambda: (check := found()) and all(name in check.output for name in names) and check)
+        assert said.status == "warn"
+        assert said.output == f"no answer, or a refusal, from 2 of 3 Sentinels: {', '.join(names)}"
+        assert said.data == {"unanswered": names}
+        assert checks(gov)["redis"].status == "pass"
+        away.start()
+        strict.command("SENTINEL", "MONITOR", "mymaster", "127.0.0.1", primary, 2)
+        eventually(lambda: found() is None)
 
 
 class TestRedisFacts:

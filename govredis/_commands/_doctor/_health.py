@@ -7,7 +7,7 @@ from functools import partial
 
 from ..._at_once import at_once
 from ...api import GovRedis
-from ...client import RedisClient, RedisNode
+from ...client import RedisClient, RedisNode, SentinelClient
 from ...errors import BackendError, BackendUnavailable, ConfigurationError
 from ...health import Check
 from ...outbox import FreshnessLease
@@ -28,6 +28,7 @@ _WHY = {
     "memory": "Redis refuses writes, or answers late",
     "persistence": "a restart loses what was not saved",
     "replication": "writes are refused, or a failover loses them",
+    "sentinels": "a majority of them must live, or no replica takes the place of a primary that fails",
     "slowlog": "calls time out, and the breaker takes Redis for away",
     "keys": "nobody sees what fills Redis",
     "census": "nobody sees what fills Redis",
@@ -42,6 +43,8 @@ _WHY = {
 
 def faults_of_health(gov: GovRedis) -> Iterator[Diagnosis]:
     redis = gov.internal.context.redis
+    if isinstance(redis, SentinelClient):
+        redis.ask_sentinels()
     if redis is not None:
         _measure_where_it_is_away(redis)
     not_told = _tell_of_changes(gov.internal.freshness)

@@ -31,6 +31,7 @@ _REMEDIES = (
         "take options= out of GOVREDIS_DATABASE_URL, or name it in ignore_startup_parameters of PgBouncer",
     ),
     ("postgres", r"not up to date", "run `govredis migrate`"),
+    ("sentinels", "", "start them, or correct their addresses, REDIS_SENTINEL_USERNAME and REDIS_SENTINEL_PASSWORD"),
     ("workers", "", "look at its log, and start it again"),
     ("celery", "", "start a worker with -Q and that queue, or send the tasks elsewhere"),
     ("transactions", "", "look for a client that has forgotten to commit, in pg_stat_activity"),

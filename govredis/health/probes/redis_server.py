@@ -9,7 +9,7 @@ from typing import Any
 
 from ..._at_once import at_once
 from ..._context import Context
-from ...client import Command, RedisClient, RedisNode
+from ...client import Command, RedisClient, RedisNode, SentinelClient
 from ...errors import BackendError, BackendUnavailable
 from .. import verdict
 from ..nodes import address_in
@@ -69,6 +69,8 @@ class RedisProbe:
         asked = [_questions(self._redis, probe) for probe in probes]
         found = self._ask(self._redis, [question for mine in asked for question in mine])
         yield from self._own_checks(found)
+        if isinstance(self._redis, SentinelClient):
+            yield from _check_sentinels(self._redis)
         for probe, mine in zip(probes, asked, strict=True):
             replies = [question.reply for question in mine]
             is_away = any(isinstance(reply, BackendUnavailable) for reply in replies)
@@ -133,6 +135,13 @@ class RedisProbe:
         if self._uncovered:
             return f"; no fallback for {' and '.join(self._uncovered)}"
         return "; fallbacks are in use"
+
+
+def _check_sentinels(client: SentinelClient) -> Iterator[Check]:
+    failing = client.failing_sentinels
+    if failing:
+        output = f"no answer, or a refusal, from {len(failing)} of {client.sentinels} Sentinels: {', '.join(failing)}"
+        yield Check("sentinels", "warn", output, {"unanswered": failing})
 
 
 def _is_down(found: dict[str, NodeFindings]) -> bool:
