@@ -296,9 +296,10 @@ class World:
         if self.snapshot is None:
             return
         self.healthy = False
-        with redis.Redis.from_url(self.redis.url) as client:
-            client.client_kill_filter(_type="normal", skipme=True)
-            client.flushall()
+        with redis.Redis.from_url(self.redis.url) as client, client.pipeline(transaction=True) as at_once:
+            at_once.client_kill_filter(_type="normal", skipme=True)
+            at_once.flushall()
             for key, value, ends in self.snapshot:
                 if not ends or ends > time.time() * 1000:
-                    client.restore(key, ends, value, absttl=bool(ends))
+                    at_once.restore(key, ends, value, absttl=bool(ends))
+            at_once.execute()

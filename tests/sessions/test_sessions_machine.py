@@ -133,18 +133,21 @@ class SessionMachine(RuleBasedStateMachine):
     def is_saved(self) -> None:
         keys: Any = self.plain.keys("*")
         self.old_since = time.monotonic()
-        self.old = {key: (self.plain.dump(key), self.plain.pttl(key)) for key in keys}  # type: ignore[misc]
+        found: Any = {key: (self.plain.dump(key), self.plain.pttl(key)) for key in keys}
+        self.old = {key: (value, ttl) for key, (value, ttl) in found.items() if value is not None}
 
     @precondition(lambda self: self.old)
     @rule()
     def has_older_data_back(self) -> None:
         """Like a server restarted with its last RDB: clients connect anew, and keys past their end are gone."""
-        self.plain.flushall()
         passed = int((time.monotonic() - self.old_since) * 1000)
-        for key, (value, ttl) in self.old.items():
-            if ttl < 0 or ttl > passed:
-                self.plain.restore(key, max(ttl - passed, 0) if ttl > 0 else 0, value)
-        self.plain.client_kill_filter(_type="normal", skipme=True)
+        with self.plain.pipeline(transaction=True) as at_once:  # whatever threads of ours do meanwhile
+            at_once.flushall()
+            for key, (value, ttl) in self.old.items():
+                if ttl < 0 or ttl > passed:
+                    at_once.restore(key, max(ttl - passed, 0) if ttl > 0 else 0, value)
+            at_once.client_kill_filter(_type="normal", skipme=True)
+            at_once.execute()
         time.sleep(X * 1.1)
 
     @invariant()
