@@ -75,7 +75,7 @@ def test_a_sentinel_that_did_not_answer_is_asked_after_the_others(hangs: int, sa
     sentinels[hangs].view = None
     primary._sentinels = tuple(("127.0.0.1", sentinels[n].port) for n in (hangs, 1 - hangs))
     for _ in range(3):
-        primary.ask_all()
+        primary.ask_all(lost=True)
     assert sentinels[1 - hangs].asked_at < sentinels[hangs].asked_at
     assert sentinels[hangs].asked == 3, "it may answer again"
 
@@ -168,7 +168,7 @@ def test_a_move_during_the_probe_has_the_replays_told_to_the_new_primary(
         told.append(int(server.call("CONFIG", "GET", "port")[1]))
         if len(told) == 1:
             sentinel.view = 2, redis_server.port
-            client._primary.ask_all()
+            client._primary.ask_all(lost=True)
 
     client.on_recovery(replay)
     client.replay_soon("test")
@@ -200,7 +200,7 @@ def test_names_that_resolve_slowly_cost_one_thread_each(monkeypatch: pytest.Monk
         client = connect(Config(redis_url="redis+sentinel://sentinel.test/mymaster"))
         assert isinstance(client, SentinelClient)
         for _ in range(3):
-            client._primary.ask_all()
+            client._primary.ask_all(lost=True)
         assert asked == ["sentinel.test"]
         client._primary.address = "server.test", 6379
         monkeypatch.setattr(client._primary, "locate", lambda: client._primary.address)

@@ -289,37 +289,37 @@ def test_an_older_epoch_is_not_believed(say: Any) -> None:
 def test_sentinels_that_were_set_up_anew_are_believed_by_majority_after_a_while(say: Any) -> None:
     sentinels, clock = say((5, 7001), (5, 7001), (5, 7001)), Clock()
     primary = primary_of(sentinels, clock, lambda: None)
-    primary.ask_all()
+    primary.ask_all(lost=True)
     for sentinel in sentinels:
         sentinel.view = 0, 7002
     clock.now += 9
-    primary.ask_all()
+    primary.ask_all(lost=True)
     assert primary.address == ("127.0.0.1", 7001), "one of them may be a moment behind"
     sentinels[0].view = 0, 7003
     clock.now += 2
-    primary.ask_all()
+    primary.ask_all(lost=True)
     assert primary.address == ("127.0.0.1", 7001), "they must agree"
     sentinels[0].view = 0, 7002
-    primary.ask_all()
+    primary.ask_all(lost=True)
     assert primary.address == ("127.0.0.1", 7002)
 
 
 def test_a_minority_that_names_an_older_epoch_is_never_believed(say: Any) -> None:
     sentinels, clock = say((5, 7001), (5, 7001), (5, 7001)), Clock()
     primary = primary_of(sentinels, clock, pytest.fail)
-    primary.ask_all()
+    primary.ask_all(lost=True)
     sentinels[0].view = 0, 7002
     for sentinel in sentinels[1:]:
         sentinel.error = b"-ERR busy\r\n"
     clock.now += 60
-    primary.ask_all()
+    primary.ask_all(lost=True)
     assert primary.address == ("127.0.0.1", 7001)
 
 
 def test_the_newest_of_all_counts_where_all_are_asked(say: Any) -> None:
     sentinels, clock = say((1, 7001), (2, 7002), (1, 7001)), Clock()
     primary = primary_of(sentinels, clock, lambda: None)
-    primary.ask_all()
+    primary.ask_all(lost=True)
     assert primary.address == ("127.0.0.1", 7002)
     assert [sentinel.asked for sentinel in sentinels] == [1, 1, 1]
 
@@ -330,7 +330,7 @@ def test_where_a_sentinel_hangs_or_errs_the_next_is_asked(say: Any) -> None:
     for silent, other in (sentinels, sentinels[::-1]):
         silent.view, other.view = None, (1, 7001)
         clock.now += 3
-        primary.ask_all()  # which waits for both
+        primary.ask_all(lost=True)  # which waits for both
         clock.now += 3
         primary.look()
         assert primary.locate() == ("127.0.0.1", 7001)

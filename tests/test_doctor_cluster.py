@@ -197,7 +197,7 @@ def test_a_node_that_is_away_is_a_fault_and_the_others_are_looked_at(ask: Ask, r
         assert change == "start the redis-server that is away, or give its slots to another node"
         assert (
             "redis",
-            "calls whose keys lie on such a node take their fallback, or fail where there is none",
+            "calls for keys of such a node take their fallback, or fail where there is none",
             "",
         ) in said["whys"]
         assert len(about(said["facts"], "redis")) == 2

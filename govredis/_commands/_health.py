@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ..client import SentinelClient
 from ..health import Check, HealthReport
 from ._invocation import answer_no, invoked_gov, until_interrupted
 from ._output import json_option, print_json, print_table, say, terminal
@@ -46,6 +47,9 @@ def health(watch: bool, every: float, as_json: bool) -> None:
     """
     report: HealthReport | None = None
     with invoked_gov() as gov, until_interrupted(watch):
+        redis = gov.internal.context.redis
+        if isinstance(redis, SentinelClient):
+            redis.ask_sentinels()  # a new process knows nothing of them yet
         while True:
             report = gov.health.check()
             if as_json:

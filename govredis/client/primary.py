@@ -154,12 +154,13 @@ class Primary:
         """The server at the address is no primary, or cannot be reached: the next connect asks anew."""
         self._known_at = self._asked_at = float("-inf")
 
-    def ask_all(self) -> None:
-        """The known primary cannot be used: ask each Sentinel, and wait for the answers, or for all timeouts together.
+    def ask_all(self, *, lost: bool) -> None:
+        """Ask each Sentinel, and wait for the answers, or for all timeouts together.
 
-        Then a majority that agrees may name an older epoch than the known one.
+        Args:
+            lost: the known primary cannot be used. Then a majority that agrees may name an older epoch.
         """
-        asking = self._ask(lost=True)
+        asking = self._ask(lost=lost)
         while not asking.ended.wait(_KNOWN_FOR):
             pass
 

@@ -40,7 +40,7 @@ class SentinelClient(RedisNode):
 
     def ask_sentinels(self) -> None:
         """Ask each Sentinel now, and wait for the answers, or for all timeouts together. Raises nothing."""
-        self._primary.ask_all()
+        self._primary.ask_all(lost=False)
 
     @property
     def failing_sentinels(self) -> list[str]:
@@ -89,7 +89,7 @@ class SentinelClient(RedisNode):
         return super()._failed(error, period)
 
     def _probe(self) -> None:
-        self._primary.ask_all()
+        self._primary.ask_all(lost=True)
         while True:
             asked = self._primary.address
             super()._probe()

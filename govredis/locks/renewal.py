@@ -35,7 +35,7 @@ _IDLE = 5.0
 #: Leases of one pipeline; with the command that lists them, 100 commands.
 _AT_ONCE = 99
 
-#: So many leases are worth short turns: fewer bear the usual ones.
+#: From this many leases on, turns are short.
 _MANY = 10
 
 

@@ -1,7 +1,7 @@
 """Short turns: for a moment, no thread of this process computes for long before another gets its turn.
 
 CPython runs its threads in turns. A thread that makes a system call may lose its turn to those that compute, and waits
-for 5 ms for each of them. To renew many leases takes some thousand such calls.
+for 5 ms for each of them. The renewal of many leases makes thousands of such calls.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from types import TracebackType
 
 from .._fork import renew_in_child
 
-#: Seconds of a turn, in place of the usual 0.005.
-_SHORT = 0.0005
+#: Seconds of a turn, in place of the usual 0.005. An odd number, which nobody else sets.
+_SHORT = 0.000503
 
 
 class ShortTurns:
@@ -22,25 +22,32 @@ class ShortTurns:
     """
 
     def __init__(self) -> None:
-        #: The interval before, and ours as the interpreter rounds it.
-        self._intervals: tuple[float, float] | None = None
+        #: The last interval that was not ours. An application that reads ours and sets it later is not believed.
+        self._former = 0.005
+        self._entered = False
         renew_in_child(self)
 
     def __enter__(self) -> None:
-        before = sys.getswitchinterval()
-        if before > _SHORT:
+        interval = sys.getswitchinterval()
+        if not _is_ours(interval):
+            self._former = interval
+        if self._former > _SHORT:
+            self._entered = True  # first, as a fork or an exception may come in between
             sys.setswitchinterval(_SHORT)
-            self._intervals = before, sys.getswitchinterval()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        intervals, self._intervals = self._intervals, None
-        if intervals is not None and sys.getswitchinterval() == intervals[1]:
-            sys.setswitchinterval(intervals[0])
+        if self._entered and _is_ours(sys.getswitchinterval()):
+            sys.setswitchinterval(self._former)
+        self._entered = False
 
     def renew_after_fork(self) -> None:
         self.__exit__(None, None, None)
+
+
+def _is_ours(interval: float) -> bool:
+    return round(interval * 1_000_000) == round(_SHORT * 1_000_000)
 
 
 short_turns: ShortTurns = ShortTurns()

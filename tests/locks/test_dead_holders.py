@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -432,6 +433,45 @@ def test_a_life_whose_file_is_gone_goes_on_in_another(locks: DistributedLock, tm
             os.write(fd, b"unharmed")
             os.close(fd)
             assert (tmp_path / "other").read_bytes() == b"unharmed"
+
+
+def test_a_life_is_looked_at_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(liveness_module, "clock", lambda: now[0])
+    life = Liveness(str(tmp_path / "living"))
+    os.unlink(life._path)
+    for now[0] in 100.0, 100.9:
+        life.keep()
+        assert not os.path.exists(life._path)
+    now[0] = 101.0
+    life.keep()
+    assert os.path.exists(life._path)
+
+
+def test_a_death_is_not_known_while_the_file_is_opened_anew(
+    locks: DistributedLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with locks.acquire("x", ttl=60) as held:
+        life = held._lease.host_lock._process.liveness  # type: ignore[attr-defined]
+        dead = subprocess.run([sys.executable, "-c", DIED.format(path=life._path)], capture_output=True, text=True)
+        name = dead.stdout.strip()
+        assert life.has_ended(name)
+
+        def lives(pid: int, started: int) -> bool:
+            kept.extend(life._files)
+            life._files.clear()
+            return False
+
+        kept: list[int] = []
+        monkeypatch.setattr(liveness_module, "_lives", lives)
+        assert not life.has_ended(name)
+        life._files[:] = kept
+
+
+DIED = """
+from govredis.locks.host_lock.liveness import Liveness
+print(Liveness({path!r}).name)
+"""
 
 
 def test_a_life_is_kept_fresh(locks: DistributedLock) -> None:

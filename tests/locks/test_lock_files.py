@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,16 @@ def test_the_file_of_what_is_held_is_kept_fresh(locks: DistributedLock, kind: st
         os.utime(file_of(held), (1_000_000, 1_000_000))
         held.extend()
         assert file_of(held).stat().st_mtime > 1_000_000_000
+
+
+@pytest.mark.parametrize(("age", "touched"), [(30, False), (90, True)])
+def test_a_reader_touches_the_file_when_a_minute_has_passed(locks: DistributedLock, age: int, touched: bool) -> None:
+    """Not at each renewal: that is a system call for each of many locks."""
+    with KINDS["read"](locks) as held:
+        before = time.time() - age
+        os.utime(file_of(held), (before, before))
+        held.extend()
+        assert (file_of(held).stat().st_mtime > before + 1) is touched
 
 
 @pytest.mark.parametrize("kind", KINDS)

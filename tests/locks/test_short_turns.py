@@ -73,6 +73,34 @@ def test_an_interval_that_the_application_sets_meanwhile_stays(other: float) -> 
     assert sys.getswitchinterval() == pytest.approx(other)
 
 
+def test_an_application_that_sets_what_it_has_read_meanwhile_is_not_believed() -> None:
+    """It saves our interval during a renewal, and restores it after."""
+    its_own = ShortTurns()
+    with its_own:
+        saved = sys.getswitchinterval()
+        sys.setswitchinterval(0.02)
+    sys.setswitchinterval(saved)
+    with its_own:
+        pass
+    assert sys.getswitchinterval() == pytest.approx(USUAL)
+
+
+def test_a_fork_or_an_exception_within_leaves_a_child_the_usual_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    its_own = ShortTurns()
+    set_interval = sys.setswitchinterval
+
+    def struck(interval: float) -> None:
+        set_interval(interval)
+        raise InterruptedError
+
+    monkeypatch.setattr(sys, "setswitchinterval", struck)
+    with pytest.raises(InterruptedError):
+        its_own.__enter__()
+    monkeypatch.undo()
+    its_own.renew_after_fork()
+    assert sys.getswitchinterval() == pytest.approx(USUAL)
+
+
 def test_a_shorter_one_is_left_alone() -> None:
     sys.setswitchinterval(0.0001)
     with short_turns:

@@ -58,7 +58,7 @@ def faults_of_health(gov: GovRedis) -> Iterator[Diagnosis]:
 
 def _why(check: Check) -> str:
     if check.name == "redis" and any(node["status"] == "pass" for node in check.data.get("nodes", ())):
-        return "calls whose keys lie on such a node take their fallback, or fail where there is none"
+        return "calls for keys of such a node take their fallback, or fail where there is none"
     return _WHY.get(check.name, "")
 
 

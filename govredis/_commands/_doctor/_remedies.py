@@ -31,7 +31,12 @@ _REMEDIES = (
         "take options= out of GOVREDIS_DATABASE_URL, or name it in ignore_startup_parameters of PgBouncer",
     ),
     ("postgres", r"not up to date", "run `govredis migrate`"),
-    ("sentinels", "", "start them, or correct their addresses, REDIS_SENTINEL_USERNAME and REDIS_SENTINEL_PASSWORD"),
+    (
+        "sentinels",
+        "",
+        "start them, or correct their addresses, REDIS_SENTINEL_USERNAME and REDIS_SENTINEL_PASSWORD; one that answers"
+        " may not watch REDIS_SENTINEL_MASTER",
+    ),
     ("workers", "", "look at its log, and start it again"),
     ("celery", "", "start a worker with -Q and that queue, or send the tasks elsewhere"),
     ("transactions", "", "look for a client that has forgotten to commit, in pg_stat_activity"),
@@ -39,7 +44,8 @@ _REMEDIES = (
     ("clients", "", "raise maxclients, or lower GOVREDIS_REDIS_CONNECTIONS"),
     ("beat", r"^(?!.*cannot be read)", "look whether a single beat runs, and a worker that reads its queue"),
 )
-_CUT_OFF = re.compile(r"Connection closed|Connection reset")
+#: Not in the words of a proxy, which has answered.
+_CUT_OFF = re.compile(r"^(?!.*the proxy before it says).*(?:Connection closed|Connection reset)", re.DOTALL)
 _NO_ANSWER = re.compile(r"[Tt]imed? ?out|Connection closed|WRONG_VERSION_NUMBER|wrong version number")
 
 

@@ -59,7 +59,7 @@ class Liveness(OpenFile):
         if not self.name or now < self._next_look:
             return
         self._next_look = now + 1.0
-        found = self._stat() if self._files else None
+        found = self._stat()
         if found is not None and found.st_nlink > 0:
             self._keep_from_cleaners(found)
         else:

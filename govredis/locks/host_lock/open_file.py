@@ -54,7 +54,7 @@ class OpenFile:
         """The file's status. None where the descriptor is another file's by now, or closed: then it is forgotten."""
         try:
             found = os.fstat(self._files[0])
-        except OSError:
+        except (OSError, IndexError):  # IndexError: another thread is about to open it anew
             found = None
         if found is not None and self._inode in (None, (found.st_dev, found.st_ino)):
             self._inode = found.st_dev, found.st_ino
@@ -63,7 +63,7 @@ class OpenFile:
         return None
 
     def _keep_from_cleaners(self, found: os.stat_result) -> None:
-        """Have the file look new to those who remove old files: its time of change is at most a minute back."""
+        """Touch the file where its mtime is over a minute off, so that cleaners of old files leave it alone."""
         if abs(time.time() - found.st_mtime) > _FRESH:
             os.utime(self._files[0])
 
