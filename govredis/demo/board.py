@@ -23,15 +23,15 @@ _MANY = 1_000_000
 
 
 class Board:
-    """The story writes `phase`, `dead` and `epoch`; a worker, and a
+    """The story writes `phase`, `dead`, `epoch` and `has_replicas`; a worker, and a
     process of the Celery worker, writes the cells that carry its number."""
 
     def __init__(self, path: Path) -> None:
         with path.open("a+b") as file:
-            cells = 5 + 2 * (WORKERS + 1) + 2 * WORKERS + WEB * (1 + AGENTS) + (WEB + POOL) * AGENTS + GUESTS + WEB + 1
+            cells = 6 + 2 * (WORKERS + 1) + 2 * WORKERS + WEB * (1 + AGENTS) + (WEB + POOL) * AGENTS + GUESTS + WEB + 1
             file.truncate(8 * cells)
             self._cells = memoryview(mmap.mmap(file.fileno(), 0)).cast("q")
-        self._used = 5
+        self._used = 6
         self.ready: memoryview[int] = self._take(WORKERS + 1)
         #: Calls made so far, for the progress bar.
         self.calls: memoryview[int] = self._take(WORKERS + 1)
@@ -80,6 +80,15 @@ class Board:
     def epoch(self, number: int) -> None:
         self._cells[2] = number
 
+    @property
+    def has_replicas(self) -> bool:
+        """A replica takes over, and may lack the last moments of its primary."""
+        return bool(self._cells[5])
+
+    @has_replicas.setter
+    def has_replicas(self, has: bool) -> None:
+        self._cells[5] = has
+
     def enter(self, worker: int, section: int = 0) -> bool:
         """Go into a critical section, of two. False if somebody is in it."""
         alone = self._cells[3 + section] == 0
@@ -113,5 +122,9 @@ class Board:
         return divmod(cell, _MANY)
 
     def floors(self, agent: int) -> tuple[int, int]:
-        """The least version that a read beginning now may return, and the last that an update returned."""
-        return max(row[agent] for row in self.promised), max(row[agent] for row in self.updated)
+        """The least version that a read beginning now may return, and the last that an update returned.
+
+        A failover may lose an invalidation that a task has just made: its promise is for the end, not for a read.
+        """
+        promised = self.promised[:WEB] if self.has_replicas else self.promised
+        return max(row[agent] for row in promised), max(row[agent] for row in self.updated)

@@ -28,6 +28,7 @@ def tell(seconds: float, topology: str, listener: Listener) -> Run:
     listener.begins("starting Redis, PostgreSQL and workers")
     with stage(topology) as on:
         redis, board, processes = on.redis, on.board, on.processes
+        board.has_replicas = not redis.is_alone
         for name in ("counter", "counter-alone", "counter-beside"):
             (on.folder / name).write_text("0")
         names = [*(f"worker {number} of {WORKERS}" for number in range(WORKERS)), "async service"]

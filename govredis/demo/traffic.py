@@ -157,8 +157,8 @@ class Web(Worker):
         self.rate: list[Limit] = [Limit(*limit) for limit in RATE]
         self.admissions: list[tuple[str, str, float, float]] = []
         self.findings: dict[str, Any] = {"admissions": self.admissions}
-        #: Done while Redis was away, and not yet replayed to it: agent and version.
-        self.owed_updates: list[tuple[int, int]] = []
+        #: Updates that readers may not see yet: agent, version, and when they were made.
+        self.owed_updates: list[tuple[int, int, float]] = []
         self.mix: dict[Callable[[], None], int] = {
             self.resolve: 60, self.read: 50, self.read_many: 16, self.discover: 40, self.update: 4, self.bind_one: 8,
             self.read_slowly: 3, self.resolve_guest: 12, self.fill: 2, self.meet_filled: 2,
@@ -166,11 +166,14 @@ class Web(Worker):
 
     def timed(self, operation: str, call: Callable[[], T]) -> tuple[T, int]:
         result, by = super().timed(operation, call)
-        if by == REDIS and self.owed_updates:
-            # Pending writes are replayed before this process uses Redis again, and it just has.
-            for agent, version in self.owed_updates:
-                self.board.promise(self.number, agent, version)
-            self.owed_updates = []
+        if self.owed_updates and (by == REDIS or self.board.has_replicas):
+            # Pending writes are replayed before this process uses Redis again, and it just has. With replicas this
+            # holds of a node, and a failover may lose an invalidation: there the bound of freshness is promised.
+            made_by = perf_counter() - (self.gov.config.metadata_staleness if self.board.has_replicas else 0.0)
+            for agent, version, made in self.owed_updates:
+                if made <= made_by:
+                    self.board.promise(self.number, agent, version)
+            self.owed_updates = [owed for owed in self.owed_updates if owed[2] > made_by]
         return result, by
 
     def prepare(self) -> None:
@@ -214,15 +217,16 @@ class Web(Worker):
         """After it has returned no reader may see less; unless Redis was away, then not after its replay.
 
         If Redis was still dead when it had returned, it has come back empty after that: no reader may see less at all.
+        Where replicas take over, no reader may see less once the bound of freshness has passed.
         """
         agent, now = self.random.choice((0, self.random.randrange(AGENTS))), self.random.random()
         record, by = self.timed("update an agent", lambda: self.gov.agents.update_metadata(f"agent-{agent}", seen=now))
         assert record is not None
         self.board.updated[self.number][agent] = record["version"]
-        if by == REDIS or self.board.dead:
+        if self.board.dead or (by == REDIS and not self.board.has_replicas):
             self.board.promise(self.number, agent, record["version"])
         else:
-            self.owed_updates.append((agent, record["version"]))
+            self.owed_updates.append((agent, record["version"], perf_counter()))
         own = f"alone-{self.number}"
         self.beside("update an agent", lambda: self.alone.agents.update_metadata(own, seen=now))
 

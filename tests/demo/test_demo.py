@@ -31,7 +31,7 @@ from govredis.demo.clients import Client
 from govredis.demo.measure import BESIDE, AdmittedCall, Call, Discovery, Findings, Phase, Run, overfull, quantile
 from govredis.demo.report import Screen, print_report
 from govredis.demo.topologies import ReplicatedRedis
-from govredis.demo.traffic import FALLBACK, OPERATIONS, REDIS, Job, Web
+from govredis.demo.traffic import FALLBACK, OPERATIONS, REDIS, Job, Web, Worker
 from govredis.testing.servers import PostgresServer, RedisServer
 
 COMMAND = [sys.executable, "-c", "from govredis.cli import main; main()", "demo"]
@@ -572,6 +572,28 @@ class TestWorkers:
         web.check({"version": 9}, floors)
         web.check(None, floors)
         assert web.tally["!stale reads"] == 2
+
+    def test_with_replicas_an_update_is_promised_when_the_bound_of_freshness_has_passed(
+        self, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A failover may lose its invalidation, and on a Cluster the call that is served next went to another node."""
+        now = [1000.0]
+        monkeypatch.setattr("govredis.demo.traffic.perf_counter", lambda: now[0])
+        monkeypatch.setattr(web, "beside", lambda *args: None)
+        monkeypatch.setattr(web.random, "choice", lambda agents: 3)
+        monkeypatch.setattr(Worker, "timed", lambda *args: ({"version": 7}, REDIS))
+        board = Board(tmp_path / "board")
+        for has_replicas, promised in (True, 0), (False, 7):
+            board.has_replicas = has_replicas
+            web.update()
+            assert board.floors(3) == (promised, 7)
+            board.promised[0][3] = 0
+        board.has_replicas = True
+        web.update()
+        board.promised[4][3] = 9
+        for now[0], promised in (1004.9, 0), (1005.0, 7):
+            web.timed("read metadata", lambda: None)
+            assert board.floors(3) == (promised, 7), "a task's promise is for the end"
 
     def test_a_session_not_found(self, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(web.gov, "sessions", FakeSessions())
