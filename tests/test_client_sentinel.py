@@ -300,6 +300,8 @@ def test_sentinels_that_were_set_up_anew_are_believed_by_majority_after_a_while(
     primary.ask_all(lost=True)
     assert primary.address == ("127.0.0.1", 7001), "they must agree"
     sentinels[0].view = 0, 7002
+    primary.ask_all(lost=False)
+    assert primary.address == ("127.0.0.1", 7001), "not while the known primary can be used"
     primary.ask_all(lost=True)
     assert primary.address == ("127.0.0.1", 7002)
 

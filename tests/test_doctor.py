@@ -23,9 +23,10 @@ from tls_proxy import TlsProxy
 import govredis
 from govredis import Config, GovRedis
 from govredis._acl import rights
-from govredis._commands._doctor import _health, _servers
+from govredis._commands._doctor import _health, _remedies, _servers
 from govredis._commands._doctor._servers import Measured
 from govredis.cli import main
+from govredis.health import Check
 from govredis.testing.servers import PostgresServer, RedisServer
 
 pytestmark = [pytest.mark.once, pytest.mark.one_redis]
@@ -150,6 +151,18 @@ def test_the_commonest_faults_have_remedies(
     away = ask(REDIS_URL=mortal_redis.url, GOVREDIS_DATABASE_URL="postgresql://u:hunter2@127.0.0.1:1/d")
     assert away.faults.keys() == {"postgres"}
     assert "hunter2" not in json.dumps(away.faults)
+
+
+@pytest.mark.parametrize(
+    ("output", "hinted"),
+    [
+        ("Redis at h:1 is away: Error while reading from socket: [Errno 104] Connection reset by peer", True),
+        ("Redis at h:1 is away: Connection closed by server.", True),
+        ("Redis at h:1 is away: the proxy before it says: ERR Connection reset by peer", False),
+    ],
+)
+def test_a_port_that_has_answered_in_plain_text_speaks_no_tls(output: str, hinted: bool) -> None:
+    assert ("rediss://" in _remedies.remedy(Check("redis", "fail", output, {}), "redis://h:1")) is hinted
 
 
 def test_each_check_of_health_has_a_reason_why_it_matters() -> None:

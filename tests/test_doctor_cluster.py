@@ -130,6 +130,8 @@ def test_a_sentinel_that_hangs_is_a_fault(ask: Ask, redis_binary: str) -> None:
         ((_, what, change),) = [each for each in ask(group.url)["faults"] if each[0] == "sentinels"]
         assert what == f"no answer, or a refusal, from 1 of 3 Sentinels: 127.0.0.1:{hung.port}"
         assert change.startswith("start them, or correct their addresses")
+        shown = CliRunner().invoke(main, ["health", "--json"], env={"REDIS_URL": group.url})
+        assert "sentinels" in json.loads(shown.stdout)["checks"], "in the first report of a process, too"
         hung.resume()
 
 

@@ -18,7 +18,8 @@ _SHORT = 0.000503
 class ShortTurns:
     """`with short_turns:` sets the interpreter's switch interval, and sets it back. For a single thread at a time.
 
-    An interval that the application sets meanwhile stays. A child that is forked meanwhile gets the former one.
+    An interval that the application sets meanwhile stays. A child that is forked meanwhile gets the former one; if it
+    was forked in C, at its first use of govredis.
     """
 
     def __init__(self) -> None:
