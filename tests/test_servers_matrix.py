@@ -176,7 +176,7 @@ def test_redis_and_then_postgresql_hang_under_load(
                 assert served.get("/govredis/health")["status"] == "warn"
             finally:
                 mortal_redis.resume()
-            # A command that was under way when it hung is a slow one, of which health rightly warns for ten minutes.
+            # Else health warns for ten minutes of a command that was under way when Redis hung: a slow command.
             mortal_redis.command("SLOWLOG", "RESET")
             answers += served.work(all_are(degraded=False))
             mortal_postgres.pause()
