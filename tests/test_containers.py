@@ -136,8 +136,9 @@ def test_the_probes_ask_for_endpoints() -> None:
             for container in pod["containers"]:
                 probes = (container[name] for name in ("livenessProbe", "readinessProbe") if name in container)
                 asked |= {probe["httpGet"]["path"] for probe in probes}
-        assert asked == {"/govredis/live", "/govredis/ready"}
-        assert [site.test_client().get(path).status_code for path in sorted(asked)] == [200, 200]
+        # /govredis/ready would be 503 while Redis is away, under GOVREDIS_LOCK_FALLBACK=fail.
+        assert asked == {"/govredis/live"}
+        assert site.test_client().get("/govredis/live").status_code == 200
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda manifest: manifest["kind"])

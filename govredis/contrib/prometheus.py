@@ -28,7 +28,8 @@ M = TypeVar("M", bound=Metric)
 #: Counters that begin at 0, so that Prometheus sees the first addition too.
 _FROM_ZERO = {
     *(name for name in COUNTERS if "{" not in name),
-    *("outages.redis", "outages.postgres", "limits.degraded.postgres", "limits.degraded.memory"),
+    *("outages.redis", "outages.postgres"),
+    *(f"limits.degraded.{backend}" for backend in ("postgres", "local", "none")),
 }
 #: The values of a status, as gauges have no words.
 _STATUS = {"pass": 0, "warn": 1, "fail": 2}

@@ -37,7 +37,7 @@ BUCKETS = 60
 class Limit:
     """At most `count` within any `window` seconds.
 
-    "sliding_window_log" keeps every entry: exact, about 85 bytes an entry. "sliding_window_counter" is for limits too
+    "sliding_window_log" keeps every entry: exact, about 130 bytes an entry. "sliding_window_counter" is for limits too
     large for that: it keeps 60 numbers, whatever the count. Each number is the count of a sixtieth of the window, and
     counts as a whole while any moment of that sixtieth lies within the window.
 

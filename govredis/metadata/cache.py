@@ -54,7 +54,7 @@ class MetadataCache(Uncopied):
     its way values may be misses, which are stored again once it has arrived.
 
     **With `local_cache`** values are also kept in this process, until Redis says that they have changed; local.py says
-    why that is as good. A hit costs half a microsecond and asks nobody. An invalidation is heard of by other processes
+    why that is as good. A hit costs about a microsecond and asks nobody. An invalidation is heard of by other processes
     in about a millisecond, and holds there 1 s later at the latest. All readers share the values of such a cache, and
     therefore they are immutable, hit or miss: dicts and lists that compare as such and refuse changes with a TypeError.
     `copy.deepcopy` makes plain ones.
