@@ -57,19 +57,23 @@ class EventConsumer(EventReader):
         self._given, self._is_member = "", False
 
     def _look(self, seconds: float) -> Event | None:
+        until = time.monotonic() + seconds
         while True:
             if not self._closed.is_set():
                 event = self._next()
                 if event is not None:
                     return event
-            if self._given and not self._closed.is_set():
+            left = until - time.monotonic()
+            if self._closed.is_set() or (seconds > 0 and left <= 0):
+                return None
+            if self._given:
                 continue  # an event that was not asked for
-            if seconds <= 0 or self._closed.is_set():
+            if seconds <= 0:
                 return None
             self._wait()
             command = ("XREADGROUP", "GROUP", self._group, self._name, "COUNT", "1", "STREAMS", self._key, ">")
             try:
-                found = self._redis.block(command, min(seconds, self._claim_every))
+                found = self._redis.block(command, min(left, self._claim_every))
             except BackendUnavailable:
                 raise
             except BackendError as error:

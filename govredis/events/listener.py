@@ -23,7 +23,7 @@ log: logging.Logger = logging.getLogger("govredis")
 
 #: Seconds between two tries while Redis is away.
 _RETRY = 0.1
-_AT_ONCE = "100"
+_AT_ONCE = 100
 
 R = TypeVar("R", bound="EventReader")
 
@@ -75,7 +75,10 @@ class EventReader(Uncopied, ABC):
 
     @abstractmethod
     def _look(self, seconds: float) -> Event | None:
-        """The next event, if one comes within so many seconds. Raises BackendUnavailable, BackendError."""
+        """The next event, if one comes within so many seconds; 0: if one is there. Events of other topics add no time.
+
+        Raises BackendUnavailable, BackendError.
+        """
 
     def _wait(self) -> None:
         if self.before_waiting is not None:
@@ -147,9 +150,14 @@ class EventListener(EventReader):
         self._entries: deque[Any] = deque()
 
     def _look(self, seconds: float) -> Event | None:
+        until, may_be_more = time.monotonic() + seconds, True
         while True:
             if not self._entries:
-                self._entries.extend(self._more(seconds))
+                left = max(0.0, until - time.monotonic())
+                if not left and not may_be_more:
+                    return None
+                self._entries.extend(self._more(left))
+                may_be_more = len(self._entries) >= _AT_ONCE
             if not self._entries:
                 return None
             position, flat = self._entries[0]
@@ -171,6 +179,6 @@ class EventListener(EventReader):
 
     def _more(self, seconds: float) -> Any:
         self._wait()
-        command = ("XREAD", "COUNT", _AT_ONCE, "STREAMS", self._key, self.position)
+        command = ("XREAD", "COUNT", str(_AT_ONCE), "STREAMS", self._key, self.position)
         found = self._redis.block(command, seconds) if seconds > 0 else self._redis.call(*command)
         return found[0][1] if found else ()

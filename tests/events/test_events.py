@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Background, eventually, in_child, in_threads, redis_of
+from support import PATIENCE, Background, eventually, in_child, in_threads, redis_of
 
 from govredis import BackendError, BackendUnavailable, Event, GovRedis
 from govredis.events.event import TopicPattern, encode_payload, position_after
@@ -275,6 +276,36 @@ def test_a_wait_ends_with_its_timeout_or_with_close(gov: GovRedis, redis_server:
         assert [wait.result() for wait in waits] == [[], []]
         gov.events.publish("agent", 1)
         assert [reader.get(0) for reader in (endless, taking)] == [None, None]
+
+
+@pytest.mark.parametrize("kind", ["listener", "consumer"])
+def test_events_of_other_topics_prolong_no_wait(gov: GovRedis, kind: str) -> None:
+    readers = {
+        "listener": lambda: gov.events.listen("agent.mine"),
+        "consumer": lambda: gov.events.consume("g", "c", "agent.mine"),
+    }
+    until = time.monotonic() + PATIENCE
+
+    def others() -> None:
+        assert time.monotonic() < until, "the wait does not end"
+        gov.events.publish("agent.theirs", 1)
+
+    with readers[kind]() as reader:
+        reader.before_waiting = others  # so that no wait brings nothing
+        assert reader.get(0.05) is None
+
+
+@pytest.mark.parametrize("kind", ["listener", "consumer"])
+def test_an_event_behind_many_of_other_topics_is_there_already(gov: GovRedis, kind: str) -> None:
+    for _ in range(250):
+        gov.events.publish("agent.theirs", 1)
+    gov.events.publish("agent.mine", 2)
+    readers = {
+        "listener": lambda: gov.events.listen("agent.mine", after="0"),
+        "consumer": lambda: gov.events.consume("g", "c", "agent.mine"),
+    }
+    with readers[kind]() as reader:
+        assert [event.payload for event in iter(lambda: reader.get(0), None)] == [2]
 
 
 def test_an_event_ends_a_wait_at_once(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from flask import Flask, Response
 from flask.testing import FlaskClient
-from support import Background, eventually, redis_of
+from support import PATIENCE, Background, eventually, redis_of
 
 from govredis import GovRedis
 from govredis.contrib.flask import FlaskGovRedis
+from govredis.contrib.flask._events import _lines
 from govredis.testing.servers import RedisServer
 
 
@@ -85,6 +87,19 @@ class TestStream:
         gov.events.publish("agent", 2)
         place = plain_redis.xrevrange("events:agent", count=1)[0][0]
         eventually(lambda: next(stream) == f"id: {place}\n\n")
+
+    def test_a_heartbeat_comes_between_events_of_other_topics(self, gov: GovRedis, ext: FlaskGovRedis) -> None:
+        until = time.monotonic() + PATIENCE
+
+        def others() -> None:
+            assert time.monotonic() < until, "no heartbeat"
+            gov.events.publish("agent.theirs", 1)
+
+        with gov.events.listen("agent.mine") as listener:
+            listener.before_waiting = others
+            stream = _lines(listener, None, 0.05)
+            assert next(stream) == "retry: 2000\n\n"
+            assert next(stream) == f"id: {listener.position}\n\n"
 
     def test_what_was_trimmed_is_told(self, gov: GovRedis, client: FlaskClient, plain_redis: Any) -> None:
         for n in range(3):
