@@ -19,6 +19,8 @@ _UNAVAILABLE_CLASSES = {
 }
 # The server has answered all the same: a lock or a statement took too long. It may well serve others.
 _ANSWERED_UNAVAILABLE = {errorcodes.QUERY_CANCELED, errorcodes.LOCK_NOT_AVAILABLE}
+#: A standby refuses tables that are not logged, those of limits, and ends a read that is in the way of its replication.
+_UNLOGGED, _CONFLICT = errorcodes.FEATURE_NOT_SUPPORTED, errorcodes.SERIALIZATION_FAILURE
 # A server's refusals, in English at least, of a connection that it will never accept; libpq gives no code for these.
 _REJECTED = re.compile(
     r"authentication failed|(?:role|database) .* does not exist|no pg_hba.conf entry|no password supplied"
@@ -78,10 +80,12 @@ class PostgresErrorMapping:
             )
         # An error without a code is libpq's, which lost the server, or psycopg2's, which cannot send the statement.
         lost = not code and not isinstance(error, psycopg2.ProgrammingError)
-        if not connection.closed and code == errorcodes.READ_ONLY_SQL_TRANSACTION:
-            return ReadOnly(f"{self._name} cannot serve: {text}")
-        if not connection.closed and code in _ANSWERED_UNAVAILABLE:
-            return BackendUnavailable(f"{self._name} cannot serve: {text}")
+        if not connection.closed:
+            on_standby = _is_standby(connection, text)
+            if code == errorcodes.READ_ONLY_SQL_TRANSACTION or (on_standby and code == _UNLOGGED):
+                return ReadOnly(f"{self._name} cannot serve: {text}")
+            if code in _ANSWERED_UNAVAILABLE or (on_standby and code == _CONFLICT):
+                return BackendUnavailable(f"{self._name} cannot serve: {text}")
         if connection.closed or lost or code[:2] in _UNAVAILABLE_CLASSES:
             return self.no_answer(text)
         if code == errorcodes.INSUFFICIENT_PRIVILEGE:
@@ -98,6 +102,11 @@ class PostgresErrorMapping:
     def no_answer(self, reason: str, timed_out: bool = False) -> NoAnswer:
         reason = _in_one_line(reason)
         return NoAnswer(f"{self._name} is away: {reason}", reason, timed_out)
+
+
+def _is_standby(connection: extensions.connection, text: str) -> bool:
+    """PostgreSQL 14 and later say so in the greeting, which PgBouncer does not hand on; else the error's words do."""
+    return connection.info.parameter_status("in_hot_standby") == "on" or "recovery" in text
 
 
 def _in_one_line(text: str) -> str:
