@@ -49,9 +49,19 @@ def broker_of(app: Celery) -> str:
     if broker is None:
         with app.connection_for_write() as connection:
             info = connection.info()
-        path = str(info["virtual_host"]).strip("/") or ("0" if info["transport"] == "redis" else "")
-        broker = _names[app] = f"{info['transport']}://{info['hostname']}:{info['port']}/{path}"
+        host = str(info["hostname"])
+        if "://" in host:  # a transport that reads its URL itself, MongoDB's say
+            broker = _names[app] = _without_credentials(host)
+        else:
+            path = str(info["virtual_host"]).strip("/") or ("0" if info["transport"] == "redis" else "")
+            broker = _names[app] = f"{info['transport']}://{host}:{info['port']}/{path}"
     return broker
+
+
+def _without_credentials(url: str) -> str:
+    """Without user, password and parameters. By hand, as keys of Azure have slashes."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def _urls(app: Celery) -> list[str]:

@@ -23,6 +23,8 @@ from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 from celery.result import AsyncResult
 from celery.signals import task_received
 from celery_fleet import close_backend
+from kombu.transport import TRANSPORT_ALIASES
+from kombu.transport.memory import Transport as MemoryTransport
 from stalls import undisturbed
 from support import PATIENCE, REDIS_AWAY, eventually, redis_of
 from test_celery_decorators import Striking, run
@@ -990,8 +992,14 @@ class TestLag:
         assert (lot(app, gov).count(), HEADER in (retry.value.sig.options["headers"] or {})) == (0, False)
 
 
+class ReadsItsUrl(MemoryTransport):
+    """As the transports of MongoDB, SQLAlchemy and Azure: the URL, whole, is the host."""
+
+    can_parse_url = True
+
+
 class TestNames:
-    def test_the_keys_of_brokers(self, gov: GovRedis) -> None:
+    def test_the_keys_of_brokers(self, gov: GovRedis, monkeypatch: pytest.MonkeyPatch) -> None:
         """The same for every publisher and user; and without the password."""
         names = {
             "redis://h": "redis://h:6379/0",
@@ -999,7 +1007,11 @@ class TestNames:
             "redis://h:6379/1": "redis://h:6379/1",
             "amqp://guest:guest@h//": "amqp://h:5672/",
             "pyamqp://h/a": "amqp://h:5672/a",
+            "whole://u:p@h1,h2/db?password=p": "whole://h1,h2/db",
+            "whole://policy:k/e+y=@space": "whole://space",
+            "whole://h/db": "whole://h/db",
         }
+        monkeypatch.setitem(TRANSPORT_ALIASES, "whole", f"{__name__}:ReadsItsUrl")
         for url, name in names.items():
             app = Celery("mine", broker=url, set_as_current=False)
             assert lot(app, gov).broker == name
