@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .._pool import PoolExhausted
-from ..errors import BackendUnavailable
+from ..errors import BackendUnavailable, NotAsked
 from .rates import Limit
 
 
@@ -57,8 +56,11 @@ class RateLimitResult(_Refundable):
         GOVREDIS_LIMIT_MIRROR the other server keeps the entries that it was told: it is stricter by them.
 
         Raises BackendUnavailable where that backend is away, or all of this process's connections to it are in use;
-        BackendError. The entries may have been given back all the same. A second try is harmless after an error of
-        Redis, and where there was no connection; else it returns False.
+        BackendError. The entries may have been given back all the same. A second try is harmless for a log of Redis, and
+        where nothing was sent; else it returns False.
+
+        A counter has sums in place of entries. It gives back to the sixtieth of its window in which the hit counted, if
+        that still holds as much. After a reset, or a loss of data, within that sixtieth it may be another hit's part.
         """
         try:
             taken = self._taken
@@ -69,7 +71,7 @@ class RateLimitResult(_Refundable):
         try:
             return give_back(*which)
         except BackendUnavailable as error:
-            if not self.degraded or isinstance(error, PoolExhausted):
+            if isinstance(error, NotAsked) or not (self.degraded or self.limit.counted):
                 self._taken = taken  # type: ignore[misc]  # mypy does not see the slot of the base
             raise
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support import PATIENT, REDIS_AWAY
+from support import PATIENT, REDIS_AWAY, all_in_use, redis_of
 
 from govredis import BackendUnavailable, GovRedis, Limit, RateLimitExceeded
 from govredis.keys import sibling
@@ -130,6 +130,39 @@ class TestOutages:
         assert persistent_redis.command("ZCARD", "rate_limit:default:a") == 1
         assert of_postgres.refund() is True
         assert persistent_redis.command("ZCARD", "rate_limit:default:a") == 1
+
+    def test_a_counters_refund_whose_reply_was_lost_is_tried_once(
+        self, make_gov: Callable[..., GovRedis], redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Redis remembers few calls of a counter: after others a second try would give back twice."""
+        gov = make_gov(redis_url=redis_server.url)
+        rate = Limit(1000, 3600, "sliding_window_counter")
+        result = gov.limits.hit("a", rate, cost=2)
+        client = redis_of(gov)
+        exchange = client._round_trip
+
+        def lost(*args: Any, **options: Any) -> Any:
+            exchange(*args, **options)
+            monkeypatch.undo()
+            raise BackendUnavailable("the reply was lost")
+
+        monkeypatch.setattr(client, "_round_trip", lost)
+        with pytest.raises(BackendUnavailable, match="lost"):
+            result.refund()
+        for _ in range(20):
+            gov.limits.hit("a", rate)
+        assert result.refund() is False
+        assert gov.limits.get_count("a", 3600) == 20
+
+    @pytest.mark.parametrize("algorithm", ["sliding_window_log", "sliding_window_counter"])
+    def test_a_refund_that_could_not_be_sent_may_be_tried_again(
+        self, make_gov: Callable[..., GovRedis], redis_server: RedisServer, algorithm: Any
+    ) -> None:
+        gov = make_gov(redis_url=redis_server.url, redis_connections=1)
+        result = gov.limits.hit("a", Limit(1000, 3600, algorithm))
+        with all_in_use(redis_of(gov)._pool), pytest.raises(BackendUnavailable, match="in use"):
+            result.refund()
+        assert result.refund() is True
 
     def test_a_refund_by_postgres_is_tried_once(
         self, make_gov: Callable[..., GovRedis], mortal_postgres: PostgresServer
