@@ -405,6 +405,21 @@ class TestIndex:
         assert either.sessions.get_agent_id("moved") == "b"
         assert service.sessions.get("unseen") is not None
 
+    @pytest.mark.parametrize("data", [{"name": "\ud83d"}, {"a": ["\udc00"], "agent_id": "a"}])
+    @pytest.mark.parametrize("agent", ["b", 'b"', "b\\"])
+    def test_a_session_with_half_of_a_surrogate_pair_is_its_agents_alone(
+        self, either: GovRedis, another: GovRedis, data: Any, agent: str
+    ) -> None:
+        """cjson refuses it, and the index of the agent before still names the session."""
+        either.sessions.bind("s", "a")
+        either.sessions.bind("s", agent, data=data)
+        assert another.sessions.unbind_agent("a") == 0
+        found = either.sessions.get("s")
+        assert found is not None
+        assert (found.agent_id, found.data) == (agent, data)
+        assert another.sessions.unbind_agent(agent) == 1
+        assert either.sessions.get("s") is None
+
     def test_foreign_sessions_are_noted_once(
         self, either: GovRedis, service: BlockingService, plain_redis: Any
     ) -> None:

@@ -24,9 +24,8 @@ else
   if held and not copied then
     is_over = ARGV[3] ~= 'copy'
     if ARGV[3] == 'agent' then
-      local ok, session = pcall(cjson.decode, held)
-      local agent = ok and type(session) == 'table' and session.agent_id
-      is_over = type(agent) ~= 'string' or agent == ARGV[4]
+      local agent = agent_of(held)
+      is_over = not agent or agent == ARGV[4]
     end
   end
 end

@@ -15,9 +15,8 @@
 
 local old = text(KEYS[1])
 if ARGV[1] ~= '' and old then
-  local ok, session = pcall(cjson.decode, old)
-  local agent = ok and type(session) == 'table' and session.agent_id
-  if type(agent) == 'string' and agent ~= ARGV[1] then return 0 end
+  local agent = agent_of(old)
+  if agent and agent ~= ARGV[1] then return 0 end
 end
 local asked, told = two_numbers(text(KEYS[2]))
 local at = tonumber(ARGV[2])

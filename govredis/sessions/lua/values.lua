@@ -8,6 +8,18 @@ local function text(key)
   return type(found) == 'string' and found
 end
 
+-- The agent of a record; nil where it cannot be read. cjson refuses half of a surrogate pair, which JSON may have anywhere: a
+-- record of ours begins with the agent.
+local function agent_of(record)
+  local ok, session = pcall(cjson.decode, record)
+  if not ok then
+    local from, to = string.match(string.gsub(record, '\\.', '__'), '^{"agent_id": ()"[^"]*()"')
+    ok, session = pcall(cjson.decode, string.format('{"agent_id": %s}', from and string.sub(record, from, to) or 'null'))
+  end
+  local agent = ok and type(session) == 'table' and session.agent_id
+  return type(agent) == 'string' and agent or nil
+end
+
 -- Two whole numbers, and a digest behind them, or "". A missing number is 0, and so is a number that no clock and no
 -- sequence of ours has made.
 local function two_numbers(found)
