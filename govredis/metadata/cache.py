@@ -324,6 +324,7 @@ class MetadataCache(Uncopied):
         when Redis is back.
 
         Raises ValueError for a connection in autocommit mode or of another driver, and the connection's own errors.
+        Raises BackendError where Redis refuses an invalidation, after all others: the transaction is committed then.
         """
         return AfterCommit(connection, self.namespace, self._keys, self._schema, self.invalidate_committed)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .._uncopied import Uncopied
+from ..errors import BackendError
 from ..keys import Id, Keys, id_text
 from ..outbox import NotingFunction, check_transaction
 
@@ -42,8 +43,7 @@ class AfterCommit(Uncopied):
         """
         identity = id_text(identity)
         self._keys.cached(self._namespace, identity)
-        if identity in self._ids:
-            return
+        # Each time anew: the entry of an earlier call may have been rolled back, with a savepoint.
         _ADD.call(self._connection, self._schema, self._namespace, self._keys.row(identity))
         self._ids[identity] = None
 
@@ -70,5 +70,12 @@ class AfterCommit(Uncopied):
         self._carry_out()
 
     def _carry_out(self) -> None:
+        """Invalidate them all, and then raise the first BackendError."""
+        refused: BackendError | None = None
         for identity in self._ids:
-            self._invalidate(identity)
+            try:
+                self._invalidate(identity)
+            except BackendError as error:
+                refused = refused or error
+        if refused is not None:
+            raise refused

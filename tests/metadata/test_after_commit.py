@@ -10,7 +10,7 @@ import pytest
 from clocked_pair import Clock, X
 from support import redis_of
 
-from govredis import ConfigurationError, GovRedis
+from govredis import BackendError, ConfigurationError, GovRedis
 from govredis.metadata import MetadataCache
 from govredis.testing.servers import PostgresServer, RedisServer
 
@@ -40,11 +40,43 @@ def test_invalidates_after_the_commit(gov: GovRedis, connect: Callable[[], Any],
     with gov.cache("user_meta").after_commit(connection) as tx, connection.cursor() as cursor:
         cursor.execute("UPDATE users SET name = 'new' WHERE id = 'u'")
         tx.invalidate("u")
-        tx.invalidate("u")
         assert gov.cache("user_meta").get("u") == "loaded", "not before"
     assert sql("SELECT name FROM users WHERE id = 'u'") == [("new",)]
     assert gov.cache("user_meta").get("u") is None
     assert sql("SELECT namespace, id FROM govredis_outbox") == [("user_meta", "u")]
+
+
+def test_a_savepoint_that_is_rolled_back_takes_no_invalidation_along(
+    gov: GovRedis, connect: Callable[[], Any], sql: Callable[..., Any]
+) -> None:
+    connection = connect()
+    with gov.cache("user_meta").after_commit(connection) as tx, connection.cursor() as cursor:
+        cursor.execute("SAVEPOINT tried")
+        tx.invalidate("u")
+        cursor.execute("ROLLBACK TO tried")
+        cursor.execute("UPDATE users SET name = 'new' WHERE id = 'u'")
+        tx.invalidate("u")
+    assert sql("SELECT namespace, id FROM govredis_outbox") == [("user_meta", "u")]
+
+
+def test_a_refused_invalidation_stops_no_other_and_is_said(
+    gov: GovRedis, connect: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = gov.cache("user_meta")
+    for name in "abc":
+        cache.get_or_load(name, lambda _: "loaded")
+    invalidate = cache.invalidate
+
+    def refused(identity: str, **options: Any) -> None:
+        if identity == "a":
+            raise BackendError("no rights")
+        invalidate(identity, **options)
+
+    monkeypatch.setattr(cache, "invalidate", refused)
+    with pytest.raises(BackendError, match="no rights"), cache.after_commit(connect()) as tx:
+        for name in "abc":
+            tx.invalidate(name)
+    assert [cache.get(name) for name in "abc"] == ["loaded", None, None]
 
 
 @pytest.mark.parametrize("how", ["an error in the body", "an error of the commit", "a rollback"])
