@@ -49,10 +49,13 @@ def _make_mark() -> mmap.mmap | _Pid:
         page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         try:
             page.madvise(_MADV_WIPEONFORK)
-            return page
         except OSError:  # an older kernel
-            pass
-    return _Pid()
+            return _Pid()
+        try:
+            page.madvise(-1)
+        except OSError:
+            return page
+    return _Pid()  # an emulator that says yes to anything, as QEMU's before 7.1, wipes nothing
 
 
 #: Item 0 is true in the process in which all objects were last renewed.

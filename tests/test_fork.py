@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import threading
 import time
@@ -131,6 +132,15 @@ def test_an_object_made_in_a_child_is_not_renewed_there(mark: None) -> None:
         return len(old.pids), len(new.pids)
 
     assert in_c_child(make) == (2, 1)
+
+
+def test_a_kernel_that_says_yes_to_any_advice_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Emulated(mmap.mmap):
+        def madvise(self, *advice: int) -> None:
+            pass
+
+    monkeypatch.setattr(_fork.mmap, "mmap", Emulated)
+    assert isinstance(_fork._make_mark(), _fork._Pid)
 
 
 def test_an_object_is_not_kept_alive() -> None:

@@ -56,8 +56,8 @@ class RateLimitResult(_Refundable):
         GOVREDIS_LIMIT_MIRROR the other server keeps the entries that it was told: it is stricter by them.
 
         Raises BackendUnavailable where that backend is away, or all of this process's connections to it are in use;
-        BackendError. The entries may have been given back all the same. A second try is harmless for a log of Redis, and
-        where nothing was sent; else it returns False.
+        BackendError. The entries may have been given back all the same. A second try is harmless for a log of Redis,
+        and where nothing was sent; else it returns False.
 
         A counter has sums in place of entries. It gives back to the sixtieth of its window in which the hit counted, if
         that still holds as much. After a reset, or a loss of data, within that sixtieth it may be another hit's part.
