@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..client import Command, RedisClient, RedisNode
 from ..errors import BackendError, BackendUnavailable
+from ..keys import check_id
 from .held_list import HeldLockList
 from .node_by_node import NodeByNode
 
@@ -194,12 +195,8 @@ def count_listed(nodes: NodeByNode, held_list: HeldLockList) -> tuple[int, Liste
     total, oldest, held_us = 0, None, 0
     for _, (count, entries, now_us) in nodes.ask_about(held_list.keys, str, question):
         total += int(count)
-        for entry in entries:
-            try:
-                lock = ListedLock(*json.loads(entry))
-                its_us = now_us - int(lock.token)
-            except (ValueError, TypeError):  # another client's
-                continue
+        for lock in filter(None, map(_listed, entries)):
+            its_us = now_us - lock.token
             if oldest is None or its_us > held_us:
                 oldest, held_us = lock, its_us
     return total, oldest, max(0.0, held_us / 1_000_000)
@@ -217,7 +214,16 @@ def read_list(nodes: NodeByNode, held_list: HeldLockList, most: int = 0) -> list
         return node.pipeline([("ZRANGE", key, first, "-1") for key in keys], each=True)
 
     answers = nodes.ask_about(held_list.keys, str, question)
-    return [ListedLock(*json.loads(entry)) for _, entries in answers for entry in entries]
+    return [lock for _, entries in answers for lock in map(_listed, entries) if lock is not None]
+
+
+def _listed(entry: bytes) -> ListedLock | None:
+    """An entry of the list; None for another client's."""
+    try:
+        kind, name, owner, token = json.loads(entry)
+        return ListedLock(str(kind), check_id(name), str(owner), int(token))
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return None
 
 
 def still_held(nodes: NodeByNode, entries: Iterable[tuple[ListedLock, tuple[str, ...]]]) -> list[LockHolder]:

@@ -431,6 +431,20 @@ def test_a_list_that_fails_costs_nothing_but_a_count(
     assert again.release() is True
 
 
+def test_entries_of_another_client_on_the_list_are_left_out(
+    locks: DistributedLock, plain_redis: Any, eventually: Callable[..., Any]
+) -> None:
+    odd = ["x", "[1]", "{}", '["lock", "a", "b", "x"]', '["lock", "", "b", 1]', '["lock", null, "b", 1]', "[" * 100_000]
+    odd += ['["lock", "a", "b", Infinity]', '["read", {"a": 1}, "b", 1]']
+    with locks.acquire("mine", ttl=1000):
+        eventually(lambda: plain_redis.zcard(LIST), what="it is listed")
+        plain_redis.zadd(LIST, dict.fromkeys(odd, 10**15))
+        assert [holder.name for holder in locks.held()] == [holder.name for holder in locks.glance()] == ["mine"]
+        longest = locks.count_held().longest
+        assert longest is not None
+        assert (longest.kind, longest.name) == ("lock", "mine")
+
+
 def test_the_release_of_a_lock_whose_key_is_spoilt_still_says_so(
     locks: DistributedLock, plain_redis: Any, eventually: Callable[..., Any]
 ) -> None:
