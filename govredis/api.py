@@ -73,6 +73,12 @@ class GovRedis(Uncopied):
     Args:
         config: the settings; None: the defaults. `GovRedis.from_env()` reads the environment's.
 
+    Attributes:
+        sessions, locks, limits, events, health: the features.
+        metadata: the MetadataCache of the namespace "agent_meta".
+        config: the settings.
+        counters: the counts of this process, by name: docs/metrics.md lists them.
+
     Raises ConfigurationError where an extra that the settings need is not installed.
     """
 
@@ -198,8 +204,8 @@ class GovRedis(Uncopied):
 
         There is one cache for each namespace and settings: give the same functions each time, not new lambdas.
 
-        Raises ConfigurationError for a strict cache where no PostgreSQL is configured, and ValueError for settings that
-        exclude each other.
+        Raises ValueError for a bad argument, and for settings that exclude each other. Raises ConfigurationError for a
+        strict cache where Redis is enabled and no PostgreSQL is configured.
         """
         notice_fork()
         ttl = self.config.metadata_ttl if ttl is None else ttl
@@ -253,7 +259,10 @@ _process_wide: dict[str, GovRedis] = {}
 
 
 def configure(gov: GovRedis | None) -> None:
-    """Make `gov` the process-wide GovRedis that get_session_cache() and its friends use; None: from the environment."""
+    """Make `gov` the process-wide GovRedis that get_session_cache() and its friends use; None: from the environment.
+
+    The GovRedis from before is not closed.
+    """
     if gov is None:
         _process_wide.clear()
     else:
@@ -261,7 +270,10 @@ def configure(gov: GovRedis | None) -> None:
 
 
 def get_gov() -> GovRedis:
-    """The process-wide GovRedis: the one that `configure` set, or one made from the environment on first use."""
+    """The process-wide GovRedis: the one that `configure` set, or one made from the environment on first use.
+
+    Raises ConfigurationError for a bad environment, as GovRedis.from_env.
+    """
     gov = _process_wide.get("gov")
     if gov is None:
         # Two threads may make one each. One of the two is forgotten, before it has connected.

@@ -49,8 +49,8 @@ def _secret(variable: str) -> Any:
 class Config:
     """The settings of one GovRedis. Durations are seconds.
 
-    Each field has an environment variable, read by `from_env`; its name is in the field's line below. Raises
-    ConfigurationError on a bad value, before anything is connected.
+    Each field but credential_provider has an environment variable, which `from_env` reads: docs/configuration.md lists
+    them. Raises ConfigurationError on a bad value, before anything is connected.
     """
 
     redis_url: str = _setting("redis://localhost:6379/0", "REDIS_URL", _parsers.redis_url)

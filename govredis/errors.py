@@ -89,7 +89,11 @@ class LockLost(LockError):
 
 
 class LockUnavailable(LockError, BackendUnavailable):
-    """No server could be asked for the lock, and the fallback forbids another way, or does not allow it yet."""
+    """The lock could be neither granted nor refused.
+
+    No server could be asked, and the fallback forbids another way, or does not allow it yet. Or no connection was free,
+    no replica confirmed the grant, or the lock folder cannot be used.
+    """
 
 
 class RateLimitExceeded(GovRedisError):
@@ -164,12 +168,12 @@ SHORTEST, TOO_LONG = 0.001, 1e9
 def check_timeout(value: Any) -> float:
     """Return `value` if it is a time to wait, in seconds. Raises ValueError otherwise."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < TOO_LONG:
-        raise refuse("timeout", value, "seconds, 0 or more")
+        raise refuse("timeout", value, "seconds, from 0 to less than 1e9")
     return value
 
 
 def check_ttl(value: Any, what: str = "ttl") -> float:
     """Return `value` if it is a time to keep something, in seconds. Raises ValueError otherwise."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not SHORTEST <= value < TOO_LONG:
-        raise refuse(what, value, f"seconds, {SHORTEST} or more")
+        raise refuse(what, value, f"seconds, from {SHORTEST} to less than 1e9")
     return value

@@ -77,11 +77,12 @@ def on_operation(f: Callable[[Operation], object]) -> Callable[[], None]:
     reach the caller. The first one is logged, and each is counted as `instrumentation.errors`. There may be several
     listeners, which are called in turn. A forked child has those of its parent.
 
-    Operations are the public methods of `limits`, `locks`, `sessions`, `metadata` and other caches, `agents`, `events`
-    and `health` that may ask a server. A decorator's call is the operation it makes: `rate_limited` a `limits.hit`. The
-    same goes for `with`: `locks.acquire` does not contain the body, and the release after it is a `locks.release`. An
-    operation that another makes is part of that one, and is not reported. A loader's own operations are, and so come
-    before the `metadata.get_or_load` that called it. Operations of a listener are not reported.
+    Operations are the public methods of `limits`, `locks`, `sessions`, `metadata` and other caches, `agents`,
+    `events` and `health` that may ask a server. Exceptions are `locks.count_held`, and the waits of readers of
+    events. A decorator's call is the operation it makes: `rate_limited` a `limits.hit`. The same goes for `with`:
+    `locks.acquire` does not contain the body, and the release after it is a `locks.release`. An operation that
+    another makes is part of that one, and is not reported. A loader's own operations are, and so come before the
+    `metadata.get_or_load` that called it. Operations of a listener are not reported.
     """
     notice_fork()
     return _switch.add(_OperationListener(f))

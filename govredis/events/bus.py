@@ -68,8 +68,9 @@ class EventBus(Uncopied):
             connection: a psycopg2 connection, not in autocommit mode, to the database of GOVREDIS_DATABASE_URL.
             entity: the id of the thing that the event is about.
 
-        Raises BackendError; with a connection its own errors, ValueError for a connection in autocommit mode or of
-        another driver, and ConfigurationError where the tables or rights are missing.
+        Raises BackendError. With a connection, raises its own errors, and ValueError for a connection in autocommit
+        mode or of another driver. Raises ConfigurationError where no database is configured, or where tables or rights
+        are missing.
         """
         notice_fork()
         key, text = self._keys.events(topic), encode_payload(payload)
@@ -106,7 +107,7 @@ class EventBus(Uncopied):
         return str(added[0])
 
     def deliver(self) -> int:
-        """Take the events of committed transactions to Redis now. Returns how many.
+        """Take the events of committed transactions to Redis now. Returns how many: 0 without Redis or PostgreSQL.
 
         Where another process is doing so, it returns sooner. Raises BackendUnavailable, BackendError, and
         ConfigurationError naming `govredis migrate`.
@@ -137,7 +138,8 @@ class EventBus(Uncopied):
                 aware datetime: those that came to the stream since.
             timeout: seconds without an event after which the iteration ends; None: never.
 
-        Raises BackendUnavailable where Redis is away and `after` is "$": nobody knows where that is.
+        Raises ValueError for a bad argument, and BackendUnavailable where Redis is disabled, or is away and `after` is
+        "$": nobody knows where that is. The iterator raises BackendError where Redis answers with an error.
         """
         notice_fork()
         pattern, position = TopicPattern(topic), position_after(after)
@@ -175,6 +177,10 @@ class EventBus(Uncopied):
             claim_after: seconds; longer than an event ever takes. A consumer that is slower than that has its event
                 delivered to another as well.
             deliveries: how often an event is delivered, at most.
+
+        While Redis is away the iterator waits, as that of `listen`. An event that could not be told to be done is
+        delivered again. Raises ValueError for a bad argument, and BackendUnavailable where Redis is disabled. The
+        iterator raises BackendError where Redis answers with an error.
         """
         notice_fork()
         check_name(group, "group"), check_name(name, "name")

@@ -51,7 +51,7 @@ class Event:
     deliveries: int = 1
 
     def as_dict(self) -> dict[str, Any]:
-        """It for JSON: all but `deliveries`; `at` in ISO 8601."""
+        """The event as a dict for JSON: all but `deliveries`; `at` in ISO 8601."""
         return {
             "topic": self.topic,
             "entity": self.entity,
@@ -65,7 +65,12 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class DeadEvent:
-    """An event that a group gave up, as it was delivered too often without being done."""
+    """An event that a group gave up, as it was delivered too often without being done.
+
+    Attributes:
+        event: as it was delivered last.
+        group: the group that gave it up.
+    """
 
     event: Event
     group: str

@@ -51,6 +51,8 @@ class EventReader(Uncopied, ABC):
     def get(self, timeout: float | None = None) -> Event | None:
         """The next event, as soon as there is one. None after `timeout` seconds without any, or once it is closed.
 
+        Without `timeout` it waits for ever, whatever `listen` or `consume` was given.
+
         While Redis is away it waits for its return. Raises BackendError where Redis answers with an error.
         """
         notice_fork()

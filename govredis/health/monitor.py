@@ -194,6 +194,8 @@ class HealthMonitor(Uncopied):
         For the next day, or ten times `every`, `check` has an entry "beat". It warns when two calls in a row did not
         come. Ages are counted by Redis's clock. If Redis loses its data, PostgreSQL still has the last call, or a
         process that has seen it. Returns False where the call could be noted in neither server.
+
+        Raises ValueError for a bad `every`, and BackendError where Redis answers with an error.
         """
         if self._fleet is not None:
             with contextlib.suppress(BackendError):  # it is tidied up by the next
@@ -205,7 +207,7 @@ class HealthMonitor(Uncopied):
 
         Returns how many rows were deleted.
 
-        Raises BackendUnavailable, ConfigurationError.
+        Raises BackendUnavailable, BackendError, ConfigurationError.
         """
         return self._history.purge()
 

@@ -16,15 +16,8 @@ class Check:
     """The result for a single server or feature.
 
     Attributes:
-        name: one of these:
-
-            - "redis", "postgres", "counters": always there;
-            - "rights": an ACL keeps us from looking;
-            - "eviction": Redis may drop keys in use, or its policy is unknown;
-            - "locks": locks are held, or no lock file can be made;
-            - "beat": a heartbeat was seen;
-            - "outbox": cached values are used with PostgreSQL;
-            - "parked": tasks wait for their limits.
+        name: the server's or the feature's. "redis", "postgres" and "counters" are always there. Others come with the
+            features in use, or with a fault: docs/health.md lists them.
         status: "pass", "warn" (a fallback covers it) or "fail".
         output: why, in words; "" if it passes.
         data: what was observed. Durations are seconds.

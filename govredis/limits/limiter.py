@@ -46,14 +46,16 @@ class RateLimiter(Uncopied):
 
     Each backend counts for itself. A window that spans failovers, however many, admits at most N per backend, and each
     loss of a backend's data adds N. With GOVREDIS_LIMIT_MIRROR each of the two servers is told what the other admitted
-    (see replication.Replication): such a window admits at most N and the admissions that were not told yet.
+    (see docs/limits.md): such a window admits at most N and the admissions that were not told yet.
     `result.backend` and `result.degraded` say which backend decided.
 
     The process remembers a server's denial (unless GOVREDIS_LIMIT_DENY_CACHE=0): until its retry_after, but for a
     second at most, the same `hit`, `peek` or `check` is refused again without a round trip, its times counted down. So
     a refund or reset in another process is seen a second late at most; this process sees its own at once.
 
-    Every method raises ValueError, before anything is sent, for a bad identity, rate, cost or operation.
+    Every method raises ValueError, before anything is sent, for a bad identity, rate, cost, operation or timeout. It
+    raises BackendError where a server answers with an error, and ConfigurationError where PostgreSQL is asked and lacks
+    our tables: run `govredis migrate`.
     """
 
     def __init__(
@@ -81,8 +83,8 @@ class RateLimiter(Uncopied):
 
         Returns a RateLimitResult. Raises ValueError. A server that rejects the call is a BackendError, counted as
         limits.errors; its text names a key that holds something else. A server that is away is no error: the fallback
-        decides. PoolExhausted, a BackendUnavailable, says that all connections of this process to the server stay in
-        use; no other backend is asked.
+        decides. Where all of this process's connections to a server stay in use, raises BackendUnavailable, and no
+        other backend is asked.
         """
         return self._decider.decide(identity, rate, operation, cost, "hit")
 
@@ -100,7 +102,7 @@ class RateLimiter(Uncopied):
     def wait(
         self, identity: Id, rate: Rate, *, timeout: float, operation: str = _DEFAULT, cost: int = 1
     ) -> RateLimitResult:
-        """`hit`, sleeping until it is admitted, for up to `timeout` seconds.
+        """`hit`, sleeping until it is admitted, for up to `timeout` seconds: 0 or more, there is always a bound.
 
         Returns the last result: a refusal, at once, where its retry_after lies beyond the timeout. (A rate with a lease
         is asked for again after each lease: other processes may give back.) It sleeps for
@@ -174,16 +176,24 @@ class RateLimiter(Uncopied):
         """Would another hit be within `limit` per `window` seconds? Records nothing: call `record` after it.
 
         Between the two calls others may come, so several callers at the limit are all let through. `hit` is one step
-        and does not leak: prefer it.
+        and does not leak: prefer it. `limit` and `window` are as in Limit. Returns the result of a `peek`. Raises as
+        `hit`.
         """
         return self._decider.decide(identity, Limit(limit, window), operation, 1, "peek")
 
     def record(self, identity: Id, window: float, *, operation: str = _DEFAULT, cost: int = 1) -> None:
-        """Record `cost` entries, whatever the count is. They are kept for at least `window` seconds."""
+        """Record `cost` entries, 1 to 10,000, whatever the count is. They are kept for at least `window` seconds.
+
+        Raises as `hit`.
+        """
         self._decider.decide(identity, Limit(MAX_COST, window), operation, cost, "record")
 
     def get_count(self, identity: Id, window: float, *, operation: str = _DEFAULT) -> int:
-        """How many entries there are within the last `window` seconds, in the backend that would decide now."""
+        """How many entries there are within the last `window` seconds, in the backend that would decide now.
+
+        0 where no server is in reach and GOVREDIS_LIMIT_FALLBACK is "deny" or "allow", which keep no windows. Raises as
+        `hit`.
+        """
         notice_fork()
         key = self._keys.rate_limit(operation, identity)
         window_us = Limit(1, window).window_us
@@ -204,8 +214,9 @@ class RateLimiter(Uncopied):
         Args:
             n: how many, the most denied first.
 
-        Counted in Redis, a second later, without a round trip for each denial; see denied_counts.DeniedCounts for how
-        far off a count may be. Raises BackendUnavailable, also where Redis is disabled; BackendError.
+        Counted in Redis, a second later, without a round trip for each denial, by Space-Saving (Metwally, Agrawal and
+        El Abbadi, 2005): a count is too high by at most a thousandth of all denials of its hour. Raises
+        BackendUnavailable, also where Redis is disabled; BackendError.
         """
         notice_fork()
         return self._decider.denied_counts.most(n)
@@ -215,6 +226,7 @@ class RateLimiter(Uncopied):
 
         With GOVREDIS_LIMIT_MIRROR, admissions that another process has yet to tell come afterwards, to the server that
         did not admit them. Raises BackendUnavailable if a server could not be reached: the window there is unchanged.
+        Where a server answers with an error (BackendError, ConfigurationError), the backends behind it are not reset.
         """
         notice_fork()
         self._decider.reset(id_text(identity), operation)
@@ -222,7 +234,7 @@ class RateLimiter(Uncopied):
     def purge(self) -> int:
         """Delete ended windows from PostgreSQL. Returns how many. The other backends forget by themselves.
 
-        Raises BackendUnavailable, ConfigurationError.
+        Raises BackendUnavailable, BackendError, ConfigurationError.
         """
         notice_fork()
         return self._decider.backends.purge()

@@ -29,7 +29,7 @@ class HeldLock(Uncopied):
     Where that matters the resource must check `token` and refuse one lower than the highest it has seen.
 
     Attributes:
-        name: as acquired.
+        name: the lock's, as a str.
         token: the fencing token: rises with every grant, over expiry, loss of data and degraded grants on this host.
         degraded: True if Redis was away when it was granted: exclusive on this host (this lock folder) only.
     """
@@ -61,22 +61,25 @@ class HeldLock(Uncopied):
         """Make the lease end `ttl` seconds from now (None: its own ttl), once.
 
         Raises LockLost if it is not held any more; BackendUnavailable when Redis is away: the lease ends when it would
-        have, or after `ttl` if that is sooner.
+        have, or after `ttl` if that is sooner. Raises ValueError for a bad ttl, and BackendError where Redis answers
+        with an error.
         """
         notice_fork()
         self._lease.extend(self._lease.ttl if ttl is None else check_ttl(ttl))
 
     def release(self) -> bool:
         """Let go. True if the lock was held until now, False if it was lost or released before. Never raises for Redis
-        being away: the release is then carried out when it is back, and the lease ends anyway.
+        being away: the release is then carried out when it is back, and the lease ends anyway. Raises BackendError
+        where Redis answers with an error: then, too, the lease ends.
         """
         notice_fork()
         return self._lease.end()
 
     def on_lost(self, callback: Callable[[], object]) -> None:
-        """Have `callback()` called, in the renewal thread, when the lock is lost. At once if it is lost already.
+        """Have `callback()` called, in the renewal thread, when the lock is lost. An exception of it is logged.
 
-        It holds up the renewal of all locks of this process, so it should set an Event, say, and not more.
+        If the lock is lost already, it is called at once, in this thread, and its exception is raised. It holds up the
+        renewal of all locks of this process, so it should set an Event, say, and not more.
         """
         notice_fork()
         self._lease.on_lost(callback)
@@ -87,7 +90,7 @@ class HeldLock(Uncopied):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
-        """Release. Raises LockLost if the lock was lost and the body succeeded; never hides the body's own error."""
+        """Release. Raises LockLost, or the BackendError of the release, only if the body succeeded."""
         notice_fork()
         lease = self._lease
         was_over = lease.over

@@ -110,13 +110,15 @@ class DistributedLock(Uncopied):
         Args:
             name: the lock's.
             timeout: seconds to wait; 0: one try; None: for ever.
-            ttl: seconds of its lease; None: REDIS_LOCK_TIMEOUT.
+            ttl: seconds of its lease; None: lock_ttl.
             renew: keep it past its ttl, in the background. False: it ends at its ttl.
             max_hold: seconds after which it is no longer renewed; None: no bound.
 
         Returns a HeldLock: use it with `with`. Raises LockTimeout if somebody else held it all the while. Raises
         LockUnavailable if the lock folder cannot be used, or if Redis was away and there is no fallback, or none yet.
-        Raises ConfigurationError if somebody else controls the lock folder. The timeout is kept to within 50 ms, and
+        So it does if this process's connections stayed in use, or if no replica confirmed the grant
+        (GOVREDIS_CONFIRM). Raises BackendError where Redis answers with an error, and ConfigurationError if somebody
+        else controls the lock folder. The timeout is kept to within 50 ms, and
         the socket timeout where Redis hangs just then.
         """
         notice_fork()
@@ -126,7 +128,7 @@ class DistributedLock(Uncopied):
     def try_acquire(self, name: Id, *, ttl: float | None = None, renew: bool = True) -> HeldLock | None:
         """Hold the lock if it is free; None if it is not. Never waits.
 
-        Raises LockUnavailable as `acquire`.
+        Raises as `acquire`, but for LockTimeout.
         """
         try:
             return self.acquire(name, timeout=0, ttl=ttl, renew=renew)
@@ -201,14 +203,22 @@ class DistributedLock(Uncopied):
         return decorate
 
     def rwlock(self, name: Id) -> ReadWriteLock:
-        """A lock that several readers may hold, or one writer. Independent of the lock of that name."""
+        """A lock that several readers may hold, or one writer. Independent of the lock of that name.
+
+        Returns a ReadWriteLock; nothing is asked yet. Raises ValueError for a bad name.
+        """
         key = self._keys.lock(name)
         return ReadWriteLock(functools.partial(self._hold, self._shared_backend), id_text(name), key)
 
     def semaphore(self, name: Id, *, slots: int) -> Semaphore:
-        """A lock that so many may hold at once, 1 to 1,000. Independent of the lock of that name.
+        """A lock that several may hold at once. Independent of the lock of that name.
 
-        All callers must give the same number; otherwise each grants by its own.
+        Args:
+            name: the semaphore's.
+            slots: how many may hold it, 1 to 1,000. All callers must give the same number; otherwise each grants by its
+                own.
+
+        Returns a Semaphore; nothing is asked yet. Raises ValueError for a bad name or number.
         """
         key = self._keys.lock(name)
         if type(slots) is not int or not 1 <= slots <= MOST_SLOTS:
@@ -220,9 +230,12 @@ class DistributedLock(Uncopied):
     def holder(self, name: Id) -> LockHolder | None:
         """The holder of the lock of that name; None if it is free. That may have changed by now.
 
+        Read/write locks and semaphores are other locks: `held` lists them.
+
         Redis away: the holder on this host, by its lock file, `degraded`; LockUnavailable where the fallback is "fail".
         The answer None says nothing of other hosts then. Another caller on this host may find the lock held in the very
-        instant of this look. Raises BackendUnavailable where all of this process's connections to Redis are in use.
+        instant of this look. Raises BackendUnavailable where all of this process's connections to Redis are in use,
+        BackendError where Redis answers with an error, and for the lock folder as `acquire`.
         """
         return self.look(name)[0]
 
@@ -258,7 +271,9 @@ class DistributedLock(Uncopied):
         return self.holder(name) is not None
 
     def held(self) -> FoundHolders:
-        """All locks that are held on this Redis, by name: those of every kind through govredis, and an async service's.
+        """All locks under our key prefix that are held on this Redis, by name.
+
+        These are locks of every kind through govredis, and an async service's.
 
         Locks held through govredis stand on a list of our own (`govredis:locks`), a tenth of a second after their grant
         (this process's own at once). Their keys are then read: two round trips. Locks from outside are on no list: SCAN
@@ -294,8 +309,8 @@ class DistributedLock(Uncopied):
 
         For an operator who knows that the holder is gone. A holder that is not finds its lock lost at its next renewal,
         a third of its ttl later at the latest. On the holder's own host nobody else gets in before it lets go or dies:
-        its host lock is not forced. Returns whether the lock was held. Raises BackendUnavailable; a Redis that hangs
-        may do it when it wakes up.
+        its host lock is not forced. Read/write locks and semaphores are not taken. Returns whether the lock was held.
+        Raises BackendError, and BackendUnavailable; a Redis that hangs may do it when it wakes up.
         """
         notice_fork()
         resource = self._resource(name)

@@ -53,8 +53,9 @@ class AgentStore(Uncopied):
     that was given up here.
 
     Every method raises BackendUnavailable when PostgreSQL is away; a write may then have been applied. It raises
-    ConfigurationError when `govredis migrate` has not been run, and ValueError for a bad id or metadata before anything
-    is sent.
+    BackendError where a server answers with an error: if that is Redis, which refuses the invalidation, the write is
+    committed. It raises ConfigurationError when `govredis migrate` has not been run, and ValueError for a bad id or
+    metadata before anything is sent.
     """
 
     def __init__(self, keys: Keys, postgres: Postgres, cache: MetadataCache) -> None:

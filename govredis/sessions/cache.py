@@ -341,7 +341,7 @@ class SessionCache(Uncopied):
         return None
 
     def for_agent(self, agent_id: Id) -> list[str]:
-        """The ids of the agent's sessions, sorted (their hashes, with hash_ids).
+        """The ids of the agent's sessions, sorted (their hashes, with session_hash_ids).
 
         Raises SessionStoreUnavailable while neither Redis nor PostgreSQL can be asked.
         """
@@ -359,7 +359,7 @@ class SessionCache(Uncopied):
         """End all sessions of an agent, also a session whose bind has begun and is carried out later. Returns how many.
 
         Where no server can be asked: those that this process knows end here, and on the return all of them end,
-        everywhere. Raises SessionStoreUnavailable if there is no room for another pending write.
+        everywhere. Raises SessionStoreUnavailable if there is no room for another pending write, and as `unbind`.
         """
         notice_fork()
         agent_id = check_id(agent_id, "agent_id")
@@ -373,16 +373,16 @@ class SessionCache(Uncopied):
     def purge(self) -> int:
         """Delete the rows of sessions that have been over for session_ttl. Returns how many.
 
-        Raises BackendUnavailable, ConfigurationError.
+        Raises BackendUnavailable, BackendError, ConfigurationError.
         """
         notice_fork()
         primary = self._backends.primary
         return 0 if primary is None else primary.purge()
 
     def verify(self) -> SessionParity:
-        """Compare all rows with their copies in Redis, 500 at a time. Raises BackendUnavailable if either is away, and
-        ConfigurationError where there are not both.
-        """
+        """Compare all rows with their copies in Redis, 500 at a time; returns the differences.
+
+        Raises BackendUnavailable if either is away, and ConfigurationError where there are not both."""
         notice_fork()
         primary = self._backends.primary
         if primary is None:

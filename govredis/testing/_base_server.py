@@ -203,7 +203,7 @@ class Server(Managed):
         """Start it and return it once it answers; nothing to do when it runs already.
 
         A free port is chosen anew should somebody else take it first; once started, port and socket stay the same.
-        Raises ServerError, with the end of the server's log, when it ends or does not answer within 30 s.
+        Raises ServerError, with the end of the server's log, when it ends or does not answer within 90 s.
         """
         self._keeper.ask("status")  # raises once it is closed
         if self.running:

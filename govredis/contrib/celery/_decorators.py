@@ -147,10 +147,11 @@ def exclusive(
     Args:
         key: the lock's name: a template of the task's argument names, "agent:{agent_id}"; a plain name, for all runs;
             or a callable that gets the task's arguments and returns the name.
-        ttl: seconds of the lock's lease; None: REDIS_LOCK_TIMEOUT.
+        ttl: seconds of the lock's lease; None: lock_ttl.
         on_conflict: the reaction where somebody else holds the lock. "retry" publishes the message anew, to run in half
-            a second, then in twice the time each time, up to half a minute. The task's `retries` and `max_retries` do
-            not change. "raise" raises LockTimeout. "skip" ends the task with None, and counts it.
+            a second, then in twice the time each time, up to half a minute, and a quarter more by chance. The task's
+            `retries` and `max_retries` do not change. "raise" raises LockTimeout. "skip" ends the task with None, and
+            counts it.
 
     Called directly, by another task or eagerly, "retry" raises LockTimeout: there is no message of its own to publish
     anew.
@@ -159,8 +160,9 @@ def exclusive(
 
     Raises ValueError at decoration for a bad argument, and where it stands above `@app.task` or on an async function or
     a generator. A run raises ValueError where a callable gave no name, and LockLost where the lock was lost though the
-    function succeeded. It raises LockUnavailable while no server can be asked: Redis is away for less than a second, or
-    GOVREDIS_LOCK_FALLBACK=fail. "retry" takes that for a conflict.
+    function succeeded. It raises LockUnavailable as DistributedLock.acquire does: where Redis has been away for less
+    than a second, say. "retry" takes that for a conflict. It raises BackendError and ConfigurationError as acquire
+    does.
     """
     check_key(key, "key", "agent:{agent_id}")
     if on_conflict not in ("retry", "raise", "skip"):

@@ -49,7 +49,8 @@ def on_event(topic: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     Args:
         topic: as in `EventBus.listen`.
 
-    Raises ValueError at decoration for a bad topic, and where it stands above `@app.task`.
+    Raises ValueError at decoration for a bad topic, and where it stands above `@app.task` or on an
+    async function or a generator.
     """
     TopicPattern(topic)
 

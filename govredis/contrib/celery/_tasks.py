@@ -63,7 +63,7 @@ def purge(self: Task) -> int:
 
 
 def heartbeat(self: Task, every: float = 15.0) -> bool:
-    """Show in the health that beat publishes and a worker works. Returns False where Redis is away.
+    """Show in the health that beat publishes and a worker works. Returns False where no server noted it.
 
     Args:
         every: seconds between two heartbeats, as scheduled.

@@ -349,7 +349,8 @@ class FlaskGovRedis:
             only: gets each event, outside of the request; where it returns False, the event is not sent.
             heartbeat: seconds after which something is sent, so that a client that has gone is noticed.
 
-        Raises ValueError for bad arguments.
+        While Redis is away the response stays open, and goes on behind the last event. Raises ValueError for bad
+        arguments, and BackendUnavailable (a 503) where Redis is disabled.
         """
         return event_stream(app_gov(), topic, only, heartbeat)
 
