@@ -34,7 +34,12 @@ _PATIENT: dict[str, Any] = {
 @app.task(bind=True, **_PATIENT)
 @rate_limited("20/hour", key="{agent_id}", operation="kg_store")
 def store_discovery(self: Task, agent_id: str, discovery: Any) -> None:
-    """Store what an agent has found; 20 an hour of each agent, the others when there is room again."""
+    """Store what an agent has found, once for each message; 20 an hour of each agent, the others when there is room.
+
+    Args:
+        agent_id: the agent.
+        discovery: what JSON can hold.
+    """
     from govredis.postgres import Json
 
     get_gov().postgres.fetch(

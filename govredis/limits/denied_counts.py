@@ -24,7 +24,12 @@ _AT_ONCE = 100
 
 
 class Denied(NamedTuple):
-    """An identity that a limit refused, and how often."""
+    """An identity that a limit refused.
+
+    Attributes:
+        identity, operation: as in `hit`.
+        times: how often.
+    """
 
     identity: str
     operation: str

@@ -105,7 +105,7 @@ class RedisCluster(ServerGroup):
         persistent: bool = False,
     ) -> None:
         if masters < 1 or replicas < 0:
-            raise ValueError(f"a Cluster of {masters} masters with {replicas} replicas each")
+            raise ValueError(f"masters is {masters} and replicas is {replicas}; they must be 1 or more, and 0 or more")
         super().__init__(binary)
         self._masters, self._size = masters, masters * (1 + replicas)
         self._config = ["cluster-enabled yes", "cluster-node-timeout 1000", "cluster-announce-ip 127.0.0.1", *config]
@@ -242,7 +242,7 @@ class RedisCluster(ServerGroup):
     def remove_master(self, node: RedisServer) -> None:
         """Have a node leave, and end it. Raises ServerError while it has slots: `move_slots` takes them away."""
         if node in self.masters:
-            raise ServerError(f"{node!r} has slots")
+            raise ServerError(f"{node!r} has slots; move_slots must take them away first")
         self._until("its replicas did not leave it", lambda: not self.replicas_of(node))
         name = _id(node)
         self.servers.remove(node)

@@ -55,7 +55,9 @@ class RedisServer(Server):
         super().__init__(folder, port=0 if unix_socket else port, persistent=persistent)
         if len(os.fsencode(self._socket)) > 100 and unix_socket:
             self.close()
-            raise ValueError(f"too long for the path of a unix socket: {self._socket}")
+            raise ValueError(
+                f"the unix socket is {self._socket}; its path must have at most 100 bytes: give a shorter folder"
+            )
 
     @property
     def _socket(self) -> Path:

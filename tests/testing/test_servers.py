@@ -198,7 +198,7 @@ class TestRedis:
             RedisServer(config=["nonsense 1"]).__enter__()
         with pytest.raises(ServerError, match=r"cannot run .*/nowhere"):
             RedisServer(binary=tmp_path / "nowhere").__enter__()
-        with pytest.raises(ValueError, match="too long for the path of a unix socket"):
+        with pytest.raises(ValueError, match="its path must have at most 100 bytes"):
             RedisServer(tmp_path / ("x" * 100), unix_socket=True)
 
     def test_a_port_somebody_else_takes(self, binary: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +356,7 @@ class TestGroups:
         with pytest.raises(ServerError, match="nonsense"):
             group.__enter__()
         assert not any(alive(server._keeper.process.pid) for server in group.servers)
-        with pytest.raises(ValueError, match="0 masters"):
+        with pytest.raises(ValueError, match="masters is 0"):
             RedisCluster(masters=0)
 
 
