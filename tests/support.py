@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import pickle
 import select
@@ -140,7 +141,9 @@ class Child:
 
     @staticmethod
     def _work(work: Callable[[], Any], write_end: int) -> NoReturn:
-        signal.alarm(int(PATIENCE))  # a child that hangs ends, even where its parent has gone
+        # A child that hangs ends, even where its parent has gone, and its stacks are in the report.
+        faulthandler.register(signal.SIGALRM, file=2, chain=True)
+        signal.alarm(int(PATIENCE))
         try:
             try:
                 told = True, work()
