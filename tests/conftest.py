@@ -239,6 +239,7 @@ def quiet_teller(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     for thread in threading.enumerate():
         if thread.name == "govredis-teller" and (args := getattr(thread, "_args", ())):
             args[0].set()
+            assert thread._started.wait(60)  # type: ignore[attr-defined]  # it may be about to start
             thread.join(60)
 
 

@@ -162,8 +162,9 @@ class EventRelay(Uncopied):
             self._has_failed = True
 
     def _when_back(self, _: RedisNode) -> None:
+        # Redis is used again once all replays have run, some time after this one. So a single try could come too early.
         if self._is_used and not self._is_closed:
-            self._ask(1)
+            self._ask(len(_DELAYS))
 
     # -- a run ---------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from celery import Celery
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from support import Background, eventually, in_child, in_threads, redis_of
+from support import PATIENCE, Background, eventually, in_child, in_threads, redis_of
 from test_events import kept, payloads, twice
 
 from govredis import BackendError, BackendUnavailable, ConfigurationError, GovRedis
@@ -319,6 +319,31 @@ def test_relays_side_by_side_publish_each_event_once(gov: GovRedis, connect: Cal
         assert [n for who, n in found if who == me] == list(range(100))
 
 
+def test_a_recovery_that_takes_longer_than_the_first_try_loses_no_event(
+    make_gov: MakeGov, persistent_redis: RedisServer, postgres_server: PostgresServer, connection: Any
+) -> None:
+    gov = make_gov(redis_url=persistent_redis.url, database_url=postgres_server.url)
+    relay, redis, tried = gov.events.relay, redis_of(gov), threading.Event()
+    assert relay is not None
+    redis.call("PING")
+    persistent_redis.kill()
+    with pytest.raises(BackendUnavailable):
+        gov.events.publish("order.paid", 0)
+    relay._sleep = lambda seconds: time.sleep(0.01)
+    committed(gov, connection, 1)
+    eventually(lambda: relay._thread is None, what="the tries after the commit are over")
+    relay._sleep, run = time.sleep, relay.run_quietly
+
+    def noted() -> None:
+        run()
+        tried.set()
+
+    relay.run_quietly = noted  # type: ignore[method-assign]
+    redis.on_recovery(lambda _: tried.wait(PATIENCE))  # behind the relay's own: Redis is not used until it has run
+    persistent_redis.restart()
+    eventually(lambda: redis.breaker.closed and redis.call("XLEN", "events:order"))
+
+
 def test_a_commit_during_an_outage_is_delivered_on_the_return(
     make_gov: MakeGov, persistent_redis: RedisServer, postgres_server: PostgresServer, connection: Any
 ) -> None:
@@ -338,6 +363,7 @@ def test_a_commit_during_an_outage_is_delivered_on_the_return(
         gov.events.deliver()  # while the relay's own thread tries, this would do nothing
     eventually(lambda: not gov.events.relay.has_pending())  # type: ignore[union-attr]
     persistent_redis.restart()
+    gov.events.relay._sleep = time.sleep
     # The probe's thread finds it back; nobody listens.
     eventually(lambda: redis_of(gov).breaker.closed and redis_of(gov).call("XLEN", "events:order"))
     assert payloads(kept(gov, "order")) == [1]
