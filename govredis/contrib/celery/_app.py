@@ -101,8 +101,9 @@ class _WorkerStep(bootsteps.StartStopStep):  # type: ignore[misc]
     """Keeps a worker with wrong settings from starting, and says why; has a worker publish parked messages
     and the tasks of events."""
 
-    # After the pool's processes are forked: a fork with fewer threads goes wrong less.
-    requires = ("celery.worker.components:Pool",)
+    # After the processes of the pool and of an embedded beat are forked. kombu's cached properties have mutexes: where
+    # a thread of ours has one in the instant of the fork, the child waits for it for ever.
+    requires = ("celery.worker.components:Pool", "celery.worker.components:Beat")
 
     def __init__(self, parent: Any, **kwargs: Any) -> None:
         super().__init__(parent, **kwargs)

@@ -8,7 +8,9 @@ import re
 import socket
 import sys
 import types
+import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 from celery import Celery, current_app
 from celery.schedules import crontab, schedule
 from kombu.exceptions import OperationalError
-from support import PATIENCE, REDIS_AWAY, Background, WatchedSocket, redis_of
+from support import PATIENCE, REDIS_AWAY, Background, WatchedSocket, in_child, redis_of
 
 from govredis import (
     BackendUnavailable,
@@ -61,6 +63,22 @@ def ours(app: Celery) -> set[str]:
 def scheduled(app: Celery) -> dict[str, Any]:
     app.finalize()
     return {name: entry["schedule"] for name, entry in app.conf.beat_schedule.items()}
+
+
+def test_a_workers_threads_start_behind_its_forks(tmp_path: Path) -> None:
+    """An embedded beat hung where a thread of ours had a mutex of kombu's in the instant of the fork."""
+    app = make_app()
+    init_celery(app)
+
+    def steps(**options: Any) -> list[str]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a worker that runs as root
+            worker = app.Worker(pool="prefork", concurrency=1, schedule_filename=str(tmp_path / "schedule"), **options)
+        return [type(step).__name__ for step in worker.steps]
+
+    with_beat, without = (in_child(partial(steps, beat=beat)) for beat in (True, False))  # it changes the process
+    assert {"Pool", "Beat"} <= set(with_beat[: with_beat.index("_WorkerStep")])
+    assert {"Pool"} <= set(without[: without.index("_WorkerStep")])
 
 
 class TestTasks:
